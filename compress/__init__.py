@@ -1,0 +1,35 @@
+"""compress: smaller, faster models for the hardware at hand, with a report that can be trusted.
+
+The names below are imported on first use, so `import compress` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CompressError": "compress.errors",
+    "Pipeline": "compress.pipeline",
+    "export": "compress.run",
+    "load": "compress.model",
+    "profile": "compress.run",
+    "run": "compress.run",
+    "verify": "compress.run",
+}
+
+__all__ = ["CompressError", "Pipeline", "__version__", "export", "load", "profile", "run", "verify"]
+
+if TYPE_CHECKING:
+    from compress.errors import CompressError
+    from compress.model import load
+    from compress.pipeline import Pipeline
+    from compress.run import export, profile, run, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'compress' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

@@ -1,0 +1,91 @@
+"""What every format offers, and `QuantTensor`: a format with its stored tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from compress.spec import Call
+
+Params = dict[str, Tensor]
+"""A format's fitted parameters by name (scales, zero points, codebooks …)."""
+
+TensorSpec = tuple[tuple[int, ...], torch.dtype]
+
+
+class Format(ABC):
+    """A frozen dataclass of settings with pure functions on tensors. Weights are (out, in) float32."""
+
+    step: ClassVar[int] = 1
+    """Input columns that are decided together: 1 for grids, the vector length for input-side codebooks."""
+
+    @classmethod
+    @abstractmethod
+    def from_call(cls, call: Call, **named: str) -> Self:
+        """Build from parsed text; `named` holds the groups of the name's pattern. Raises UsageError."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The canonical text, which parses back to an equal format."""
+
+    @abstractmethod
+    def fit(self, weight: Tensor, *, search: bool = False, importance: Tensor | None = None) -> Params:
+        """Parameters for a weight (out, in). `search` looks for the range of least error instead of the extremes;
+        importance (in,) float32 ≥ 0 weighs the error of each column in that search."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and decoded values for some columns: weight (out, len(columns)), columns (n,) int64 original
+        positions. Returns codes (out, n / step · …) and values (out, n) float32."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
+        """Codes of the whole weight in original column order, with its parameters, as stored tensors."""
+
+    @abstractmethod
+    def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """The weight (out, in) float32."""
+
+    @abstractmethod
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """Shape and dtype of every stored tensor, known without the weight."""
+
+    def stored_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of everything stored for a weight of this shape."""
+        return sum(prod(size) * dtype.itemsize for size, dtype in self.tensor_specs(shape).values())
+
+
+class ActivationFormat(ABC):
+    """A format that can also round activations at run time."""
+
+    @abstractmethod
+    def round_activation(self, values: Tensor) -> Tensor:
+        """values (…, features) float32 → the same shape, on the grid fitted to these values."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """A stored weight: format, its tensors by name, and the shape (out, in) it decodes to."""
+
+    format: Format
+    tensors: dict[str, Tensor]
+    shape: tuple[int, int]
+
+    def dequantize(self) -> Tensor:
+        """(out, in) float32."""
+        return self.format.dequantize(self.tensors, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight with scales, zero points and padding counted."""
+        return 8 * self.nbytes / prod(self.shape)

@@ -1,0 +1,145 @@
+"""`IntGrid`: uniform integer grids of 2 to 8 bits, per tensor, per channel or per group of input columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor
+
+from compress import grid
+from compress.errors import UsageError, nearest
+from compress.formats.base import ActivationFormat, Format, Params, QuantTensor, TensorSpec
+from compress.spec import Call
+
+Scheme = Literal["symmetric", "asymmetric", "signed"]
+Granularity = Literal["channel", "tensor", "token"]
+
+
+@dataclass(frozen=True)
+class IntGrid(Format, ActivationFormat):
+    """value = (code − zero) · scale, scale in float16.
+
+    Settings: `bits` 2–8; `group` input columns per scale, or `channel` (one scale per output row), `tensor` (one for
+    all), `token` (activations: one per vector); `scheme`: `symmetric`, `asymmetric` (integer zero point) or `signed`
+    (the scale carries the sign of the largest weight, which then uses the extra negative code).
+    Text: `int4(group=32)`, `int8(channel)`, `int4(group=64, asymmetric)`.
+    """
+
+    bits: int = 4
+    group: int | Granularity = "channel"
+    scheme: Scheme = "symmetric"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise UsageError(f"An integer format has 2 to 8 bits, found {self.bits!r}.")
+        is_size = type(self.group) is int and self.group >= 1
+        if not is_size and self.group not in get_args(Granularity):
+            raise UsageError(
+                f"int{self.bits}: group={self.group!r} is not a group. Give a number of input columns "
+                f"(32, 64, 128 …) or one of {', '.join(get_args(Granularity))}."
+            )
+        if self.scheme not in get_args(Scheme):
+            raise UsageError(f"int{self.bits}: unknown scheme '{self.scheme}'.{nearest(self.scheme, get_args(Scheme))}")
+
+    @classmethod
+    def from_call(cls, call: Call, **named: str) -> Self:
+        settings: dict[str, Any] = dict(call.kwargs)
+        for word in call.args:
+            key = "scheme" if word in get_args(Scheme) else "group"
+            if key == "group" and word not in get_args(Granularity):
+                words = (*get_args(Granularity), *get_args(Scheme))
+                raise UsageError(f"{call.name}: unknown word '{word}'.{nearest(str(word), words)}")
+            if key in settings:
+                raise UsageError(f"{call.text()}: {key} is given twice. Keep one of them.")
+            settings[key] = word
+        unknown = set(settings) - {"group", "scheme"}
+        if unknown:
+            name = sorted(unknown)[0]
+            raise UsageError(f"{call.name}: unknown setting '{name}'.{nearest(name, ('group', 'scheme'))}")
+        return cls(int(named["bits"]), **settings)
+
+    def __str__(self) -> str:
+        group = f"group={self.group}" if isinstance(self.group, int) else self.group
+        scheme = "" if self.scheme == "symmetric" else f", {self.scheme}"
+        return f"int{self.bits}({group}{scheme})"
+
+    def group_size(self, columns: int) -> int:
+        """Input columns that share a scale, for a weight with this many."""
+        if self.group == "token":
+            raise UsageError(f"{self} rounds activations; a weight takes group=N, channel or tensor.")
+        return self.group if isinstance(self.group, int) else columns
+
+    def fit(self, weight: Tensor, *, search: bool = False, importance: Tensor | None = None) -> Params:
+        size = self.group_size(weight.shape[1])
+        whole = weight.reshape(1, -1) if self.group == "tensor" else weight
+        groups = grid.to_groups(whole, whole.shape[1] if self.group == "tensor" else size)
+        if search:
+            scale, zero = grid.search_range(groups, self.bits, self.scheme, self._by_group(importance, weight, size))
+        else:
+            scale, zero = grid.fit_range(groups, self.bits, self.scheme)
+        rows = weight.shape[0]
+        return {"scale": scale.half().expand(rows, -1), "zero": zero.expand(rows, -1)}
+
+    def _by_group(self, importance: Tensor | None, weight: Tensor, size: int) -> Tensor | None:
+        if importance is None or self.group == "tensor":
+            return None
+        return grid.to_groups(importance.reshape(1, -1), size)[0]
+
+    def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
+        groups = params["scale"].shape[1]
+        # one group for the whole row needs no division by its (unknown here) width
+        index = columns // cast(int, self.group) if groups > 1 else torch.zeros_like(columns)
+        scale, zero = params["scale"].float()[:, index], params["zero"][:, index]
+        codes = grid.encode(weight, scale, zero, self.bits)
+        return codes, grid.decode(codes, scale, zero)
+
+    def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
+        scale = params["scale"]
+        tensors = {
+            "codes": grid.pack_bits(codes, self.bits),
+            "scale": (scale[:1, :1] if self.group == "tensor" else scale).contiguous(),
+        }
+        if self.scheme == "asymmetric":
+            zero = params["zero"][:1, :1] if self.group == "tensor" else params["zero"]
+            tensors["zero"] = grid.pack_bits(zero, self.bits)
+        return QuantTensor(self, tensors, shape)
+
+    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (out, in) uint8, scales (out, groups) float16, zero points (out, groups) uint8."""
+        rows, columns = shape
+        codes = grid.unpack_bits(tensors["codes"], self.bits, columns)
+        scale = tensors["scale"]
+        if "zero" in tensors:
+            zero = grid.unpack_bits(tensors["zero"], self.bits, scale.shape[1])
+        else:
+            zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return codes, scale.expand(rows, -1), zero.expand(rows, -1)
+
+    def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        codes, scale, zero = self.unpack(tensors, shape)
+        size = shape[1] if scale.shape[1] == 1 else cast(int, self.group)
+        groups = grid.to_groups(codes, size)
+        values = grid.decode(groups, scale.float()[..., None], zero.float()[..., None])
+        return values.reshape(shape[0], -1)[:, : shape[1]].contiguous()
+
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        groups = -(-columns // self.group_size(columns))
+        scale_rows = 1 if self.group == "tensor" else rows
+        specs: dict[str, TensorSpec] = {
+            "codes": ((rows, grid.packed_bytes(1, columns, self.bits)), torch.uint8),
+            "scale": ((scale_rows, groups), torch.float16),
+        }
+        if self.scheme == "asymmetric":
+            specs["zero"] = ((scale_rows, grid.packed_bytes(1, groups, self.bits)), torch.uint8)
+        return specs
+
+    def round_activation(self, values: Tensor) -> Tensor:
+        if self.group not in ("tensor", "token") or self.scheme == "signed":
+            raise UsageError(
+                f"{self} cannot round activations at run time. Allowed: int{self.bits}(tensor), "
+                f"int{self.bits}(token), each with 'asymmetric' if wanted."
+            )
+        return grid.fake_quantize(values, self.bits, self.scheme, str(self.group))

@@ -1,0 +1,107 @@
+"""`Layer`: all that a pass gets and gives back (design §2), and `LayerSpec`: the same without the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from compress.formats.base import ActivationFormat, Format, QuantTensor
+
+
+class LayerKind(StrEnum):
+    """What computes with the weight. Seen as (out, in) in every kind."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"  # (vocabulary, features)
+    EXPERT = "expert"  # one expert's slice of a 3-D parameter
+
+
+@dataclass(frozen=True)
+class ActSpec:
+    """The input grid, fitted at run time to the values it sees."""
+
+    format: Format
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, ActivationFormat):
+            raise TypeError(f"{self.format} cannot round activations")
+
+    def round(self, values: Tensor) -> Tensor:
+        """values (…, features) float32 → rounded, same shape."""
+        assert isinstance(self.format, ActivationFormat)
+        return self.format.round_activation(values)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer as planning and lowering see it: everything but the values.
+
+    `users` are the module paths that compute with it; more than one where weights are tied. `name` is the first.
+    `turned`: the module stores it as (in, out). `routed`: a mixture's router, which no pass touches unless it is named.
+    """
+
+    name: str
+    kind: LayerKind
+    shape: tuple[int, int]
+    users: tuple[str, ...]
+    has_bias: bool = False
+    source_dtype: torch.dtype = torch.float32
+    format: Format | None = None
+    act: ActSpec | None = None
+    segment: int = -1
+    turned: bool = False
+    routed: bool = False
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the weight as the source stores it."""
+        return self.shape[0] * self.shape[1] * self.source_dtype.itemsize
+
+    @property
+    def bias_bytes(self) -> int:
+        """Bytes of the bias as the source stores it."""
+        return self.shape[0] * self.source_dtype.itemsize if self.has_bias else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight with its bias and input grid. A pass returns `replace(layer, …)`.
+
+    weight: (out, in) in the source's dtype, or a QuantTensor; bias (out,) or None; act: input grid or None;
+    users: see LayerSpec.
+    """
+
+    name: str
+    kind: LayerKind
+    weight: Tensor | QuantTensor
+    bias: Tensor | None = None
+    act: ActSpec | None = None
+    users: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return int(self.weight.shape[0]), int(self.weight.shape[1])
+
+    @property
+    def format(self) -> Format | None:
+        """The weight's format, None while it is a plain tensor."""
+        return self.weight.format if isinstance(self.weight, QuantTensor) else None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, everything counted."""
+        if isinstance(self.weight, QuantTensor):
+            return self.weight.bits_per_weight
+        return 8.0 * self.weight.element_size()
+
+    def float_weight(self) -> Tensor:
+        """(out, in) float32, decoded if need be."""
+        return self.weight.dequantize() if isinstance(self.weight, QuantTensor) else self.weight.float()
+
+    def with_weight(self, weight: Tensor | QuantTensor) -> Layer:
+        """The same layer with another weight."""
+        return replace(self, weight=weight)

@@ -1,0 +1,132 @@
+"""What every pass is: frozen, typed settings and one function. Their text is the recipe and command-line grammar."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from compress.errors import UsageError, nearest
+from compress.formats import parse_format
+from compress.formats.base import Format
+from compress.formats.int_grid import IntGrid
+from compress.layer import Layer, LayerKind, LayerSpec
+from compress.spec import Call, parse_call
+from compress.stream import LayerStats
+
+
+class Stat(StrEnum):
+    """Statistics that a pass may need; the engine collects them with the block as it then is."""
+
+    HESSIAN = "hessian"
+
+
+def _as_format(value: Any) -> Any:
+    return parse_format(value) if isinstance(value, str | Call) else value
+
+
+FormatField = Annotated[Format, BeforeValidator(_as_format)]
+
+
+class LayerPass(BaseModel, ABC):
+    """A pass that treats each layer by itself.
+
+    Settings: `targets` layer patterns (globs on module paths, `re:` for expressions, `kind:` for embedding, head,
+    linear, expert; none means every linear layer and expert inside the blocks but routers); `ignore` patterns to
+    leave out; `overrides` {pattern: {setting: value}} for some layers.
+    Class attributes: `name`; `needs` statistics; `kinds` it can treat; `part` of the layer that it fills, which may
+    be filled only once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset(LayerKind)
+    part: ClassVar[str] = "weight"
+
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = {}
+
+    @abstractmethod
+    def layer(self, layer: Layer, stats: LayerStats) -> Layer:
+        """The changed layer. stats holds what `needs` asks for. Keeps name, users and shape."""
+
+    @abstractmethod
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        """What the layer will be stored as, without its values."""
+
+    def notes(self, layer: Layer, stats: LayerStats) -> tuple[str, ...]:
+        """Remarks for the report about how the layer was treated, from the same inputs as `layer`."""
+        return ()
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Self:
+        """From settings as text or data. Raises: UsageError naming the setting, its value and what is allowed."""
+        unknown = set(settings) - set(cls.model_fields)
+        if unknown:
+            name = sorted(unknown)[0]
+            raise UsageError(f"{cls.name}: unknown setting '{name}'.{nearest(name, cls.model_fields)}")
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "settings"
+            raise UsageError(f"{cls.name}: {where}={first['input']!r}: {first['msg']}.") from error
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """The same pass with some settings changed and no patterns, for an override."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        for name in ("targets", "ignore", "overrides"):
+            given.pop(name, None)
+        return self.build({**given, **settings})
+
+    def call(self) -> Call:
+        """The pass as parsed text: the settings that were given, in the order of the fields."""
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return Call(self.name, (), {name: _printable(value) for name, value in given.items()})
+
+    def __str__(self) -> str:
+        return self.call().text()
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Format):
+        return parse_call(str(value))
+    if isinstance(value, dict):
+        return {key: _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return value
+
+
+class QuantPass(LayerPass, ABC):
+    """A pass that quantizes weights. `format` in the format's own text; `bits` and `group_size` are shorthand."""
+
+    format: FormatField = IntGrid(4, group=128)
+    bits: int | None = None
+    group_size: int | None = None
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        self.resolved_format()
+        return self
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return replace(spec, format=self.resolved_format())
+
+    def resolved_format(self) -> Format:
+        """`format` with the shorthands applied."""
+        if self.bits is None and self.group_size is None:
+            return self.format
+        if not isinstance(self.format, IntGrid):
+            raise UsageError(f"{self.name}: bits and group_size are shorthand for integer formats, not {self.format}.")
+        grid = self.format if self.bits is None else replace(self.format, bits=self.bits)
+        return grid if self.group_size is None else replace(grid, group=self.group_size)
+
+

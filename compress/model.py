@@ -1,0 +1,283 @@
+"""`load`: a folder or hub id → `Model`, with everything but the weights in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress import skeleton
+from compress.errors import InputError, UnsupportedError, UsageError
+from compress.layer import Layer, LayerKind, LayerSpec
+from compress.skeleton import Structure
+from compress.weights import Checkpoint, digest_files, find_files, index_checkpoint
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class Reader(Protocol):
+    """Where weights are read from: the source's files or a store."""
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        """One layer in its stored form."""
+        ...
+
+    def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors that are no layer's."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a parameter."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        ...
+
+
+class Task(StrEnum):
+    """What a model does; it decides inputs, outputs and metrics."""
+
+    CAUSAL_LM = "causal-lm"
+    ENCODER = "encoder"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model before compression. Weights are read from its files when asked for."""
+
+    source: str
+    path: Path
+    task: Task
+    config: Any
+    structure: Structure
+    weights: Reader | None
+    digest: str
+    raw_config: dict[str, Any] = field(default_factory=dict, repr=False)
+    source_digest: str = ""
+
+    def skeleton(self, attention: str = "sdpa") -> nn.Module:
+        """A fresh module tree with parameters on `meta`."""
+        return skeleton.build(self.config, auto_class(self.task), attention)
+
+    @property
+    def name(self) -> str:
+        """The last part of the source."""
+        return Path(self.source).name or self.source
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the weight files as stored; from the shapes where there are no files."""
+        if self.weights is not None:
+            return self.weights.nbytes
+        weights = sum(spec.source_bytes + spec.bias_bytes for spec in self.structure.layers.values())
+        return weights + self.plain_bytes
+
+    @cached_property
+    def plain_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and stored dtype of every tensor that is no layer's."""
+        state = self.skeleton().state_dict()
+        default = config_dtype(self.config)
+        names = [name for group in self.structure.plain.values() for name in group]
+        return {
+            name: (
+                tuple(state[name].shape),
+                self.weights.dtype(name) if self.weights else default,
+            )
+            for name in names
+        }
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of the tensors that are no layer's."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.plain_shapes.values())
+
+    def side_files(self) -> list[Path]:
+        """Tokenizer and generation files beside the weights."""
+        return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None where the folder has none. Raises: InputError for a broken one."""
+        return load_tokenizer(self.path)
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        """One layer as stored."""
+        return self.reader.layer(spec)
+
+    def layers(self, segment: int) -> dict[str, Layer]:
+        """All layers of a segment."""
+        return {spec.name: self.layer(spec) for spec in self.structure.segment_layers(segment)}
+
+    def plain(self, segment: int) -> dict[str, Tensor]:
+        """The other stored tensors of a segment."""
+        return self.reader.plain(self.structure.plain[segment])
+
+    @property
+    def reader(self) -> Reader:
+        """Where the weights are read. Raises: UsageError where only a config was loaded."""
+        if self.weights is None:
+            raise UsageError(f"{self.source} has a config but no weights; only `plan` works without them.")
+        return self.weights
+
+
+def auto_class(task: Task) -> Any:
+    """The transformers class that builds a task's module."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if task is Task.CAUSAL_LM else AutoModel
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """The dtype a config says its weights are stored in."""
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def load(source: str | Path, *, revision: str | None = None, weights: bool = True) -> Model:
+    """Open a model folder or hub id.
+
+    Args: revision: hub commit or branch; weights=False reads only config.json (for `plan`).
+    Raises: UsageError (no such folder), InputError (malformed, unsafe), UnsupportedError (model family).
+    """
+    path = _locate(str(source), revision)
+    raw = read_config(path)
+    config = _parse_config(path, raw)
+    task = _task(config, raw)
+    module = skeleton.build(config, auto_class(task))
+    structure = skeleton.survey(module)
+    if not weights:
+        layers = {k: replace(v, source_dtype=config_dtype(config)) for k, v in structure.layers.items()}
+        return Model(str(source), path, task, config, replace(structure, layers=layers), None, "", raw)
+    files = find_files(path)
+    checkpoint = index_checkpoint(files, module, structure.aliases)
+    structure = replace(structure, layers={k: _with_dtype(v, checkpoint) for k, v in structure.layers.items()})
+    return Model(str(source), path, task, config, structure, checkpoint, digest_files(files), raw)
+
+
+def _with_dtype(spec: LayerSpec, checkpoint: Checkpoint) -> LayerSpec:
+    name = spec.name.rpartition(".")[0] if spec.kind is LayerKind.EXPERT else f"{spec.name}.weight"
+    return replace(spec, source_dtype=checkpoint.dtype(name))
+
+
+def _locate(source: str, revision: str | None) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"{source} is a file. Give the folder that holds config.json and *.safetensors.")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UsageError(f"No such folder: {source}. Give a folder that save_pretrained wrote, or a hub id 'org/name'.")
+    return _download(source, revision)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"'{source}' is no folder here, and could not be fetched from the hub ({reason}). "
+            "Check the name and the network, or give a local folder."
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises: InputError when it is missing, malformed or asks for code to be run."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} is not JSON ({error}). Fetch or save it again.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file} holds a {type(raw).__name__}, not an object. Fetch or save it again.")
+    for where in _remote_code(raw):
+        raise InputError(
+            f"{file} asks for code of its own to be run ('{where}'). That is not done. Supported are the "
+            "architectures that transformers ships; remove the key if the model is one of them."
+        )
+    if "quantization_config" in raw:
+        method = str(dict(raw["quantization_config"]).get("quant_method", "unknown"))
+        raise UnsupportedError(f"{path} is already quantized ({method}). Start from the uncompressed model.")
+    return raw
+
+
+def _remote_code(value: Any, path: str = "") -> list[str]:
+    if isinstance(value, Mapping):
+        found = [f"{path}{key}" for key in value if key in ("auto_map", "trust_remote_code", "custom_pipelines")]
+        return found + [hit for key, item in value.items() for hit in _remote_code(item, f"{path}{key}.")]
+    if isinstance(value, list):
+        return [hit for item in value for hit in _remote_code(item, path)]
+    return []
+
+
+def _parse_config(path: Path, raw: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        kind = raw.get("model_type", "missing")
+        raise InputError(
+            f"{path / 'config.json'}: model_type '{kind}' cannot be built by this transformers "
+            f"({str(error).splitlines()[0]}). Check the file, or update transformers."
+        ) from error
+
+
+def _task(config: Any, raw: dict[str, Any]) -> Task:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    names = raw.get("architectures") or []
+    architecture = str(names[0]) if names else ""
+    if getattr(config, "is_encoder_decoder", False) or "vision_config" in raw or "audio_config" in raw:
+        raise UnsupportedError(
+            f"{architecture or config.model_type}: encoder-decoder and multi-modal models are not supported. "
+            "Supported: decoder language models and BERT-type encoders."
+        )
+    if architecture and architecture == CAUSAL.get(config.model_type):
+        return Task.CAUSAL_LM
+    if not architecture and config.model_type in CAUSAL and config.model_type != "bert":
+        return Task.CAUSAL_LM
+    return Task.ENCODER
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder, None where it has none. Raises: InputError for one that is broken or asks for code."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        return None
+    from transformers import AutoTokenizer
+
+    config = path / "tokenizer_config.json"
+    try:
+        raw = json.loads(config.read_text(encoding="utf8")) if config.is_file() else {}
+        if _remote_code(raw):
+            raise InputError(f"{config} asks for code of its own to be run ('{_remote_code(raw)[0]}'). That is not done.")
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizer libraries raise bare Exception
+        raise InputError(f"The tokenizer in {path} cannot be loaded ({error}). Fetch or save it again.") from error

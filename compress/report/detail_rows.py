@@ -1,0 +1,199 @@
+"""The evidence under the headline tables: layers, passes, predictions, verification, environment."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from compress.records import LayerResult, PassResult, Report, Verification
+from compress.report import format as fmt
+from compress.report.format import clean
+from compress.report.table import Table, capped
+
+_NONE = "-"
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted path: model.layers.12.mlp
+_LEVELS = {
+    "ran": "ran: the runtime loaded the file and ran it",
+    "built": "built: the builder accepted it, the same graph ran elsewhere",
+    "checked": "checked: the runtime's rules only, nothing ran",
+}
+
+
+def detail_tables(report: Report) -> tuple[Table, ...]:
+    """In the order of a page."""
+    return (
+        _verification_table(report.verification),
+        _pass_table(report.passes),
+        _layer_table(report.passes),
+        _prediction_table(report),
+        _environment_table(report),
+    )
+
+
+def operator_table(report: Report) -> Table:
+    """Which operators run the compressible layers, and which layers stayed in float, by name."""
+    rows = [(clean(name), str(count), _NONE) for name, count in sorted(report.operators.items())]
+    if report.operators or report.float_layers:
+        names = report.float_layers
+        rows.append(("float fallback", str(len(names)), fmt.listing(names, limit=12) if names else _NONE))
+    kept, notes = capped(rows)
+    return Table("operators", "Operators used", ("operator", "layers", "names"), "lrl", kept, notes=notes)
+
+
+def skipped_table(report: Report) -> Table:
+    """Layers that a pass left alone, grouped by reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for layer in _layers(report.passes, changed=False):
+        groups.setdefault((layer.pass_text, layer.reason), []).append(layer.layer)
+    rows = [
+        (clean(text), clean(reason) or "no reason recorded", str(len(names)), fmt.listing(_patterns(names)))
+        for (text, reason), names in groups.items()
+    ]
+    kept, notes = capped(rows)
+    columns = ("pass", "reason", "layers", "names")
+    empty = "no layer was skipped" if report.passes else "no pass ran"
+    return Table("skipped", "Skipped layers", columns, "llrl", kept, notes=notes, empty=empty)
+
+
+def _verification_table(found: Verification | None) -> Table:
+    if found is None:
+        return Table("verification", "Verification", (), "", ())
+    largest, bound = fmt.told_apart(found.max_relative_difference, found.bound)
+    rows = [
+        ("level", _LEVELS[found.level]),
+        ("runtime", clean(found.runtime)),
+        ("agrees", "yes" if found.agrees else "NO"),
+        ("largest relative difference", f"{largest} (bound {bound})"),
+        ("same top token", f"{fmt.percent(found.top1_agreement)} of {found.positions} positions"),
+        ("same, where decided", f"{fmt.percent(found.decided_agreement)} of {found.decided_positions} positions"),
+    ]
+    if found.greedy_tokens:
+        rows.append(("greedy tokens", fmt.listing([str(token) for token in found.greedy_tokens], limit=16)))
+    rows += [("note", clean(note, limit=600)) for note in found.notes]
+    return _facts_table("verification", "Verification", rows)
+
+
+def _pass_table(passes: Sequence[PassResult]) -> Table:
+    rows = [
+        (
+            clean(result.pass_text),
+            str(sum(layer.changed for layer in result.layers)),
+            str(sum(not layer.changed for layer in result.layers)),
+            fmt.duration(result.seconds),
+            fmt.listing([f"{pattern}: {count}" for pattern, count in sorted(result.matches.items())]) or _NONE,
+        )
+        for result in passes
+    ]
+    kept, notes = capped(rows)
+    columns = ("pass", "changed", "skipped", "time", "layers matched per pattern")
+    return Table("passes", "Passes", columns, "lrrrl", kept, notes=notes, empty="no pass ran")
+
+
+def _layer_table(passes: Sequence[PassResult]) -> Table:
+    groups: dict[tuple[str, str, str], list[LayerResult]] = {}
+    for layer in _layers(passes, changed=True):
+        groups.setdefault((layer.pass_text, _pattern(layer.layer), layer.format), []).append(layer)
+    rows, notes = capped(
+        (_layer_row(group) for group in groups.values()),
+        (
+            "Layers of one kind share a row (* stands for their numbers), with the smallest and the largest figure.",
+            "Errors are relative squared errors of the weight before and after the pass; the output error weights them "
+            "by the layer's inputs.",
+        ),
+    )
+    columns = (
+        "pass", "layer", "count", "format", "bits per weight", "error before", "error after", "output error",
+        "worst layer", "notes",
+    )  # fmt: skip
+    if not rows:
+        return Table("layers", "Layers", columns, "llrlrrrrll", (), empty="no layer was changed")
+    return Table("layers", "Layers", columns, "llrlrrrrll", rows, keys=2, notes=notes)
+
+
+def _layer_row(group: Sequence[LayerResult]) -> tuple[str, ...]:
+    first = group[0]
+    notes = dict.fromkeys(note for layer in group for note in layer.notes)
+    others = [(layer.layer, [user for user in layer.users if user != layer.layer]) for layer in group]
+    tied = [f"{name} also serves {', '.join(users)}" for name, users in others if users]
+    return (
+        clean(first.pass_text),
+        clean(first.layer) if len(group) == 1 else clean(_pattern(first.layer)),
+        str(len(group)),
+        clean(first.format) or _NONE,
+        fmt.value_range([layer.bits_per_weight for layer in group]),
+        fmt.value_range([layer.error_before for layer in group]),
+        fmt.value_range([layer.error_after for layer in group]),
+        fmt.value_range([layer.output_error for layer in group]),
+        _worst(group) if len(group) > 1 else _NONE,
+        fmt.listing([*notes, *tied], limit=3) or _NONE,
+    )
+
+
+def _worst(group: Sequence[LayerResult]) -> str:
+    def error(layer: LayerResult) -> float:
+        found = layer.error_after if layer.output_error is None else layer.output_error
+        return -1.0 if found is None else found
+
+    worst = max(group, key=error)
+    return clean(worst.layer) if error(worst) >= 0 else _NONE
+
+
+def _prediction_table(report: Report) -> Table:
+    if report.plan is None:
+        return Table("plan", "Plan: predicted and measured", (), "", (), empty="no plan was recorded")
+    plan, unknown = report.plan, "not recorded"
+    measured_size = fmt.size(report.artifact_bytes) if report.artifact_bytes > 0 else fmt.NOT_MEASURED
+    passes_s = sum(result.seconds for result in report.passes)
+    rows = (
+        ("artifact size", fmt.size(plan.predicted_artifact_bytes), measured_size),
+        ("compressed model size", fmt.size(plan.predicted_model_bytes), unknown),
+        ("peak memory of the run", fmt.size(plan.predicted_peak_memory_bytes), unknown),
+        ("disk needed by the run", fmt.size(plan.predicted_disk_bytes), unknown),
+        ("time", fmt.duration(plan.predicted_seconds), f"{fmt.duration(passes_s)} in the passes alone"),
+    )
+    return Table("plan", "Plan: predicted and measured", ("quantity", "predicted", "measured"), "lrr", rows)
+
+
+def _environment_table(report: Report) -> Table:
+    rows = [
+        ("compressed from", report.source),
+        ("source digest", report.source_digest),
+        ("profile and target", f"{report.profile}, {report.target}"),
+        ("created", report.created),
+        ("seed", str(report.seed)),
+        ("calibration", _pairs(report.calibration.items())),
+        ("versions", _pairs(report.versions.items())),
+    ]
+    if report.speed:
+        rows.append(("timed in", f"{report.speed.runtime}, threads: {report.speed.threads}"))
+        rows += [(f"machine: {name}", value) for name, value in sorted(report.speed.machine.items())]
+    for quality in (report.baseline_quality, report.artifact_quality, report.memory_quality):
+        if quality:
+            rows.append((f"data digest, {quality.subject} in {quality.where}", quality.data_digest))
+    rows.append(("report schema", str(report.schema_version)))
+    return _facts_table("environment", "Environment", [(name, clean(value, limit=600)) for name, value in rows])
+
+
+def _facts_table(key: str, title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    kept, notes = capped((clean(name), value or _NONE) for name, value in rows)
+    return Table(key, title, ("what", "found"), "ll", kept, notes=notes)
+
+
+def _layers(passes: Sequence[PassResult], *, changed: bool) -> Iterable[LayerResult]:
+    return (layer for result in passes for layer in result.layers if layer.changed is changed)
+
+
+def _pattern(name: str) -> str:
+    return _INDEX.sub("*", name)
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Names with their numbers starred and counted; a name that is alone in its pattern stays whole."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_pattern(name), []).append(name)
+    return [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in groups.items()]
+
+
+def _pairs(items: Iterable[tuple[str, object]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(items, key=lambda item: item[0]))

@@ -1,0 +1,57 @@
+"""The report as GitHub Markdown, for a pull request or a model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from compress.records import Report
+from compress.report.rows import build_page
+from compress.report.table import Block, Table
+
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKUP = re.compile(r"([\\`*\[\]|~#])")
+_EDGE_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word an underscore is plain text
+_RULES = {"l": ":--", "r": "--:"}
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report; every text of the model's is escaped."""
+    page = build_page(report)
+    facts = [f"- {name}: {_text(value)}" for name, value in page.facts]
+    parts = [f"# {_text(page.title) or 'compress report'}", f"**{_text(page.verdict)}**", "\n".join(facts)]
+    if page.warnings:
+        parts += ["## Warnings", "\n".join(f"- {_text(text)}" for text in page.warnings)]
+    for table in page.main:
+        parts += _table(table)
+    for table in page.details:
+        parts += _table(table)
+    for block in page.blocks:
+        parts += _block(block)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(table: Table) -> list[str]:
+    heading = f"## {_text(table.title)}"
+    notes = "\n".join(f"- {_text(note)}" for note in table.notes)
+    if not table.rows:
+        return [heading, _text(table.empty), notes]
+    lines = [_row(table.columns), _row([_RULES[side] for side in table.align], raw=True)]
+    lines += [_row(row) for row in table.rows]
+    return [heading, "\n".join(lines), notes]
+
+
+def _row(cells: Sequence[str], *, raw: bool = False) -> str:
+    return f"| {' | '.join(cells if raw else [_text(cell) for cell in cells])} |"
+
+
+def _block(block: Block) -> list[str]:
+    longest = max((len(run) for run in re.findall(r"`+", block.text)), default=0)
+    fence = "`" * max(3, longest + 1)  # no text can close a fence that is longer than any run in it
+    return [f"## {_text(block.title)}", f"{fence}text\n{block.text}\n{fence}", _text(block.note)]
+
+
+def _text(text: str) -> str:
+    safe = _MARKUP.sub(r"\\\1", text)
+    safe = _EDGE_UNDERSCORE.sub(r"\\_", safe)
+    return "".join(_HTML.get(char, char) for char in safe)

@@ -1,0 +1,265 @@
+"""The module tree without its weights, where its blocks and layers are, and how weights get in and out.
+
+Models are found by module types and names, never by symbolic tracing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UnsupportedError
+from compress.layer import Layer, LayerKind, LayerSpec
+
+OUTER = -1
+"""The segment of everything that is outside the blocks: embeddings, final norm, head."""
+
+
+def build(config: Any, auto: Any, attention: str = "sdpa") -> nn.Module:
+    """The module of a config with all parameters on `meta`; buffers are real, computed by the module itself."""
+    from transformers.initialization import no_init_weights
+
+    with _parameters_on_meta(), no_init_weights(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: nn.Module = auto.from_config(deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+    module.eval()
+    module.tie_weights()  # type: ignore[operator]
+    return module
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Each parameter moves to `meta` as it is registered, so at most one is ever allocated."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(self, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the blocks and layers of a module tree are.
+
+    blocks: module paths of the repeated blocks, in order; layers: every compressible layer by name; plain: the
+    other stored tensors by segment; aliases: tied parameter names → the name that is stored; head: the output layer.
+    """
+
+    blocks_path: str
+    blocks: tuple[str, ...]
+    layers: dict[str, LayerSpec]
+    plain: dict[int, tuple[str, ...]]
+    aliases: dict[str, str]
+    head: str | None = None
+
+    def user_kind(self, spec: LayerSpec, user: str) -> str:
+        """`embedding`, `head`, `expert` or `linear`: what one user of a layer is, for `kind:` patterns."""
+        if spec.kind is LayerKind.EMBEDDING and user == spec.name:
+            return "embedding"
+        return "head" if user == self.head else ("expert" if spec.kind is LayerKind.EXPERT else "linear")
+
+    def segment_layers(self, segment: int) -> tuple[LayerSpec, ...]:
+        """The layers stored in a segment."""
+        return tuple(spec for spec in self.layers.values() if spec.segment == segment)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """OUTER, then the blocks in order."""
+        return (OUTER, *range(len(self.blocks)))
+
+
+def survey(module: nn.Module) -> Structure:
+    """Find blocks, layers and tied weights. Raises: UnsupportedError where there is no list of like blocks."""
+    path = _blocks_path(module)
+    count = len(module.get_submodule(path))  # type: ignore[arg-type]
+    blocks = tuple(f"{path}.{index}" for index in range(count))
+    layers = _layers(module, path)
+    aliases = _aliases(module)
+    owned = {f"{user}.{part}" for spec in layers.values() for user in spec.users for part in ("weight", "bias")}
+    owned |= {name.rpartition(".")[0] for name in layers if layers[name].kind is LayerKind.EXPERT}
+    plain: dict[int, list[str]] = {segment: [] for segment in (OUTER, *range(count))}
+    for name in module.state_dict():
+        if name not in owned and name not in aliases:
+            plain[segment_of(name, path)].append(name)
+    groups = {key: tuple(names) for key, names in plain.items()}
+    return Structure(path, blocks, layers, groups, aliases, _head(module))
+
+
+def _head(module: nn.Module) -> str | None:
+    head = module.get_output_embeddings()  # type: ignore[operator]
+    return next((name for name, child in module.named_modules() if child is head), None) if head is not None else None
+
+
+def segment_of(name: str, blocks_path: str) -> int:
+    """The block index in a name, or OUTER."""
+    if not name.startswith(blocks_path + "."):
+        return OUTER
+    return int(name[len(blocks_path) + 1 :].split(".", 1)[0])
+
+
+def _blocks_path(module: nn.Module) -> str:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) > 0 and any(_is_linear(m) for m in child.modules()):
+            if len({type(block) for block in child}) == 1:
+                return name
+    raise UnsupportedError(
+        f"{type(module).__name__} has no list of like blocks (an nn.ModuleList with linear layers in it), so it cannot "
+        "be walked block by block. Supported: decoders and encoders of that form."
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether the module stores its weight as (in, out): transformers' Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _layers(module: nn.Module, blocks_path: str) -> dict[str, LayerSpec]:
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    by_weight: dict[int, LayerSpec] = {}
+    experts: list[LayerSpec] = []
+    for name, child in module.named_modules():
+        segment = segment_of(name, blocks_path)
+        if child is embedding:
+            kind = LayerKind.EMBEDDING
+        elif _is_linear(child):
+            kind = LayerKind.LINEAR
+        else:
+            experts += _experts(name, child, segment)
+            continue
+        weight = child.weight
+        if id(weight) in by_weight:
+            first = by_weight[id(weight)]
+            by_weight[id(weight)] = replace(first, users=(*first.users, name))
+            continue
+        rows, columns = weight.shape[::-1] if is_turned(child) else weight.shape
+        by_weight[id(weight)] = LayerSpec(
+            name,
+            kind,
+            (int(rows), int(columns)),
+            (name,),
+            has_bias=getattr(child, "bias", None) is not None,
+            segment=segment,
+            turned=is_turned(child),
+            routed=_is_router(name, int(rows)),
+        )
+    return {spec.name: spec for spec in (*by_weight.values(), *experts)}
+
+
+def _is_router(name: str, rows: int) -> bool:
+    """A mixture's gate: few outputs, named so. Rounding it reorders experts, so only a pass that names it may."""
+    last = name.rpartition(".")[2]
+    return last in {"router", "gate", "shared_expert_gate"} and rows <= 512
+
+
+def _experts(name: str, module: nn.Module, segment: int) -> list[LayerSpec]:
+    """One layer per expert and per 3-D parameter (experts, out, in)."""
+    specs = []
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim != 3 or not key.endswith("_proj"):
+            continue
+        count, rows, columns = parameter.shape
+        specs += [
+            LayerSpec(f"{name}.{key}.{index}", LayerKind.EXPERT, (rows, columns), (f"{name}.{key}.{index}",),
+                      segment=segment)
+            for index in range(count)
+        ]
+    return specs
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        else:
+            first[id(parameter)] = name
+    return aliases
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where the parameter or buffer `name` is."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if key in owner._parameters:
+        owner._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[key] = tensor
+
+
+def put_layer(module: nn.Module, layer: Layer) -> None:
+    """Decode a layer into every module that uses it, in float32, with its input rounding as a hook."""
+    weight = layer.float_weight()
+    for user in layer.users:
+        if layer.kind is LayerKind.EXPERT:
+            _put_expert(module, user, weight)
+            continue
+        child = module.get_submodule(user)
+        child._parameters["weight"] = nn.Parameter(weight.T.contiguous() if is_turned(child) else weight, False)
+        if layer.bias is not None and "bias" in child._parameters:
+            child._parameters["bias"] = nn.Parameter(layer.bias.float(), requires_grad=False)
+        set_input_rounding(child, layer)
+
+
+def _put_expert(module: nn.Module, user: str, weight: Tensor) -> None:
+    path, _, index = user.rpartition(".")
+    owner_path, _, key = path.rpartition(".")
+    owner = module.get_submodule(owner_path)
+    whole = owner._parameters[key]
+    assert whole is not None
+    if whole.device.type == "meta":
+        whole = nn.Parameter(torch.zeros(whole.shape, dtype=torch.float32), requires_grad=False)
+        owner._parameters[key] = whole
+    whole.data[int(index)] = weight
+
+
+def set_input_rounding(child: nn.Module, layer: Layer) -> None:
+    """Round what enters a module as `layer.act` says; the hook of an earlier call is replaced."""
+    handle = child.__dict__.pop("_compress_rounding", None)
+    if handle is not None:
+        handle.remove()
+    if layer.act is None or layer.kind is LayerKind.EMBEDDING:
+        return
+    act = layer.act
+    child.__dict__["_compress_rounding"] = child.register_forward_pre_hook(
+        lambda _module, inputs: (act.round(inputs[0]), *inputs[1:])
+    )
+
+
+def put_plain(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put stored tensors in place, floats as float32."""
+    for name, tensor in tensors.items():
+        set_tensor(module, name, tensor.float() if tensor.is_floating_point() else tensor)
+
+
+def release(module: nn.Module, path: str) -> None:
+    """Give a block's memory back: its parameters return to `meta`, its hooks go."""
+    for child in module.get_submodule(path).modules():
+        handle = child.__dict__.pop("_compress_rounding", None)
+        if handle is not None:
+            handle.remove()
+        for key, parameter in child._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                child._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)

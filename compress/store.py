@@ -1,0 +1,222 @@
+"""The store of design §6: a compressed model as a folder, target-neutral, one safetensors file per block.
+
+`model/` holds config.json and the tokenizer's files as the source had them, `structure.json`, and for each segment
+`outer.safetensors` or `block-0000.safetensors`. A file's header carries, under the one key `compress`, JSON with the
+layers in it: name, kind, users, shape, format text (null: a plain weight), input grid text. Tensor names are
+`<layer>.weight` (plain) or `<layer>.weight.<part>` (the format's tensors), `<layer>.bias`, and the names of plain
+tensors. `open_store` gives a `Model` that reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import InputError
+from compress.formats import parse_format
+from compress.formats.base import QuantTensor
+from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.model import Model, load
+from compress.skeleton import OUTER, Structure
+from compress.weights import digest_files, open_file
+
+SCHEMA = 1
+HEADER = "compress"
+
+
+def segment_file(segment: int) -> str:
+    """File name of a segment."""
+    return "outer.safetensors" if segment == OUTER else f"block-{segment:04d}.safetensors"
+
+
+def sync_file(path: Path) -> None:
+    """Force a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file: beside it first, synced, then renamed, so that it is complete or absent."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf8")
+    sync_file(beside)
+    beside.replace(path)
+
+
+def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
+    """Write one segment's file, complete or absent."""
+    tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
+    for layer in layers.values():
+        tensors |= _layer_tensors(layer)
+    header = json.dumps({"schema": SCHEMA, "layers": [_describe(layer) for layer in layers.values()]}, sort_keys=True)
+    path = folder / segment_file(segment)
+    beside = path.with_name(path.name + ".tmp")
+    save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
+    sync_file(beside)
+    beside.replace(path)
+
+
+def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
+    if isinstance(layer.weight, QuantTensor):
+        tensors = {f"{layer.name}.weight.{part}": tensor for part, tensor in layer.weight.tensors.items()}
+    else:
+        tensors = {f"{layer.name}.weight": layer.weight.contiguous()}
+    if layer.bias is not None:
+        tensors[f"{layer.name}.bias"] = layer.bias.contiguous()
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _describe(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": str(layer.kind),
+        "users": list(layer.users),
+        "shape": list(layer.shape),
+        "format": str(layer.format) if layer.format else None,
+        "act": str(layer.act.format) if layer.act else None,
+        "bias": layer.bias is not None,
+    }
+
+
+def write_structure(folder: Path, model: Model, passes: Iterable[str]) -> None:
+    """The files beside the segments: structure.json, config.json, tokenizer."""
+    structure = {
+        "schema": SCHEMA,
+        "source_digest": model.digest,
+        "blocks": len(model.structure.blocks),
+        "passes": list(passes),
+        "segments": [segment_file(segment) for segment in model.structure.segments],
+        "edits": [],
+    }
+    for path in (model.path / "config.json", *model.side_files()):
+        shutil.copyfile(path, folder / path.name)
+    write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
+
+
+@dataclass
+class StoreReader:
+    """Reads layers and plain tensors of a store."""
+
+    folder: Path
+    structure: Structure
+    _handles: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    def _handle(self, segment: int) -> Any:
+        if segment not in self._handles:
+            self._handles[segment] = open_file(self.folder / segment_file(segment))
+        return self._handles[segment]
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        """One layer with its stored tensors."""
+        handle = self._handle(spec.segment)
+        bias = handle.get_tensor(f"{spec.name}.bias") if spec.has_bias else None
+        weight: Tensor | QuantTensor
+        if spec.format is None:
+            weight = handle.get_tensor(f"{spec.name}.weight")
+        else:
+            parts = spec.format.tensor_specs(spec.shape)
+            tensors = {part: handle.get_tensor(f"{spec.name}.weight.{part}") for part in parts}
+            weight = QuantTensor(spec.format, tensors, spec.shape)
+        return Layer(spec.name, spec.kind, weight, bias, spec.act, spec.users)
+
+    def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors that are no layer's."""
+        home = {name: segment for segment, group in self.structure.plain.items() for name in group}
+        return {name: self._handle(home[name]).get_tensor(name) for name in names}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a plain tensor."""
+        tensor: Tensor = self.plain([name])[name]
+        return tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the segment files."""
+        return sum((self.folder / segment_file(s)).stat().st_size for s in self.structure.segments)
+
+
+def read_header(folder: Path, segment: int) -> list[dict[str, Any]]:
+    """The layer descriptions of a segment's file. Raises: InputError for a file that is no store."""
+    path = folder / segment_file(segment)
+    metadata = open_file(path).metadata() or {}
+    try:
+        header = json.loads(metadata[HEADER])
+        layers: list[dict[str, Any]] = header["layers"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a file of a compress store ({error!r}). Run `compress run` again.") from error
+    if header.get("schema") != SCHEMA:
+        raise InputError(f"{path} has store schema {header.get('schema')}; this version reads {SCHEMA}.")
+    return layers
+
+
+def read_segment(folder: Path, segment: int, structure: Structure) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """Layers and plain tensors of one written segment."""
+    items = read_header(folder, segment)
+    specs = {str(item["name"]): _read_spec(item, segment, structure, folder) for item in items}
+    reader = StoreReader(folder, structure)
+    return {name: reader.layer(spec) for name, spec in specs.items()}, reader.plain(structure.plain[segment])
+
+
+def open_store(folder: Path) -> Model:
+    """A store as a Model whose layers carry their formats. Raises: InputError for a malformed one."""
+    info_path = folder / "structure.json"
+    if not info_path.is_file():
+        raise InputError(f"{folder} has no structure.json: it is not the model/ folder of an artifact.")
+    try:
+        info = json.loads(info_path.read_text(encoding="utf8"))
+        source_digest = str(info["source_digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
+    model = load(folder, weights=False)
+    layers = {}
+    for segment in model.structure.segments:
+        for item in read_header(folder, segment):
+            spec = _read_spec(item, segment, model.structure, folder)
+            layers[spec.name] = spec
+    order = {name: place for place, name in enumerate(model.structure.layers)}
+    ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    structure = replace(model.structure, layers=ordered)
+    digest = digest_files(folder / segment_file(segment) for segment in structure.segments)
+    return replace(
+        model, structure=structure, weights=StoreReader(folder, structure), digest=digest, source_digest=source_digest
+    )
+
+
+def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder: Path) -> LayerSpec:
+    try:
+        name = str(item["name"])
+        base = structure.layers.get(name) or _untied(structure, name)
+        shape = (int(item["shape"][0]), int(item["shape"][1]))
+        form = parse_format(item["format"]) if item["format"] else None
+        act = ActSpec(parse_format(item["act"])) if item["act"] else None
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{folder / segment_file(segment)} describes a layer badly ({error!r}).") from error
+    if shape != base.shape:
+        raise InputError(f"{folder}: layer {name} is {shape} in the store, but {base.shape} by config.json.")
+    dtype = base.source_dtype
+    if form is None:
+        handle = open_file(folder / segment_file(segment))
+        dtype = handle.get_tensor(f"{name}.weight").dtype
+    return replace(
+        base, name=name, users=tuple(item["users"]), format=form, act=act, segment=segment, source_dtype=dtype
+    )
+
+
+def _untied(structure: Structure, name: str) -> LayerSpec:
+    """The tied layer that a module left when a pass changed it alone."""
+    for spec in structure.layers.values():
+        if name in spec.users:
+            return replace(spec, kind=LayerKind.LINEAR)
+    raise KeyError(name)

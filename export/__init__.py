@@ -1,0 +1,38 @@
+"""Export targets: one folder per target. Adding one: its folder, its test, one line in `TARGETS`.
+
+The module is callable, so that `compress.export(result, …)` of the Python API and `compress.export.onnx` are both
+right whatever was imported first.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+if __name__ != "compress.export":
+    raise ImportError("Import this package as compress.export: a second copy would be a second registry.")
+
+from compress.errors import UsageError, nearest
+
+# target → module with `plan_layer`, `predict` and `write`
+TARGETS: dict[str, str] = {
+    "onnx": "compress.export.onnx.target",
+}
+
+
+def find(name: str) -> Any:
+    """The module of a target. Raises: UsageError for an unknown one."""
+    if name not in TARGETS:
+        raise UsageError(f"Unknown export target '{name}'.{nearest(name, TARGETS)}")
+    return import_module(TARGETS[name])
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`compress.run.export`."""
+        return import_module("compress.run").export(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,0 +1,13 @@
+"""The `onnx` target: a folder that ONNX Runtime, onnxruntime-genai and optimum load as it is.
+
+One file per lowering; the table says which is asked first. A format that none accepts is refused with the reasons.
+"""
+
+from __future__ import annotations
+
+# asked in this order; each module offers `choose(spec, runtime)`, `stored_bytes`, `linear` and, where it can, `gather`
+LOWERINGS: tuple[str, ...] = (
+    "compress.export.onnx.float_matmul",
+    "compress.export.onnx.dynamic_quantize",
+    "compress.export.onnx.matmul_nbits",
+)

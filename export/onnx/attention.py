@@ -1,0 +1,106 @@
+"""Attention in standard operators: concatenated cache, causal or sliding mask, grouped query heads folded together."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.export.onnx.graph import GraphBuilder
+
+# Added to masked scores: far below any score, yet finite, so that a row with nothing to see gives no NaN.
+MASKED = -1e9
+
+
+def mask_bias(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, *, causal: bool, window: int) -> ir.Value:
+    """(batch, 1, s or 1, total) float32, 0 where a query may look; made once per kind of mask.
+
+    ids (batch, s), mask (batch, total) with total = past + s.
+    """
+    key = ("mask", causal, window)
+    if key in graph.shared:
+        return graph.shared[key]
+    seen = graph.node("Cast", [mask], {"to": ir.DataType.BOOL.value}, dtype=ir.DataType.BOOL)
+    seen = graph.node("Unsqueeze", [seen, graph.constant([1, 2])], dtype=ir.DataType.BOOL)
+    if causal:
+        seen = graph.node("And", [seen, _reach(graph, ids, mask, window)], dtype=ir.DataType.BOOL)
+    zero, masked = graph.constant(0.0, np.float32), graph.constant(MASKED, np.float32)
+    graph.shared[key] = graph.node("Where", [seen, zero, masked])
+    return graph.shared[key]
+
+
+def _reach(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, window: int) -> ir.Value:
+    """(s, total) bool: key position ≤ query position, and inside the window if there is one."""
+    integer, boolean = ir.DataType.INT64, ir.DataType.BOOL
+    length = graph.node("Squeeze", [graph.node("Shape", [ids], {"start": 1, "end": 2}, dtype=integer)], dtype=integer)
+    total = graph.node("Squeeze", [graph.node("Shape", [mask], {"start": 1, "end": 2}, dtype=integer)], dtype=integer)
+    one = graph.constant(1)
+    start = graph.node("Sub", [total, length], dtype=integer)
+    rows = graph.node("Range", [start, total, one], dtype=integer)
+    rows = graph.node("Unsqueeze", [rows, graph.constant([1])], dtype=integer)
+    columns = graph.node("Range", [graph.constant(0), total, one], dtype=integer)
+    reach = graph.node("LessOrEqual", [columns, rows], dtype=boolean)
+    if not window:
+        return reach
+    oldest = graph.node("Sub", [rows, graph.constant(window)], dtype=integer)
+    return graph.node("And", [reach, graph.node("Greater", [columns, oldest], dtype=boolean)], dtype=boolean)
+
+
+def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value) -> list[ir.Value]:
+    """Replace an Attention placeholder: values for each of its outputs, in order."""
+    query, key, value = node.inputs[:3]
+    assert query is not None and key is not None and value is not None
+    results: list[ir.Value] = []
+    if len(node.inputs) == 5:
+        key = graph.node("Concat", [node.inputs[3], key], {"axis": 2})
+        value = graph.node("Concat", [node.inputs[4], value], {"axis": 2})
+        results = [key, value]
+    heads, size = _dim(query, 1), _dim(query, 3)
+    kv_heads, value_size = _dim(node.inputs[1], 1), _dim(node.inputs[2], 3)
+    groups = heads // kv_heads
+    scaled = graph.node("Mul", [query, graph.constant(_float(node, "scale"), np.float32)])
+    if groups > 1:  # (b, heads, s, d) → (b, kv heads, groups · s, d): keys are read once per group
+        scaled = graph.node("Reshape", [scaled, graph.constant([0, kv_heads, -1, size])])
+    scores = graph.node("MatMul", [scaled, graph.node("Transpose", [key], {"perm": [0, 1, 3, 2]})])
+    weights = _softmax(graph, node, scores, ids, mask, kv_heads, groups)
+    out = graph.node("MatMul", [weights, value])
+    if groups > 1:
+        length = graph.node("Shape", [ids], {"start": 1, "end": 2}, dtype=ir.DataType.INT64)
+        parts = [graph.constant([0, heads]), length, graph.constant([value_size])]
+        out = graph.node("Reshape", [out, graph.node("Concat", parts, {"axis": 0}, dtype=ir.DataType.INT64)])
+    return [graph.node("Transpose", [out], {"perm": [0, 2, 1, 3]}), *results]
+
+
+def _softmax(
+    graph: GraphBuilder, node: ir.Node, scores: ir.Value, ids: ir.Value, mask: ir.Value, kv_heads: int, groups: int
+) -> ir.Value:
+    """scores (b, kv heads, groups · s, total) → attention weights of the same shape."""
+    softcap = _float(node, "softcap")
+    if softcap:
+        cap = graph.constant(softcap, np.float32)
+        scores = graph.node("Mul", [graph.node("Tanh", [graph.node("Div", [scores, cap])]), cap])
+    bias = mask_bias(graph, ids, mask, causal=bool(_int(node, "causal")), window=_int(node, "window"))
+    if groups == 1:
+        return graph.node("Softmax", [graph.node("Add", [scores, bias])], {"axis": -1})
+    integer = ir.DataType.INT64
+    length = graph.node("Shape", [ids], {"start": 1, "end": 2}, dtype=integer)
+    total = graph.node("Shape", [mask], {"start": 1, "end": 2}, dtype=integer)
+    split = graph.node("Concat", [graph.constant([0, kv_heads * groups]), length, total], {"axis": 0}, dtype=integer)
+    joined = graph.node("Concat", [graph.constant([0, kv_heads, -1]), total], {"axis": 0}, dtype=integer)
+    scores = graph.node("Reshape", [scores, split])
+    weights = graph.node("Softmax", [graph.node("Add", [scores, bias])], {"axis": -1})
+    return graph.node("Reshape", [weights, joined])
+
+
+def _dim(value: ir.Value | None, axis: int) -> int:
+    assert value is not None and value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int), f"{value.name} has no fixed size on axis {axis}"
+    return size
+
+
+def _float(node: ir.Node, name: str) -> float:
+    return float(node.attributes[name].as_float())
+
+
+def _int(node: ir.Node, name: str) -> int:
+    return int(node.attributes[name].as_int())

@@ -1,0 +1,56 @@
+"""8-bit weights and activations: com.microsoft DynamicQuantizeMatMul, one dynamic grid for the whole input."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from compress.export.onnx.float_matmul import add_bias
+from compress.export.onnx.graph import MICROSOFT, GraphBuilder
+from compress.export.onnx.lowering import Choice, Refusal, Source
+from compress.formats.base import QuantTensor
+from compress.formats.int_grid import IntGrid
+from compress.hwprofiles import Runtime
+from compress.layer import LayerKind, LayerSpec
+
+INPUT = IntGrid(8, group="tensor", scheme="asymmetric")
+# The kernel rounds as our own decoder does; what remains is float32 summation order.
+BOUND = 0.02
+
+
+def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
+    """Takes symmetric int2 … int8 weights per channel or tensor with `int8(tensor, asymmetric)` inputs."""
+    if spec.act is None or spec.format is None:
+        return None
+    if spec.act.format != INPUT:
+        return Refusal(f"inputs in {spec.act.format}: DynamicQuantizeMatMul rounds them to {INPUT} only")
+    form = spec.format
+    if not isinstance(form, IntGrid) or form.group not in ("channel", "tensor") or form.scheme == "asymmetric":
+        return Refusal(f"{form}: DynamicQuantizeMatMul takes int8(channel) or int8(tensor), not this group or scheme")
+    if spec.kind is not LayerKind.LINEAR:
+        return Refusal(f"a {spec.kind} has no rounded input")
+    support = runtime.support("weight_and_activation", form.bits)
+    if support.state == "no":
+        return Refusal(f"{form}: {support.note}")
+    rows, columns = spec.shape
+    note = support.note if support.state != "fast" else ""
+    size = rows * columns + rows * 4 + spec.bias_bytes
+    return Choice("DynamicQuantizeMatMul", support.state, __name__, size, note, bound=BOUND)
+
+
+def _tensors(source: Source) -> tuple[Tensor, Tensor]:
+    """Weight (in, out) int8 and scale (out,) float32."""
+    weight = source.read().weight
+    assert isinstance(weight, QuantTensor) and isinstance(weight.format, IntGrid)
+    codes, scale, zero = weight.format.unpack(weight.tensors, weight.shape)
+    signed = codes.to(torch.int16) - zero[:, :1].to(torch.int16)
+    return signed.to(torch.int8).T.contiguous(), scale[:, 0].float().contiguous()
+
+
+def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
+    """values (…, in) → (…, out)."""
+    name, (rows, columns) = f"{source.spec.name}.weight", source.spec.shape
+    weight = graph.initializer(f"{name}.codes", lambda: _tensors(source)[0], torch.int8, (columns, rows))
+    scale = graph.initializer(f"{name}.scale", lambda: _tensors(source)[1], torch.float32, (rows,))
+    return add_bias(graph, source, graph.node("DynamicQuantizeMatMul", [values, weight, scale], domain=MICROSOFT))

@@ -1,0 +1,92 @@
+"""The files beside model.onnx that let onnxruntime-genai, optimum and transformers open the folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compress.export.onnx.capture import cache_shapes
+from compress.model import Model, Task
+
+GRAPH = "model.onnx"
+DATA = "model.onnx_data"
+
+# model types that onnxruntime-genai 0.18 knows by name; any other decoder of this form is its generic `decoder`
+_GENAI_TYPES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo"}
+)
+
+
+def write(model: Model, folder: Path) -> None:
+    """config.json, generation_config.json, tokenizer files, and genai_config.json for a decoder."""
+    config = {key: value for key, value in model.raw_config.items() if key != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")
+    for path in model.side_files():
+        shutil.copyfile(path, folder / path.name)
+    if model.task is Task.CAUSAL_LM:
+        text = json.dumps(genai_config(model), indent=2) + "\n"
+        (folder / "genai_config.json").write_text(text, encoding="utf8")
+
+
+def genai_config(model: Model) -> dict[str, Any]:
+    """What onnxruntime-genai needs to run the concatenating cache of this graph."""
+    config = model.config.get_text_config()
+    kv_heads, head_size = cache_shapes(model.config)[0]
+    context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048))
+    decoder = {
+        "session_options": {"provider_options": []},
+        "filename": GRAPH,
+        "head_size": head_size,
+        "hidden_size": int(config.hidden_size),
+        "num_attention_heads": int(config.num_attention_heads),
+        "num_hidden_layers": int(config.num_hidden_layers),
+        "num_key_value_heads": kv_heads,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    kind = str(config.model_type)
+    return {
+        "model": {
+            "type": kind if kind in _GENAI_TYPES else "decoder",
+            "bos_token_id": _token(config.bos_token_id, 0),
+            "eos_token_id": _eos(model),
+            "pad_token_id": _token(config.pad_token_id, _token(config.eos_token_id, 0)),
+            "vocab_size": int(config.vocab_size),
+            "context_length": context,
+            "decoder": decoder,
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _token(value: Any, default: int) -> int:
+    first = value[0] if isinstance(value, list) else value
+    return default if first is None else int(first)
+
+
+def _eos(model: Model) -> int | list[int]:
+    value = model.config.get_text_config().eos_token_id
+    return [int(item) for item in value] if isinstance(value, list) else _token(value, 0)

@@ -1,0 +1,62 @@
+"""Layers that no pass quantized: MatMul and Gather in float32, stored in the source's dtype."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from torch import Tensor
+
+from compress.export.onnx.graph import GraphBuilder
+from compress.export.onnx.lowering import Choice, Refusal, Source
+from compress.hwprofiles import Runtime
+from compress.layer import LayerKind, LayerSpec
+
+
+def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
+    """Takes every plain weight whose input is not rounded."""
+    if spec.format is not None:
+        return None
+    if spec.act is not None:
+        return Refusal(f"its input is {spec.act.format}, but its weight is not quantized; quantize it, e.g. to int8(channel)")
+    operator = "Gather" if spec.kind is LayerKind.EMBEDDING else "MatMul"
+    return Choice(operator, "fast", __name__, spec.source_bytes + spec.bias_bytes)
+
+
+def _weight(graph: GraphBuilder, source: Source) -> ir.Value:
+    """(out, in) where an embedding shares it, else (in, out), which MatMul takes without a transpose."""
+    spec = source.spec
+
+    def read() -> Tensor:
+        weight = source.read().weight
+        assert isinstance(weight, Tensor)
+        return weight if spec.kind is LayerKind.EMBEDDING else weight.T.contiguous()
+
+    shape = spec.shape if spec.kind is LayerKind.EMBEDDING else spec.shape[::-1]
+    return graph.float_initializer(f"{spec.name}.weight", read, spec.source_dtype, shape)
+
+
+def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
+    """values (…, in) → (…, out)."""
+    weight = _weight(graph, source)
+    if source.spec.kind is LayerKind.EMBEDDING:
+        weight = graph.node("Transpose", [weight], {"perm": [1, 0]})
+    return add_bias(graph, source, graph.node("MatMul", [values, weight]))
+
+
+def gather(graph: GraphBuilder, source: Source, ids: ir.Value) -> ir.Value:
+    """ids (…) → (…, features)."""
+    return graph.node("Gather", [_weight(graph, source), ids], {"axis": 0})
+
+
+def add_bias(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
+    """Add the layer's bias, if it has one."""
+    spec = source.spec
+    if not spec.has_bias:
+        return values
+
+    def read() -> Tensor:
+        bias = source.read().bias
+        assert bias is not None
+        return bias
+
+    bias = graph.float_initializer(f"{spec.name}.bias", read, spec.source_dtype, [spec.shape[0]])
+    return graph.node("Add", [values, bias])

@@ -1,0 +1,78 @@
+"""What a lowering answers, and how the target asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from compress.errors import UnsupportedError, UsageError
+from compress.export.onnx import LOWERINGS
+from compress.hwprofiles import Runtime
+from compress.layer import Layer, LayerSpec
+from compress.records import Kernel
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layer's way into the graph. lowering: module path; stored_bytes: of all initializers it adds; bound: published bound on the relative
+    logit difference that its kernel may make against exact arithmetic (0: exact)."""
+
+    operator: str
+    kernel: Kernel
+    lowering: str
+    stored_bytes: int
+    note: str = ""
+    block: int = 0
+    accuracy_level: int = 0
+    stored_bits: int = 0
+    bound: float = 0.0
+
+    @property
+    def module(self) -> Any:
+        """The lowering's module."""
+        return import_module(self.lowering)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a lowering does not take a layer; `usage` where another setting would do."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layer to lower: its spec, its choice, and how to read it."""
+
+    spec: LayerSpec
+    choice: Choice
+    read: Callable[[], Layer]
+
+
+@cache
+def _modules() -> tuple[Any, ...]:
+    return tuple(import_module(path) for path in LOWERINGS)
+
+
+def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal:
+    """The first lowering that takes the layer, or all reasons why none does."""
+    reasons = []
+    for module in _modules():
+        answer = module.choose(spec, runtime)
+        if isinstance(answer, Choice):
+            return answer
+        if answer is not None:
+            reasons.append(answer.reason)
+    return Refusal("; ".join(reasons) or f"no operator stores {spec.format}")
+
+
+def require(spec: LayerSpec, runtime: Runtime, profile: str) -> Choice:
+    """As `choose`. Raises: UsageError or UnsupportedError with the reasons, naming the layer."""
+    answer = choose(spec, runtime)
+    if isinstance(answer, Refusal):
+        kind = UsageError if "group" in answer.reason else UnsupportedError
+        raise kind(f"Layer {spec.name} cannot be exported for profile {profile}: {answer.reason}.")
+    return answer

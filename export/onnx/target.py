@@ -1,0 +1,146 @@
+"""The `onnx` target: capture, lower every placeholder by its layer's format, write weights tensor by tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from torch import Tensor
+
+from compress.export.onnx import attention, files
+from compress.export.onnx.capture import DOMAIN, PARAMETER, capture
+from compress.export.onnx.graph import MICROSOFT, GraphBuilder
+from compress.export.onnx.lowering import Choice, Source, choose, require
+from compress.hwprofiles import Profile
+from compress.layer import LayerSpec
+from compress.model import Model
+
+RUNTIME = "onnxruntime"
+GRAPH, DATA = files.GRAPH, files.DATA
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What was written: layers per operator, layers left in float, and the loosest bound of the lowerings used."""
+
+    folder: Path
+    operators: dict[str, int]
+    float_layers: tuple[str, ...]
+    bound: float
+
+
+def plan_layer(spec: LayerSpec, profile: Profile) -> Any:
+    """A layer's `Choice` or `Refusal`; the same function decides in `plan` and in `write`."""
+    return choose(spec, profile.runtime(RUNTIME))
+
+
+def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
+    """Bytes of the folder that `write` would make, without the weights (graph estimated per node kind)."""
+    specs = list(specs)
+    choices = [choose(spec, profile.runtime(RUNTIME)) for spec in specs]
+    weights = sum(choice.stored_bytes for choice in choices if isinstance(choice, Choice))
+    side = sum(path.stat().st_size for path in model.side_files()) + CONFIG_BYTES
+    layers = sum(isinstance(choice, Choice) for choice in choices)
+    return weights + model.plain_bytes + side + GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES
+
+
+# Fitted on the graphs of tests/test_plan.py: bytes of model.onnx besides weights, and of the two JSON files.
+CONFIG_BYTES = 2_500
+GRAPH_BASE_BYTES = 8_000
+GRAPH_LAYER_BYTES = 1_900
+
+
+def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
+    """Write the folder for a model whose layers carry their formats.
+
+    Args: model: from `open_store`, or a source (then all layers are float: the baseline); graph: an earlier `capture`
+    of the same structure.
+    Raises: UsageError, UnsupportedError naming the layer that no operator takes.
+    """
+    runtime = profile.runtime(RUNTIME)
+    choices = {name: require(spec, runtime, profile.id) for name, spec in model.structure.layers.items()}
+    document = onnx.load_from_string(graph or capture(model, runtime.opset))
+    lowered = ir.from_proto(document)
+    sources = {
+        user: Source(spec, choices[name], _reader(model, spec))
+        for name, spec in model.structure.layers.items()
+        for user in spec.users
+    }
+    _lower(lowered, sources, model)
+    lowered.ir_version = runtime.ir_version
+    lowered.producer_name = "compress"
+    lowered.producer_version = None
+    lowered.opset_imports.pop(DOMAIN, None)
+    lowered.opset_imports[MICROSOFT] = 1
+    folder.mkdir(parents=True, exist_ok=True)
+    ir.save(lowered, folder / GRAPH, external_data=DATA)
+    files.write(model, folder)
+    operators = Counter(choice.operator for choice in choices.values())
+    plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
+    bound = max((choice.bound for choice in choices.values()), default=0.0)
+    return Lowered(folder, dict(sorted(operators.items())), plain, bound)
+
+
+def _reader(model: Model, spec: LayerSpec) -> Any:
+    return lambda: model.layer(spec)
+
+
+def _lower(document: ir.Model, sources: Mapping[str, Source], model: Model) -> None:
+    graph = document.graph
+    builder = GraphBuilder(graph)
+    _parameters_to_initializers(graph, builder, model)
+    inputs = {value.name: value for value in graph.inputs}
+    for node in list(graph):
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type == "Attention":
+            place = builder.at(node.name or "attention")
+            values = attention.attention(place, node, inputs["input_ids"], inputs["attention_mask"])
+        else:
+            user = node.attributes["layer"].as_string()
+            place = builder.at(user)
+            values = [_lower_layer(place, node, sources[user])]
+        _replace(graph, node, place.nodes, values)
+
+
+def _lower_layer(builder: GraphBuilder, node: ir.Node, source: Source) -> ir.Value:
+    values = node.inputs[0]
+    lower = source.choice.module.gather if node.op_type == "Embedding" else source.choice.module.linear
+    result: ir.Value = lower(builder, source, values)
+    return result
+
+
+def _replace(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], values: list[ir.Value]) -> None:
+    """Put `nodes` where `node` was; each of its outputs becomes the value at the same place."""
+    graph.insert_before(node, nodes)
+    for old, new in zip(node.outputs, values, strict=True):
+        new.shape, new.type = old.shape, old.type
+        name = old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        old.name, new.name = None, name
+    graph.remove(node, safe=True)
+
+
+def _parameters_to_initializers(graph: ir.Graph, builder: GraphBuilder, model: Model) -> None:
+    for value in list(graph.inputs):
+        if value.name is None or not value.name.startswith(PARAMETER):
+            continue
+        name = value.name.removeprefix(PARAMETER)
+        shape, dtype = model.plain_shapes[name]
+        graph.inputs.remove(value)
+        if not value.uses():
+            continue
+        initializer = builder.float_initializer(name, _plain_reader(model, name), dtype, shape)
+        value.replace_all_uses_with(initializer)
+
+
+def _plain_reader(model: Model, name: str) -> Any:
+    def read() -> Tensor:
+        return model.reader.plain([name])[name]
+
+    return read

@@ -1,0 +1,111 @@
+"""Read profiles: those shipped in this folder by id, a user's own by path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from compress.hwprofiles.schema import Profile, ProfileError, nearest
+
+FOLDER = Path(__file__).resolve().parent
+MAX_BYTES = 1 << 20
+SHOWN_ERRORS = 5
+
+_short = reprlib.Repr()
+_short.maxlevel = 2
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def names() -> tuple[str, ...]:
+    """Ids of the shipped profiles."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+def load(path_or_id: str | Path) -> Profile:
+    """A shipped profile by its id, or the profile in a `.yaml` file."""
+    text = str(path_or_id)
+    if text in names():
+        return _read(FOLDER / f"{text}.yaml")
+    path = Path(path_or_id)
+    if path.suffix not in {".yaml", ".yml"} and len(path.parts) <= 1 and not path.is_file():
+        raise ProfileError(
+            f"unknown hardware profile '{text}'.{nearest(text, names())} Or give the path of a .yaml file of your own."
+        )
+    return _read(path)
+
+
+def digest(profile: Profile) -> str:
+    """SHA-256 of everything the profile says, whichever file it came from."""
+    text = json.dumps(profile.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path) -> Profile:
+    found = _parse(path)
+    if not isinstance(found, dict):
+        raise ProfileError(f"hardware profile {path}: a mapping of keys is expected, found {_short.repr(found)}")
+    try:
+        return Profile.model_validate(found)
+    except ValidationError as error:
+        problems = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+        more = f"; and {len(problems) - SHOWN_ERRORS} more" if len(problems) > SHOWN_ERRORS else ""
+        told = "; ".join(_sentence(each) for each in problems[:SHOWN_ERRORS])
+        raise ProfileError(f"hardware profile {path}: {told}{more}") from None
+
+
+def _parse(path: Path) -> object:
+    try:
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise ProfileError(f"hardware profile {path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise ProfileError(f"hardware profile {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise ProfileError(f"hardware profile {path} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _sentence(problem: ErrorDetails) -> str:
+    """`memory.bandwith_gb_s: unknown key. Did you mean …` or `kind: found 'tpu': Input should be 'cpu', …`."""
+    where = ".".join(map(str, problem["loc"])) or "the file"
+    if problem["type"] == "extra_forbidden":
+        allowed = tuple(_model_at(problem["loc"]).model_fields)
+        return f"{where}: unknown key.{nearest(str(problem['loc'][-1]), allowed)}".removesuffix(".")
+    if problem["type"] == "missing":
+        return f"{where}: this key is missing"
+    rule = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    return f"{where}: found {_short.repr(problem['input'])}: {rule}"
+
+
+def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The record that holds the last key of `loc`; list positions and the keys of dictionaries are passed over."""
+    model: type[BaseModel] = Profile
+    for part in loc[:-1]:
+        field = model.model_fields.get(str(part))
+        model = (field and _model_in(field.annotation)) or model
+    return model
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)

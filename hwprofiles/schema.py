@@ -1,0 +1,193 @@
+"""What a hardware profile may say: frozen records, closed to unknown keys, units in the names of the numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from difflib import get_close_matches
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Use = Literal["weight_only", "weight_and_activation", "embedding", "float"]
+Evidence = Literal["measured", "vendor", "derived", "unchecked"]
+Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+Bits = Annotated[int, Field(strict=True, ge=1, le=64)]
+Text = Annotated[str, Field(min_length=1)]
+Ident = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
+# YAML reads a bare `no` as false.
+State = Annotated[Literal["fast", "works", "no"], BeforeValidator(lambda found: "no" if found is False else found)]
+
+
+class ProfileError(ValueError):
+    """A profile that does not exist, cannot be read or says something it may not; the message says what to do."""
+
+
+def nearest(name: str, allowed: tuple[str, ...]) -> str:
+    """A sentence that offers what is allowed: ' Did you mean X? Allowed: …'."""
+    close = get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"{hint} Allowed: {', '.join(sorted(allowed)) or 'none'}."
+
+
+class Closed(BaseModel):
+    """Frozen and without keys of its own invention."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Figure(Closed):
+    """One number, in the unit its key names, with where it comes from."""
+
+    value: Annotated[float, Field(strict=True, gt=0)]
+    state: Evidence
+    source: Text
+
+
+class Match(Closed):
+    """How `detect` recognises the machine, beside the flags of `Profile.isa`. The highest priority that fits wins."""
+
+    architecture: tuple[Literal["x86_64", "aarch64"], ...] = Field(min_length=1)
+    forbidden: tuple[Text, ...] = ()
+    priority: Annotated[int, Field(strict=True, ge=0)] = 0
+
+
+class Cpu(Closed):
+    """Cores. `threads` null: every physical core that the process may use (`machine()["threads"]`)."""
+
+    threads: Count | None = None
+    clock_ghz: Figure
+
+
+class Memory(Closed):
+    """Main memory. `capacity_bytes` null: of a class of machines, so unknown here."""
+
+    capacity_bytes: Figure | None = None
+    bandwidth_gb_s: Figure
+
+
+class Peak(Closed):
+    """Dense peaks: a multiply-add counts as two operations, for int8 as well; never a figure for sparse weights."""
+
+    dense_gflops_per_core: dict[Dtype, Figure] = Field(min_length=1)
+
+
+class Lowering(Closed):
+    """One operator of a runtime and how well it runs.
+
+    `fast` pays off; `works` runs, and may save size only; `no` is refused.
+    `blocks`: input columns per scale that the kernel knows; empty: one scale per output channel.
+    `accuracy_level`: the operator's attribute of that name, to be written as it stands here.
+    """
+
+    state: State
+    kernel: str
+    blocks: tuple[Count, ...] = ()
+    accuracy_level: Annotated[int, Field(strict=True, ge=0, le=4)] | None = None
+    evidence: Evidence
+    note: str = ""
+    source: Text
+
+
+class FormatSupport(Lowering):
+    """A lowering for some widths of code. `stored_bits` null: each code takes the bits that it has."""
+
+    use: Use
+    bits: tuple[Bits, ...] = Field(min_length=1)
+    stored_bits: Bits | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FormatSupport:
+        if self.state != "no" and not self.kernel:
+            raise ValueError(f"state '{self.state}' needs the name of its kernel")
+        if self.stored_bits is not None and self.stored_bits < max(self.bits):
+            raise ValueError(f"stored_bits {self.stored_bits} cannot hold codes of {max(self.bits)} bits")
+        return self
+
+    def describe(self) -> str:
+        """`weight_only 4 bit (MatMulNBits, block 16, 32)`."""
+        bits = ", ".join(map(str, self.bits))
+        blocks = ", block " + ", ".join(map(str, self.blocks)) if self.blocks else ""
+        return f"{self.use} {bits} bit ({self.kernel}{blocks})"
+
+
+class Support(Lowering):
+    """The answer for one use and width of code. `stored_bits`: the container that a code takes in the file."""
+
+    use: Use
+    bits: int
+    stored_bits: int
+
+
+class Runtime(Closed):
+    """One runtime on this machine: its ceilings, and the operator for each use of a weight."""
+
+    opset: Count
+    ir_version: Count
+    provider: Text
+    float_dtype: Dtype
+    min_version: Text
+    checked_with: str = ""
+    formats: tuple[FormatSupport, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Runtime:
+        count = Counter((entry.use, bits) for entry in self.formats for bits in entry.bits)
+        twice = [f"{use} {bits} bit" for (use, bits), times in count.items() if times > 1]
+        if twice:
+            raise ValueError(f"formats lists twice: {', '.join(twice)}")
+        return self
+
+    def support(self, use: Use, bits: int) -> Support:
+        """Which operator a weight of this use and width runs on; what is not listed is `no`, naming what is fast."""
+        for entry in self.formats:
+            if entry.use == use and bits in entry.bits:
+                told = entry.model_dump(exclude={"bits", "stored_bits"})
+                return Support(**told, bits=bits, stored_bits=entry.stored_bits or bits)
+        return Support(
+            use=use,
+            bits=bits,
+            stored_bits=bits,
+            state="no",
+            kernel="",
+            evidence="derived",
+            note=f"no {use} kernel for {bits} bit. Fast here: {self._fast(use)}.",
+            source="not listed in the profile",
+        )
+
+    def _fast(self, use: Use) -> str:
+        fast = [entry for entry in self.formats if entry.state == "fast"]
+        same = [entry for entry in fast if entry.use == use]
+        return "; ".join(entry.describe() for entry in same or fast) or "nothing"
+
+
+class Grid(Closed):
+    """What to time, as (batch, prompt length)."""
+
+    prefill: tuple[tuple[Count, Count], ...] = ()
+    decode: tuple[tuple[Count, Count], ...] = ()
+
+
+class Profile(Closed):
+    """One machine, or a class of machines. `isa`: the flags, as Linux spells them, that it must have."""
+
+    schema_version: Literal[1]
+    id: Ident
+    name: Text
+    vendor: Text
+    kind: Literal["cpu", "gpu", "soc"]
+    isa: tuple[Text, ...] = ()
+    detect: Match
+    cpu: Cpu
+    memory: Memory
+    peak: Peak
+    target: Literal["onnx"]
+    grid: Grid
+    runtimes: dict[Ident, Runtime] = Field(min_length=1)
+
+    def runtime(self, name: str) -> Runtime:
+        """The runtime of this name, or a `ProfileError` that lists those there are."""
+        if name not in self.runtimes:
+            raise ProfileError(f"profile {self.id} has no runtime '{name}'.{nearest(name, tuple(self.runtimes))}")
+        return self.runtimes[name]

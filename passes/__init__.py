@@ -1,0 +1,61 @@
+"""Passes: one file per method. Adding one: its file, its test, one line in `PASSES`.
+
+Other distributions add passes through the entry point group `compress.passes`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if __name__ != "compress.passes":
+    raise ImportError("Import this package as compress.passes: a second copy would be a second registry.")
+
+from compress.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from compress.layerpass import LayerPass
+
+
+class Entry(NamedTuple):
+    """Where a pass is, and what it does in one line."""
+
+    path: str
+    summary: str
+
+
+PASSES: dict[str, Entry] = {
+    "rtn": Entry("compress.passes.rtn:Rtn", "round each weight to the nearest point of its grid; needs no data"),
+    "gptq": Entry("compress.passes.gptq:Gptq", "round column by column, later columns absorbing the error; needs data"),
+    "act_quant": Entry("compress.passes.act_quant:ActQuant", "round layer inputs at run time; needs no data"),
+}
+
+
+@cache
+def table() -> dict[str, Entry]:
+    """All passes by name: ours, then those of other distributions. A name of ours cannot be taken over."""
+    found = {
+        point.name: Entry(point.value, f"from {point.dist.name if point.dist else 'another distribution'}")
+        for point in entry_points(group="compress.passes")
+    }
+    return {**found, **PASSES}
+
+
+def find(name: str) -> type[LayerPass]:
+    """The class of a pass. Raises: UsageError for an unknown name, with the nearest one."""
+    if name not in table():
+        raise UsageError(f"Unknown pass '{name}'.{nearest(name, table())}")
+    module, _, cls = table()[name].path.partition(":")
+    found: type[LayerPass] = getattr(import_module(module), cls)
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    """Pass classes by their own name: `from compress.passes import Gptq`."""
+    for entry in PASSES.values():
+        module, _, cls = entry.path.partition(":")
+        if cls == name:
+            return getattr(import_module(module), cls)
+    raise AttributeError(f"module 'compress.passes' has no attribute {name!r}")

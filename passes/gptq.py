@@ -1,0 +1,83 @@
+"""GPTQ: quantize a weight column by column; the columns still to come absorb each column's error."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.formats.base import Format, Params
+from compress.hessian import inverse_factor
+from compress.layer import Layer, LayerKind
+from compress.layerpass import QuantPass, Stat
+from compress.stream import LayerStats
+
+
+class Gptq(QuantPass):
+    """GPTQ (Frantar et al. 2023, arXiv 2210.17323), with static groups: scales are fitted to the original groups first,
+    then columns are taken in descending order of the Hessian's diagonal, so that no reordering is left at run time.
+
+    Settings: `format` the grid; `damp` share of the mean diagonal added to the Hessian (doubled, and reported, while
+    it cannot be factorised); `block` columns between two updates of all later columns; `clip` searches each group's
+    range; `order`: `static` as above or `given` for the stored order.
+    """
+
+    name: ClassVar[str] = "gptq"
+    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT})
+
+    damp: float = Field(default=0.01, gt=0, le=1)
+    block: int = Field(default=128, ge=1)
+    clip: bool = True
+    order: str = Field(default="static", pattern="^(static|given)$")
+
+    def layer(self, layer: Layer, stats: LayerStats) -> Layer:
+        assert stats.hessian is not None
+        form = self.resolved_format()
+        weight = layer.float_weight()
+        weight[:, stats.hessian.diagonal() == 0] = 0.0  # inputs that were never on
+        params = form.fit(weight, search=self.clip)
+        order = self._order(stats.hessian)
+        factor, _, _ = inverse_factor(stats.hessian[order][:, order], self.damp)
+        codes = compensate(weight[:, order], factor, form, params, order, self.block)
+        return layer.with_weight(form.pack(codes[:, torch.argsort(order)], params, layer.shape))
+
+    def notes(self, layer: Layer, stats: LayerStats) -> tuple[str, ...]:
+        assert stats.hessian is not None
+        notes = []
+        _, used, tries = inverse_factor(stats.hessian, self.damp)
+        if tries:
+            notes.append(f"damping raised to {used:g} to factorise the Hessian")
+        if stats.tokens < stats.hessian.shape[0]:
+            notes.append(f"only {stats.tokens} tokens for {stats.hessian.shape[0]} inputs: the Hessian is not full rank")
+        return tuple(notes)
+
+    def _order(self, hessian: Tensor) -> Tensor:
+        if self.order == "given":
+            return torch.arange(hessian.shape[0])
+        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def compensate(weight: Tensor, factor: Tensor, form: Format, params: Params, columns: Tensor, block: int) -> Tensor:
+    """Quantize the columns in turn, moving each one's error to those after it (paper, Algorithm 1).
+
+    Args: weight (out, in) float32 in processing order, overwritten; factor U (in, in) upper triangular with
+    UᵀU = H⁻¹; columns (in,) int64 original place of each column; block: columns per lazy update.
+    Returns: codes (out, in) in processing order.
+    """
+    count, step = weight.shape[1], form.step
+    codes = torch.empty_like(weight)
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        errors = torch.empty(weight.shape[0], stop - start)
+        for at in range(start, stop, step):
+            part = slice(at, at + step)
+            codes[:, part], values = form.quantize(weight[:, part], params, columns[part])
+            # e = (w − ŵ) / U_qq, solved as a small triangle where several columns are decided together
+            error = torch.linalg.solve_triangular(factor[part, part], weight[:, part] - values, upper=True, left=False)
+            weight[:, at + step : stop] -= error @ factor[part, at + step : stop]
+            errors[:, at - start : at - start + step] = error
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes

@@ -1,0 +1,29 @@
+"""RTN: round every weight to the nearest point of its group's grid."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from compress.layer import Layer
+from compress.layerpass import QuantPass
+from compress.stream import LayerStats
+
+
+class Rtn(QuantPass):
+    """Round to nearest. Needs no data.
+
+    Settings: `format` the grid; `clip` also searches, per group, the range of least error (off: the extremes).
+    """
+
+    name: ClassVar[str] = "rtn"
+
+    clip: bool = False
+
+    def layer(self, layer: Layer, stats: LayerStats) -> Layer:
+        form = self.resolved_format()
+        weight = layer.float_weight()
+        params = form.fit(weight, search=self.clip)
+        codes, _ = form.quantize(weight, params, torch.arange(weight.shape[1]))
+        return layer.with_weight(form.pack(codes, params, layer.shape))

@@ -1,0 +1,231 @@
+"""Hardware profiles: the shipped files, a user's own, and what they answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from compress import hwprofiles
+from compress.hwprofiles import Profile, ProfileError, Use, digest, load, names
+from compress.hwprofiles.files import FOLDER
+
+ROOT = Path(__file__).resolve().parents[1]
+VNNI, AVX2, ARM = "cpu-x86-avx512-vnni", "cpu-x86-avx2", "cpu-arm-dotprod"
+USES: tuple[Use, ...] = get_args(Use)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a copy of a shipped profile after `edit` changed it."""
+
+    def write(edit: Callable[[dict[str, Any]], object] = lambda profile: None) -> Path:
+        data = yaml.safe_load((FOLDER / f"{VNNI}.yaml").read_text())
+        edit(data)
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+def test_the_three_classes_are_shipped() -> None:
+    assert {VNNI, AVX2, ARM} <= set(names())
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_shipped_profile_loads_under_its_file_name(name: str) -> None:
+    profile = load(name)
+    assert profile.id == name
+    assert profile.runtime("onnxruntime").ir_version == 10
+
+
+def numbers(found: object, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Each number with its path and the mapping that holds it."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            if isinstance(value, int | float):
+                yield f"{path}.{key}", value, found
+            yield from numbers(value, f"{path}.{key}")
+    if isinstance(found, list):
+        for value in found:
+            yield from numbers(value, f"{path}[]")
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_number_has_a_source_and_a_unit_in_its_key(name: str) -> None:
+    profile = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    no_quantity = {".schema_version", ".detect.priority", ".cpu.threads"}  # of the file, the user, not the machine
+    checked = 0
+    for path, _, holder in numbers(profile):
+        settings = path.startswith(".runtimes.") and path.endswith((".opset", ".ir_version"))
+        if path in no_quantity or settings:
+            continue
+        assert isinstance(holder, dict)
+        assert holder["source"].strip(), path
+        if path.endswith(".value"):
+            assert any(unit in path for unit in ("_ghz", "_gb_s", "_bytes", "_gflops_per_core")), path
+        checked += 1
+    assert checked >= 4
+    assert all(entry["source"].strip() for entry in profile["runtimes"]["onnxruntime"]["formats"])
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("use", USES)
+def test_support_always_answers_and_a_refusal_names_what_is_fast(name: str, use: Use) -> None:
+    runtime = load(name).runtime("onnxruntime")
+    for bits in range(1, 34):
+        found = runtime.support(use, bits)
+        assert (found.use, found.bits) == (use, bits)
+        assert found.stored_bits >= bits
+        assert (found.state == "no") == (found.kernel == "")
+        if found.state == "no":
+            assert "Fast here: " in found.note
+            assert f"{use} " in found.note
+
+
+def test_support_gives_the_exporter_what_it_writes() -> None:
+    runtime = load(VNNI).runtime("onnxruntime")
+    four = runtime.support("weight_only", 4)
+    assert (four.state, four.kernel, four.accuracy_level, four.stored_bits) == ("fast", "MatMulNBits", 4, 4)
+    assert four.blocks == (16, 32, 64, 128, 256)
+    three = runtime.support("weight_only", 3)
+    assert (three.state, three.stored_bits) == ("works", 4)
+    assert "4-bit" in three.note
+    assert runtime.support("weight_only", 6).stored_bits == 8
+    assert runtime.support("weight_only", 2).blocks == (32, 64, 128)  # others fall back, 30 times slower
+    eight = runtime.support("weight_and_activation", 8)
+    assert (eight.state, eight.kernel, eight.blocks) == ("fast", "DynamicQuantizeMatMul", ())
+    assert runtime.support("embedding", 8).kernel == "GatherBlockQuantized"
+    assert runtime.support("float", 32).state == "fast"
+
+
+def test_avx2_warns_of_saturation_and_offers_seven_bits() -> None:
+    runtime = load(AVX2).runtime("onnxruntime")
+    eight = runtime.support("weight_and_activation", 8)
+    assert eight.state == "works"
+    assert "7-bit" in eight.note
+    assert runtime.support("weight_and_activation", 7).stored_bits == 8
+
+
+def test_an_unknown_id_or_runtime_names_the_nearest() -> None:
+    with pytest.raises(ProfileError, match=rf"unknown hardware profile 'cpu-x86-avx512-vni'.*Did you mean '{VNNI}'"):
+        load("cpu-x86-avx512-vni")
+    with pytest.raises(ProfileError, match=r"has no runtime 'onnx'.*Did you mean 'onnxruntime'"):
+        load(VNNI).runtime("onnx")
+
+
+def test_a_users_file_loads_and_its_digest_is_of_what_it_says(own: Callable[..., Path]) -> None:
+    assert digest(load(own())) == digest(load(VNNI))
+    changed = load(own(lambda data: data["cpu"].update(threads=1)))
+    assert changed.cpu.threads == 1
+    assert digest(changed) != digest(load(VNNI))
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one(own: Callable[..., Path]) -> None:
+    def misspell(data: dict[str, Any]) -> None:
+        data["memory"]["bandwith_gb_s"] = data["memory"].pop("bandwidth_gb_s")
+
+    with pytest.raises(ProfileError, match=r"mine\.yaml: memory\.bandwith_gb_s: unknown key.*mean 'bandwidth_gb_s'"):
+        load(own(misspell))
+
+    def misspell_format(data: dict[str, Any]) -> None:
+        data["runtimes"]["onnxruntime"]["formats"][0]["kernal"] = "MatMul"
+
+    with pytest.raises(ProfileError, match=r"onnxruntime\.formats\.0\.kernal: unknown key\. Did you mean 'kernel'"):
+        load(own(misspell_format))
+
+
+def formats(data: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = data["runtimes"]["onnxruntime"]["formats"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda data: data.update(kind="tpu"), r"kind: found 'tpu': .*'cpu', 'gpu' or 'soc'"),
+        (lambda data: data.pop("isa") and data.pop("name"), "name: this key is missing"),
+        (lambda data: data["cpu"].update(threads=0), r"cpu\.threads: found 0"),
+        (lambda data: data["cpu"].update(threads="2"), r"cpu\.threads: found '2'"),
+        (lambda data: data["cpu"]["clock_ghz"].update(value=float("nan")), r"cpu\.clock_ghz\.value: found nan"),
+        (lambda data: data["cpu"]["clock_ghz"].update(source=""), r"cpu\.clock_ghz\.source"),
+        (lambda data: data.update(schema_version=2), "schema_version: found 2"),
+        (lambda data: formats(data).append(formats(data)[0]), "lists twice: float 32 bit"),
+        (lambda data: formats(data)[2].update(stored_bits=3), "stored_bits 3 cannot hold codes of 4 bits"),
+        (lambda data: formats(data)[2].update(kernel=""), "needs the name of its kernel"),
+    ],
+)
+def test_a_wrong_value_names_file_key_value_and_rule(
+    own: Callable[..., Path], edit: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    with pytest.raises(ProfileError, match=rf"mine\.yaml: .*{told}"):
+        load(own(edit))
+
+
+def test_a_bare_no_is_read_as_the_state(own: Callable[..., Path]) -> None:
+    path = own(lambda data: formats(data)[2].update(state="NO-STATE"))
+    path.write_text(path.read_text().replace("NO-STATE", "no"))
+    assert load(path).runtime("onnxruntime").support("weight_only", 4).state == "no"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"id: [", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"id: a\nid: b\n", "key 'id' is there twice"),
+        (b"? [a]\n: b\n", "is not YAML|unhashable|unknown key|found"),
+        (b"!!python/object/apply:os.system ['true']", "is not YAML"),
+        (b"- a\n", "a mapping of keys is expected"),
+        (b"", "a mapping of keys is expected"),
+        (b"[" * 5000, "is not YAML"),
+        (b"#" * (1 << 20) + b"##", "at most"),
+        (b"id: 2026-99-99\n", "is not YAML|found"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError, match=rf"broken\.yaml.*({told})"):
+        load(path)
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path, "none.yaml"):
+        with pytest.raises(ProfileError, match=r"hardware profile .*: (No such file|Is a directory)"):
+            load(path)
+    with pytest.raises(ProfileError, match="unknown hardware profile ''"):
+        load("")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_profiles_import_nothing_heavy_and_nothing_of_ours() -> None:
+    run = python(
+        "import sys, compress.hwprofiles\n"
+        "ours = [m for m in sys.modules if m.startswith('compress.') and not m.startswith('compress.hwprofiles')]\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "print(ours, sorted(heavy))"
+    )
+    assert run.stdout.strip() == "[] []", run.stderr
+
+
+@pytest.mark.skipif(not (ROOT / "hwprofiles").is_dir(), reason="tests of an installed wheel: no real folder here")
+def test_the_folder_cannot_be_imported_under_its_own_name() -> None:
+    run = python("import hwprofiles")
+    assert run.returncode == 1
+    assert "ImportError: import this as 'compress.hwprofiles', not as 'hwprofiles'" in run.stderr
+
+
+def test_profiles_are_frozen() -> None:
+    profile: Profile = hwprofiles.load(VNNI)
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(profile, "id", "other")  # noqa: B010  (a plain assignment is refused by mypy)

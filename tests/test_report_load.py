@@ -1,0 +1,87 @@
+"""Reading a report back: what was written is found again, what is malformed is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compress.errors import InputError, UsageError
+from compress.records import Footprint, Interval, Report, Speed, Timing
+from compress.report import load
+
+
+def report() -> Report:
+    timing = Timing(
+        phase="encode",
+        batch=1,
+        prompt=1,
+        rounds=30,
+        baseline_s=0.01,
+        variant_s=0.01,
+        baseline_tokens_per_s=100.0,
+        variant_tokens_per_s=100.0,
+        speedup=1.0,
+        interval=Interval(low=0.99, high=1.01),
+        control=Interval(low=0.99, high=1.01),
+        verdict="same",
+    )
+    arm = Footprint(disk_bytes=1000)
+    return Report(
+        title="small",
+        source="small",
+        source_digest="sha256:00",
+        recipe="rtn",
+        profile="cpu",
+        target="onnx",
+        created="2026-11-20",
+        versions={},
+        seed=0,
+        calibration={},
+        source_bytes=1000,
+        artifact_bytes=500,
+        passes=(),
+        speed=Speed(runtime="onnxruntime", threads=1, machine={}, timings=(timing,), baseline=arm, variant=arm),
+        verdict="as fast as the baseline.",
+    )
+
+
+def test_a_written_report_is_read_back(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(report().model_dump_json(), encoding="utf-8")
+    assert load(tmp_path / "report.json") == report()
+    assert load(tmp_path) == report()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON: .* at line 1, column 2"),
+        ("[" * 100_000, "not JSON"),
+        ("\udcff".encode("utf-8", "surrogateescape").decode("latin-1"), "not JSON"),
+        ("[]", "found a JSON list"),
+        ("{}", "schema_version found: none; allowed: 1"),
+        ('{"schema_version": 99}', "schema_version found: 99; allowed: 1.*newer release"),
+        ('{"schema_version": true}', "schema_version found: True; allowed: 1"),
+        ('{"schema_version": "1"}', "schema_version found: '1'; allowed: 1"),
+        ('{"schema_version": 1}', "title: Field required.* more"),
+    ],
+)
+def test_a_malformed_report_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"broken.json: .*{words}"):
+        load(file)
+
+
+def test_a_wrong_value_in_a_report_is_shown(tmp_path: Path) -> None:
+    content = json.loads(report().model_dump_json())
+    content["speed"]["timings"][0]["verdict"] = "fastest"
+    (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=r"speed\.timings\.0\.verdict: .*'faster'.*found 'fastest'"):
+        load(tmp_path)
+
+
+def test_a_report_that_is_not_there_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no report at .*nothing\.json"):
+        load(tmp_path / "nothing.json")
