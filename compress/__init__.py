@@ -13,20 +13,24 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "CompressError": "compress.errors",
     "Pipeline": "compress.pipeline",
-    "export": "compress.run",
+    "Recipe": "compress.recipe",
+    "export": "compress.artifact",
+    "open_artifact": "compress.artifact",
     "load": "compress.model",
-    "profile": "compress.run",
+    "profile": "compress.artifact",
     "run": "compress.run",
-    "verify": "compress.run",
+    "verify": "compress.artifact",
 }
 
-__all__ = ["CompressError", "Pipeline", "__version__", "export", "load", "profile", "run", "verify"]
+__all__ = ["CompressError", "Pipeline", "Recipe", "__version__", "export", "load", "open_artifact", "profile", "run", "verify"]
 
 if TYPE_CHECKING:
+    from compress.artifact import open_artifact, profile, verify
     from compress.errors import CompressError
     from compress.model import load
     from compress.pipeline import Pipeline
-    from compress.run import export, profile, run, verify
+    from compress.recipe import Recipe
+    from compress.run import run
 
 
 def __getattr__(name: str) -> Any:

@@ -87,8 +87,9 @@ class LayerPass(BaseModel, ABC):
         return self.build({**given, **settings})
 
     def call(self) -> Call:
-        """The pass as parsed text: the settings that were given, in the order of the fields."""
-        given = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        """The pass as parsed text: the settings that were given, its own first, then the patterns."""
+        order = sorted(type(self).model_fields, key=lambda name: name in LayerPass.model_fields)
+        given = {name: getattr(self, name) for name in order if name in self.model_fields_set}
         return Call(self.name, (), {name: _printable(value) for name, value in given.items()})
 
     def __str__(self) -> str:

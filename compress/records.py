@@ -167,6 +167,14 @@ class Verification(Record):
     notes: tuple[str, ...] = ()
 
 
+class RunCost(Record):
+    """What the run itself took, measured. Peaks are resident memory of the whole process."""
+
+    seconds: float
+    passes_peak_memory_bytes: int
+    peak_memory_bytes: int
+
+
 class Gate(Record):
     """One gate of the recipe: the bound that was asked for and what was found (the worse end of the interval)."""
 
@@ -202,6 +210,12 @@ class Report(Record):
     speed: Speed | None = None
     verification: Verification | None = None
     gates: tuple[Gate, ...] = ()
+    cost: RunCost | None = None
     verdict: str
     warnings: tuple[str, ...] = ()
     command: str = ""
+
+    def __str__(self) -> str:
+        from compress.report import to_markdown
+
+        return to_markdown(self)

@@ -64,8 +64,15 @@ def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain
     path = folder / segment_file(segment)
     beside = path.with_name(path.name + ".tmp")
     save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
+    beside.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
     sync_file(beside)
     beside.replace(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _layer_tensors(layer: Layer) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ def find(name: str) -> Any:
 
 class _CallablePackage(ModuleType):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`compress.run.export`."""
-        return import_module("compress.run").export(*args, **kwargs)
+        """`compress.artifact.export`."""
+        return import_module("compress.artifact").export(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -36,8 +36,8 @@ class Gptq(QuantPass):
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
         assert stats.hessian is not None
         form = self.resolved_format()
-        weight = layer.float_weight()
-        weight[:, stats.hessian.diagonal() == 0] = 0.0  # inputs that were never on
+        never_on = stats.hessian.diagonal() == 0
+        weight = layer.float_weight().masked_fill(never_on, 0.0)
         params = form.fit(weight, search=self.clip)
         order = self._order(stats.hessian)
         factor, _, _ = inverse_factor(stats.hessian[order][:, order], self.damp)

@@ -34,6 +34,10 @@ class Lowered:
     bound: float
 
 
+# `capture` is part of the target's interface
+__all__ = ["RUNTIME", "Lowered", "capture", "plan_layer", "predict_bytes", "write"]
+
+
 def plan_layer(spec: LayerSpec, profile: Profile) -> Any:
     """A layer's `Choice` or `Refusal`; the same function decides in `plan` and in `write`."""
     return choose(spec, profile.runtime(RUNTIME))

@@ -1,0 +1,234 @@
+"""What can be done with a finished artifact: open, verify, export again, evaluate, profile, generate."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import data, hwprofiles, manifest, store
+from compress.errors import InputError, UsageError
+from compress.evaluate import Evaluation, evaluate
+from compress.export import find as find_target
+from compress.export.onnx.runtime import Session
+from compress.hwprofiles import Profile
+from compress.measure import measure, thread_count
+from compress.model import Model, Task, load
+from compress.pipeline import Result
+from compress.progress import Progress
+from compress.records import Speed, Verification
+from compress.run import verify_export
+from compress.workspace import Workspace, disk_errors
+
+KEPT = ("manifest.json", "model", "onnx")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported folder and what its manifest says."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def deployable(self) -> Path:
+        """The folder that the runtime loads."""
+        return self.folder / "onnx"
+
+    @property
+    def profile(self) -> Profile:
+        """The profile it was made for, as the manifest holds it."""
+        return Profile.model_validate(self.facts["profile"])
+
+    def model(self) -> Model:
+        """The compressed model in the store."""
+        return store.open_store(self.folder / "model")
+
+    def session(self) -> Session:
+        """The artifact in its runtime."""
+        return Session(self.deployable, thread_count(self.profile))
+
+
+def open_artifact(folder: str | Path) -> Artifact:
+    """Read an artifact's manifest. Raises: UsageError for no such folder, InputError for a malformed manifest."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UsageError(f"No such artifact: {path}. Give the -o folder of an earlier `compress run`.")
+    return Artifact(path, manifest.read(path))
+
+
+def verify(folder: str | Path) -> Verification:
+    """Check every file against the manifest, then run the artifact here and compare it with its model.
+
+    Raises: InputError naming files that differ. The result says whether the outputs agree.
+    """
+    artifact = open_artifact(folder)
+    manifest.check_files(artifact.folder)
+    kept = artifact.facts.get("verification") or {}
+    if "ids" not in kept:
+        raise InputError(f"{folder}: the manifest has no tokens to verify with. Export it again.")
+    ids = torch.tensor(kept["ids"], dtype=torch.int64)
+    found = verify_export(artifact.model(), artifact.deployable, artifact.profile, ids, float(kept["bound"]))
+    recorded = tuple(kept.get("greedy_tokens", ()))
+    if recorded == found.greedy_tokens:
+        return found
+    note = "the greedy tokens differ from those recorded when the artifact was made (another machine or runtime?)"
+    return found.model_copy(update={"notes": (*found.notes, note)})
+
+
+def export(
+    result: Result | Artifact | str | Path,
+    *,
+    profile: str | Profile | None = None,
+    out: str | Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Write an artifact from a pipeline's result, or from the store of an earlier artifact, for a profile.
+
+    Nothing is calibrated again. Args: profile: id, file or Profile (default: this machine's).
+    Raises: UsageError, UnsupportedError where the target cannot store what the model holds.
+    """
+    progress = progress or Progress(quiet=True)
+    result = open_artifact(result) if isinstance(result, str | Path) else result
+    machine = as_profile(profile)
+    target = find_target(machine.target)
+    model, facts = _of(result)
+    space = Workspace(Path(out), overwrite)
+    try:
+        space.open({"store": model.digest, "profile": hwprofiles.digest(machine)})
+        with disk_errors(space.folder):
+            for name in ("onnx", "model"):
+                shutil.rmtree(space.folder / name, ignore_errors=True)
+            shutil.copytree(model.path, space.folder / "model")
+            progress.tick("Exporting", 0, 2)
+            lowered = target.write(model, machine, space.folder / "onnx")
+            progress.tick("Exporting", 1, 2)
+            ids = torch.tensor(facts["verification"]["ids"], dtype=torch.int64)
+            found = verify_export(model, lowered.folder, machine, ids, lowered.bound)
+            checked = {"bound": lowered.bound, "ids": ids.tolist(), "greedy_tokens": list(found.greedy_tokens)}
+            facts = {**facts, "profile": machine.model_dump(mode="json"), "verification": checked}
+            manifest.write(space.folder, facts, KEPT)
+            progress.tick("Exporting", 2, 2)
+            space.commit(KEPT)
+    finally:
+        space.close()
+    if not found.agrees:
+        raise InputError(
+            f"{out} was written, but does not agree with its model: relative difference "
+            f"{found.max_relative_difference:.2g} (bound {found.bound:g}). Please report this."
+        )
+    return open_artifact(out)
+
+
+def _of(result: Result | Artifact) -> tuple[Model, dict[str, Any]]:
+    if isinstance(result, Artifact):
+        drop = ("files", "schema_version", "versions")
+        return result.model(), {key: value for key, value in result.facts.items() if key not in drop}
+    vocabulary = int(result.model.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocabulary, (2, 256), generator=torch.Generator().manual_seed(0))
+    facts = {
+        "source": result.source.source,
+        "source_digest": result.source.digest,
+        "task": str(result.source.task),
+        "recipe": {"name": "", "passes": str(result.pipeline)},
+        "seed": 0,
+        "calibration": result.calibration.summary() if result.calibration else {},
+        "verification": {"ids": ids.tolist()},
+    }
+    return result.model, facts
+
+
+def as_profile(profile: str | Profile | None) -> Profile:
+    """A profile from an id, a file, or this machine. Raises: UsageError for what is no profile."""
+    if isinstance(profile, Profile):
+        return profile
+    try:
+        return hwprofiles.detect() if profile is None else hwprofiles.load(profile)
+    except hwprofiles.ProfileError as error:
+        raise UsageError(str(error)) from error
+
+
+def source_of(artifact: Artifact, against: Model | str | Path | None) -> Model:
+    """The uncompressed model of an artifact. Raises: UsageError when it is not where it was, or is another one."""
+    model = against if isinstance(against, Model) else load(against or str(artifact.facts["source"]))
+    if model.digest != artifact.facts["source_digest"]:
+        raise UsageError(f"{model.source} is not the model that {artifact.folder} was made from: their weights differ.")
+    return model
+
+
+def evaluate_artifact(
+    folder: str | Path | Artifact,
+    quality_data: str | Path,
+    *,
+    against: Model | str | Path | None = None,
+    samples: int | None = None,
+    length: int = 512,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Quality of an artifact in its runtime on other data, beside its uncompressed model."""
+    artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    source = source_of(artifact, against)
+    windows = data.quality_windows(source, quality_data, samples=samples, length=length)
+    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
+        baseline = _baseline(source, artifact.profile, Path(scratch))
+        return evaluate(
+            baseline, artifact.session(), source, artifact.model(), windows, progress or Progress(quiet=True)
+        )
+
+
+def profile(
+    folder: str | Path | Artifact, *, against: Model | str | Path | None = None, progress: Progress | None = None
+) -> Speed:
+    """Paired latency of an artifact against its uncompressed model in the same runtime, measured here."""
+    artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    source = source_of(artifact, against)
+    vocabulary = int(source.config.get_text_config().vocab_size)
+    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
+        find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
+        return measure(
+            Path(scratch), artifact.deployable, artifact.profile, vocabulary=vocabulary,
+            progress=progress or Progress(quiet=True),
+        )
+
+
+def _baseline(source: Model, machine: Profile, folder: Path) -> Session:
+    find_target(machine.target).write(source, machine, folder)
+    return Session(folder, thread_count(machine))
+
+
+def generate(folder: str | Path, prompt: str, *, tokens: int = 64) -> str:
+    """The prompt continued greedily by the artifact in its runtime.
+
+    Raises: UsageError for an encoder, or a prompt in text where the artifact has no tokenizer.
+    """
+    artifact = open_artifact(folder)
+    model = artifact.model()
+    if model.task is not Task.CAUSAL_LM:
+        raise UsageError(f"{folder} is an encoder; `generate` needs a language model.")
+    tokenizer = model.tokenizer()
+    ids = _prompt_ids(tokenizer, prompt, model)
+    stop = model.config.get_text_config().eos_token_id
+    stops = [] if stop is None else ([int(item) for item in stop] if isinstance(stop, list) else [int(stop)])
+    made = artifact.session().greedy(ids, tokens, stops)
+    whole = ids + [token for token in made if token not in stops]
+    return str(tokenizer.decode(whole)) if tokenizer else " ".join(str(token) for token in whole)
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, model: Model) -> list[int]:
+    if tokenizer is not None:
+        ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    elif all(word.isdigit() for word in prompt.split()):
+        ids = [int(word) for word in prompt.split()]
+    else:
+        raise UsageError(f"{model.source} has no tokenizer: give the prompt as token ids, such as '1 403 407'.")
+    if not ids:
+        raise UsageError("The prompt is empty. Give at least one token.")
+    return ids
+
+

@@ -1,0 +1,349 @@
+"""The command line: each verb is a function of the Python API with its result printed. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress import __version__
+from compress.errors import InputError, UsageError
+from compress.progress import Progress
+
+if TYPE_CHECKING:
+    from compress.hwprofiles import Profile
+    from compress.recipe import Recipe
+    from compress.records import Report
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Compress a model for the machine at hand, and report what it cost and gained.",
+)
+hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show, detect.")
+app.add_typer(hardware, name="hardware")
+
+ModelArg = Annotated[str, typer.Argument(help="A model folder (config.json, *.safetensors) or a hub id org/name.")]
+ArtifactArg = Annotated[Path, typer.Argument(help="The -o folder of an earlier run.")]
+RecipeOpt = Annotated[str | None, typer.Option("--recipe", "-r", help="A preset name or a recipe file (YAML).")]
+PassesOpt = Annotated[str | None, typer.Option("--passes", help='Instead of --recipe: "gptq(bits=4), act_quant".')]
+ProfileOpt = Annotated[str | None, typer.Option("--profile", "-p", help="Hardware profile id or file [default: this machine].")]
+DataOpt = Annotated[
+    str | None,
+    typer.Option("--data", "-d", help="Text or token ids for calibration and quality, split 80/20 by document."),
+]
+OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output once the new one is done.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, on success and on failure.")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+SamplesOpt = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.")]
+QualitySamplesOpt = Annotated[int | None, typer.Option("--quality-samples", min=1, help="Quality windows [default: 128].")]
+LengthOpt = Annotated[int | None, typer.Option("--length", min=2, help="Tokens per window.")]
+SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
+AgainstOpt = Annotated[str | None, typer.Option("--model", help="The uncompressed model [default: where it was].")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Compress a model for the machine at hand, and report what it cost and gained."""
+
+
+@app.command()
+def run(
+    model: ModelArg,
+    out: OutOpt,
+    recipe: RecipeOpt = None,
+    passes: PassesOpt = None,
+    profile: ProfileOpt = None,
+    data: DataOpt = None,
+    samples: SamplesOpt = None,
+    quality_samples: QualitySamplesOpt = None,
+    length: LengthOpt = None,
+    seed: SeedOpt = None,
+    device: Annotated[str, typer.Option(help="Where passes compute: cpu or cuda.")] = "cpu",
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """Compress MODEL: passes, export, verification, quality, speed, report."""
+    from compress.run import Request
+    from compress.run import run as run_request
+
+    chosen = _recipe(recipe, passes, samples, quality_samples, length, seed)
+    command = "compress " + shlex.join(sys.argv[1:])
+    request = Request(
+        model, chosen, _profile(profile), out, data=data, device=_device(device), overwrite=overwrite, command=command
+    )
+    progress = Progress(quiet)
+    with progress.catching_signals():
+        report = run_request(request, progress)
+    return _finish(report, out, as_json)
+
+
+@app.command()
+def quickstart(
+    out: OutOpt = Path("quickstart-out"),
+    recipe: RecipeOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """Compress the small code model that ships with this package; needs no network."""
+    from compress.quickstart import request
+    from compress.run import run as run_request
+
+    progress = Progress(quiet)
+    with progress.catching_signals():
+        report = run_request(request(out, recipe, overwrite), progress)
+    return _finish(report, out, as_json)
+
+
+@app.command()
+def plan(
+    model: ModelArg,
+    recipe: RecipeOpt = None,
+    passes: PassesOpt = None,
+    profile: ProfileOpt = None,
+    samples: SamplesOpt = None,
+    quality_samples: QualitySamplesOpt = None,
+    length: LengthOpt = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """What a run would touch, store and cost; reads config.json only, so the weights need not be there."""
+    from compress.model import load
+    from compress.plan import make_plan
+    from compress.report.plan_table import show_plan
+
+    chosen = _recipe(recipe, passes, samples, quality_samples, length, None)
+    made = make_plan(load(model, weights=False), chosen, _profile(profile))
+    if as_json:
+        print(made.model_dump_json(indent=1))
+    else:
+        show_plan(made, _console())
+    return 4 if made.refusals else 0
+
+
+@app.command()
+def export(
+    artifact: ArtifactArg,
+    out: OutOpt,
+    profile: ProfileOpt = None,
+    overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """Export an artifact's model for another profile, without calibrating again."""
+    from compress.artifact import export as export_artifact
+
+    progress = Progress(quiet)
+    with progress.catching_signals():
+        made = export_artifact(artifact, profile=_profile(profile), out=out, overwrite=overwrite, progress=progress)
+    _show({"artifact": str(made.folder), "profile": made.profile.id}, f"Wrote {made.folder} for {made.profile.id}.", as_json)
+    return 0
+
+
+@app.command()
+def verify(artifact: ArtifactArg, as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
+    """Check every file of an artifact, run it here, and compare it with its model."""
+    from compress.artifact import verify as verify_artifact
+
+    found = verify_artifact(artifact)
+    word = "agrees" if found.agrees else "DOES NOT AGREE"
+    text = (
+        f"{artifact}: all files as written; {found.level} in {found.runtime} and {word} with the model "
+        f"({found.positions} positions, relative difference {found.max_relative_difference:.2g}, bound {found.bound:g}, "
+        f"same top token {found.top1_agreement:.1%}, where the margin decides {found.decided_agreement:.1%})."
+    )
+    _show(found.model_dump(mode="json"), " ".join([text, *found.notes]), as_json)
+    if not found.agrees:
+        raise InputError(f"{artifact} does not agree with its model on this machine. Do not use it here.")
+    return 0
+
+
+@app.command("eval")
+def evaluate(
+    artifact: ArtifactArg,
+    data: Annotated[str, typer.Option("--data", "-d", help="Text or token ids to judge by.")],
+    model: AgainstOpt = None,
+    quality_samples: QualitySamplesOpt = None,
+    length: LengthOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """Quality of an artifact on other data, beside its uncompressed model."""
+    from compress.artifact import evaluate_artifact
+    from compress.report.parts import show_quality
+
+    found = evaluate_artifact(
+        artifact, data, against=model, samples=quality_samples, length=length or 512, progress=Progress(quiet)
+    )
+    parts = {"baseline": found.baseline, "artifact": found.artifact, "memory": found.memory}
+    if as_json:
+        print(json.dumps({name: part.model_dump(mode="json") for name, part in parts.items()}))
+    else:
+        show_quality(found.baseline, found.artifact, found.memory, _console())
+    return 0
+
+
+@app.command()
+def profile(
+    artifact: ArtifactArg, model: AgainstOpt = None, as_json: JsonOpt = False, quiet: QuietOpt = False, debug: DebugOpt = False
+) -> int:
+    """Latency, load time and memory of an artifact against its uncompressed model, measured here."""
+    from compress.artifact import profile as profile_artifact
+    from compress.report.parts import show_speed
+
+    found = profile_artifact(artifact, against=model, progress=Progress(quiet))
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        show_speed(found, _console())
+    return 0
+
+
+@app.command()
+def generate(
+    artifact: ArtifactArg,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text, or token ids where the artifact has no tokenizer.")],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 64,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """Continue a prompt greedily with the artifact in its runtime."""
+    from compress.artifact import generate as generate_text
+
+    text = generate_text(artifact, prompt, tokens=tokens)
+    _show({"text": text}, text, as_json)
+    return 0
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(help="One pass, with its settings.")] = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """List the passes, or show one with its settings."""
+    from compress.passes import find, table
+
+    if name is None:
+        _show(
+            {key: entry.summary for key, entry in table().items()},
+            "\n".join(f"{key:<12} {entry.summary}" for key, entry in table().items()),
+            as_json,
+        )
+        return 0
+    from compress.describe import describe_pass, pass_settings
+
+    cls = find(name)
+    _show({"name": name, "settings": pass_settings(cls)}, describe_pass(cls), as_json)
+    return 0
+
+
+@hardware.command("list")
+def hardware_list(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
+    """The profiles that ship."""
+    from compress import hwprofiles
+
+    found = {name: hwprofiles.load(name).name for name in hwprofiles.names()}
+    _show(found, "\n".join(f"{key:<24} {text}" for key, text in found.items()), as_json)
+    return 0
+
+
+@hardware.command("show")
+def hardware_show(
+    name: Annotated[str, typer.Argument(help="Profile id or file.")], as_json: JsonOpt = False, debug: DebugOpt = False
+) -> int:
+    """One profile: memory, peaks, and which formats run on which kernel."""
+    found = _profile(name)
+    from compress.describe import describe_profile
+
+    _show(found.model_dump(mode="json"), describe_profile(found), as_json)
+    return 0
+
+
+@hardware.command("detect")
+def hardware_detect(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
+    """What this machine is, and the profile that fits it."""
+    from compress import hwprofiles
+
+    found, facts = _profile(None), hwprofiles.machine_summary()
+    lines = [f"{key}: {value}" for key, value in facts.items()]
+    _show({"profile": found.id, "machine": facts}, "\n".join([f"profile: {found.id}", *lines]), as_json)
+    return 0
+
+
+def _recipe(
+    recipe: str | None, passes: str | None, samples: int | None, quality_samples: int | None, length: int | None,
+    seed: int | None,
+) -> Recipe:
+    """The recipe with the options laid over it."""
+    from compress import recipe as recipes
+
+    if (recipe is None) == (passes is None):
+        raise UsageError(f"Give one of --recipe and --passes. Presets: {', '.join(recipes.presets())}.")
+    found = recipes.load(recipe) if recipe is not None else recipes.of_passes(passes or "")
+    changed: dict[str, Any] = {} if seed is None else {"seed": seed}
+    sizes = {"length": length} if length else {}
+    changed["calibration"] = found.calibration.model_copy(update=sizes | ({"samples": samples} if samples else {}))
+    wanted = {"samples": quality_samples} if quality_samples else {}
+    changed["quality"] = found.quality.model_copy(update=sizes | wanted)
+    return found.model_copy(update=changed)
+
+
+def _profile(name: str | None) -> Profile:
+    from compress import hwprofiles
+
+    try:
+        return hwprofiles.detect() if name is None else hwprofiles.load(name)
+    except hwprofiles.ProfileError as error:
+        raise UsageError(str(error)) from error
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: allowed are cpu and cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here. Use --device cpu.")
+    return name
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _show(content: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(content) if as_json else text)
+
+
+def _finish(report: Report, out: Path, as_json: bool) -> int:
+    """Print a report; 3 where a gate was not met."""
+    from compress.report import to_terminal
+
+    if as_json:
+        print(report.model_dump_json(indent=1))
+    else:
+        to_terminal(report, _console())
+        print(f"\n{out / 'report.html'} has the whole report; {out / 'onnx'} is the artifact.")
+    return 0 if all(gate.met for gate in report.gates) else 3

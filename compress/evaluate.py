@@ -1,0 +1,149 @@
+"""Quality of an artifact in its runtime, with the in-memory figure beside it (design §1, `Quality`).
+
+Four models see the same windows in step: the baseline and the artifact in the runtime, the original and the
+compressed model in torch. So the loss of the method and the loss of the lowering are told apart, and no file of
+logits is ever written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress import quality
+from compress.data import Windows
+from compress.model import Model, Task
+from compress.progress import Progress
+from compress.records import Quality, Verification
+from compress.skeleton import OUTER
+from compress.stream import BlockStream
+
+
+class Runner(Protocol):
+    """A runtime that computes logits."""
+
+    name: str
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(batch, length) → (batch, length, vocabulary)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality of the baseline and the artifact in the runtime, and of the compressed model in memory."""
+
+    baseline: Quality
+    artifact: Quality
+    memory: Quality
+
+
+def stream_logits(model: Model, windows: Tensor, device: str = "cpu") -> Iterator[Tensor]:
+    """The model's output for each window, block by block, so that one block is in memory at a time.
+
+    Args: windows (N, length) int64. Yields (length, vocabulary) float32 in order; for an encoder (length, features).
+    """
+    stream = BlockStream(model, list(windows.split(1)), device=device)
+    stream.start(model.layers(OUTER))
+    for index in range(len(model.structure.blocks)):
+        stream.load(index, model.layers(index), model.plain(index))
+        stream.advance(index)
+        stream.release(index)
+    for output in stream.logits():
+        yield output[0]
+
+
+def evaluate(
+    baseline: Runner, artifact: Runner, source: Model, compressed: Model, windows: Windows, progress: Progress
+) -> Evaluation:
+    """Score every window with all four models.
+
+    Raises: InputError when a model puts out NaN, Interrupted.
+    """
+    in_memory = zip(stream_logits(source, windows.ids), stream_logits(compressed, windows.ids), strict=True)
+    rows = windows.ids.shape[0]
+    progress.tick("Evaluating windows", 0, rows)
+    if source.task is Task.ENCODER:
+        return _evaluate_encoder(baseline, artifact, in_memory, windows, progress)
+    runtime_scores, memory_scores = [], []
+    for place, (reference, output) in enumerate(in_memory):
+        ids = windows.ids[place]
+        one = ids.numpy()[None]
+        # copies: a runtime may hand out memory that it writes again
+        first, second = torch.from_numpy(baseline.logits(one)[0]), torch.from_numpy(artifact.logits(one)[0])
+        runtime_scores.append(quality.score_window(first[:-1], second[:-1], ids[1:]))
+        memory_scores.append(quality.score_window(reference[:-1], output[:-1], ids[1:]))
+        progress.tick("Evaluating windows", place + 1, rows)
+    where, protocol, digest = artifact.name, windows.protocol, windows.digest
+    of_baseline = [score.of_reference() for score in runtime_scores]
+    return Evaluation(
+        quality.summarize(of_baseline, "baseline", where, protocol, digest),
+        quality.summarize(runtime_scores, "compressed", where, protocol, digest),
+        quality.summarize(memory_scores, "compressed", "torch, in memory", protocol, digest),
+    )
+
+
+def _evaluate_encoder(
+    baseline: Runner, artifact: Runner, in_memory: Iterator[tuple[Tensor, Tensor]], windows: Windows, progress: Progress
+) -> Evaluation:
+    pooled: list[list[NDArray[np.float64]]] = [[], [], [], []]
+    for place, outputs in enumerate(in_memory):
+        one = windows.ids[place].numpy()[None]
+        hidden = (baseline.logits(one), artifact.logits(one), outputs[0][None], outputs[1][None])
+        for group, values in zip(pooled, hidden, strict=True):
+            group.append(quality.mean_pool(values)[0])
+        progress.tick("Evaluating windows", place + 1, windows.ids.shape[0])
+    first, second, third, fourth = (np.stack(group) for group in pooled)
+    where, protocol, digest = artifact.name, f"embedding/mean-pool-{windows.ids.shape[1]}", windows.digest
+    itself = quality.score_embeddings(first, first)
+    runtime, memory = quality.score_embeddings(first, second), quality.score_embeddings(third, fourth)
+    return Evaluation(
+        quality.summarize_embeddings(itself, "baseline", where, protocol, digest),
+        quality.summarize_embeddings(runtime, "compressed", where, protocol, digest),
+        quality.summarize_embeddings(memory, "compressed", "torch, in memory", protocol, digest),
+    )
+
+
+EXACT_BOUND = 1e-3
+MIN_POSITIONS = 512
+
+
+def agreement(runner: Runner, compressed: Model, ids: Tensor, bound: float) -> Verification:
+    """Compare a runtime with the in-memory model, teacher-forced (design §2, "Agreement").
+
+    Args: ids (N, length) int64 with N · length ≥ 512; bound: relative logit difference that the lowerings publish
+    (0: exact, then 1e-3).
+    """
+    widest, scale, positions, same = 0.0, 0.0, 0, 0
+    margins, hits = [], []
+    for place, expected in enumerate(stream_logits(compressed, ids)):
+        found = torch.from_numpy(runner.logits(ids[place].numpy()[None])[0])
+        widest = max(widest, float((found - expected).abs().max()))
+        scale = max(scale, float(expected.abs().max()))
+        top = expected.topk(min(2, expected.shape[-1]), -1)
+        margins.append(top.values[:, 0] - top.values[:, -1])
+        hits.append(found.argmax(-1) == top.indices[:, 0])
+        positions += expected.shape[0]
+        same += int(hits[-1].sum())
+    decided = torch.cat(margins) > 2 * widest
+    agreed = torch.cat(hits)[decided]
+    relative = widest / (scale or 1.0)
+    allowed = max(bound, EXACT_BOUND)
+    share = float(agreed.float().mean()) if agreed.numel() else 1.0
+    return Verification(
+        level="ran",
+        runtime=runner.name,
+        agrees=relative <= allowed and share == 1.0,
+        positions=positions,
+        max_relative_difference=relative,
+        bound=allowed,
+        top1_agreement=same / positions,
+        decided_positions=int(decided.sum()),
+        decided_agreement=share,
+    )

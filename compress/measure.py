@@ -1,0 +1,98 @@
+"""Speed and footprint of a baseline and a variant in the same runtime, threads and placement (design §7)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from compress import hwprofiles
+from compress.errors import InputError
+from compress.export.onnx.runtime import Session
+from compress.hwprofiles import Profile
+from compress.progress import Progress
+from compress.records import Footprint, Speed, Timing
+from compress.timing import pair, timing_record
+
+BUDGET_S = 20.0
+"""Seconds of timing per setting, all arms together."""
+
+PHASE_NAMES = {"prefill": "prefill", "decode": "decode"}
+
+
+def thread_count(profile: Profile) -> int:
+    """Threads for one operator: the profile's, else every physical core this process may use."""
+    return profile.cpu.threads or int(hwprofiles.machine()["threads"])
+
+
+def deployable_bytes(folder: Path) -> int:
+    """Bytes of all files in an exported folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def footprint(folder: Path, threads: int) -> Footprint:
+    """Load time and peak memory, from a child process of its own.
+
+    Raises: InputError when the child does not finish.
+    """
+    command = [sys.executable, "-m", "compress.export.onnx.runtime", str(folder), "--threads", str(threads)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    if child.returncode != 0:
+        last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+        raise InputError(f"{folder} could not be run in a process of its own: {last[0]}")
+    found = json.loads(child.stdout.splitlines()[-1])
+    return Footprint(
+        disk_bytes=deployable_bytes(folder),
+        load_s=found["load_s"],
+        peak_memory_bytes=int(found["peak_memory_bytes"]),
+    )
+
+
+def measure(
+    baseline: Path, variant: Path, profile: Profile, *, vocabulary: int, seed: int = 0, budget_s: float = BUDGET_S,
+    progress: Progress,
+) -> Speed:
+    """Paired timings over the profile's grid, and both footprints.
+
+    Args: two exported folders; vocabulary: random token ids are drawn below it.
+    """
+    threads = thread_count(profile)
+    arms = {"baseline": Session(baseline, threads), "variant": Session(variant, threads)}
+    settings = _settings(profile, arms["baseline"].is_decoder)
+    timings = []
+    for place, (phase, batch, prompt) in enumerate(settings):
+        progress.tick("Timing settings", place, len(settings))
+        timings.append(_time(arms, phase, batch, prompt, vocabulary, seed, budget_s))
+    progress.tick("Timing settings", len(settings), len(settings))
+    name = arms["variant"].name
+    del arms
+    return Speed(
+        runtime=name,
+        threads=threads,
+        machine=hwprofiles.machine_summary(),
+        timings=tuple(timings),
+        baseline=footprint(baseline, threads),
+        variant=footprint(variant, threads),
+    )
+
+
+def _settings(profile: Profile, is_decoder: bool) -> list[tuple[str, int, int]]:
+    """Decode first, since it leads the verdict."""
+    if not is_decoder:
+        return [("encode", batch, prompt) for batch, prompt in profile.grid.prefill]
+    return [("decode", *cell) for cell in profile.grid.decode] + [("prefill", *cell) for cell in profile.grid.prefill]
+
+
+def _time(
+    arms: dict[str, Session], phase: str, batch: int, prompt: int, vocabulary: int, seed: int, budget_s: float
+) -> Timing:
+    length, past = (1, prompt) if phase == "decode" else (prompt, 0)
+    ids = np.random.default_rng(seed).integers(0, vocabulary, (batch, length), dtype=np.int64)
+    calls = {name: session.call(ids, past) for name, session in arms.items()}
+    samples = pair(calls, baseline="baseline", seed=seed, budget_s=budget_s)
+    return timing_record(
+        samples, "baseline", "variant", phase=phase, batch=batch, prompt=prompt, tokens_per_call=batch * length
+    )

@@ -1,0 +1,123 @@
+"""Recipes: YAML files of passes, calibration and quality settings; presets ship in `compress/recipes/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from compress.errors import UsageError, nearest
+from compress.records import Record
+from compress.spec import Call, parse_call, parse_pipeline
+
+
+class CalibrationSettings(Record):
+    """`calibration:` of a recipe."""
+
+    data: str | None = None
+    samples: int = Field(default=128, ge=1)
+    length: int = Field(default=512, ge=2)
+
+
+class QualitySettings(Record):
+    """`quality:` of a recipe. gates: metric → bound, judged at the worse end of the interval."""
+
+    data: str | None = None
+    samples: int | None = Field(default=None, ge=1)
+    length: int = Field(default=512, ge=2)
+    gates: dict[str, float] = {}
+
+
+class Recipe(Record):
+    """What to do to a model. `passes` is the one-line text."""
+
+    name: str
+    passes: str
+    calibration: CalibrationSettings = CalibrationSettings()
+    quality: QualitySettings = QualitySettings()
+    seed: int = 0
+    summary: str = ""
+
+
+def presets() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    folder = Path(str(files("compress") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(name_or_path: str) -> Recipe:
+    """A preset by name, or a recipe file.
+
+    Raises: UsageError for an unknown preset, unknown key or wrong value, naming the nearest valid one.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        if name_or_path not in presets():
+            raise UsageError(
+                f"No recipe '{name_or_path}': neither a preset nor a file.{nearest(name_or_path, presets())}"
+            )
+        path = presets()[name_or_path]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{path}: a recipe is a mapping with 'passes', found {type(content).__name__}.")
+    return parse(content, path.stem, str(path))
+
+
+def of_passes(text: str) -> Recipe:
+    """A recipe from the one-line text of `--passes`."""
+    calls = parse_pipeline(text)
+    return Recipe(name="passes", passes=", ".join(call.text() for call in calls))
+
+
+def parse(content: Mapping[str, Any], name: str, where: str) -> Recipe:
+    """A recipe from parsed YAML. Raises: UsageError."""
+    allowed = set(Recipe.model_fields) - {"name"}
+    _check_keys(content, allowed, where)
+    for section, record in (("calibration", CalibrationSettings), ("quality", QualitySettings)):
+        if isinstance(content.get(section), Mapping):
+            _check_keys(content[section], set(record.model_fields), f"{where}, {section}")
+    if not content.get("passes"):
+        raise UsageError(f"{where}: 'passes' is missing or empty. Give a list such as: passes: [gptq(bits=4)].")
+    text = ", ".join(call.text() for call in _calls(content["passes"], where))
+    try:
+        return Recipe(**{**content, "name": name, "passes": text})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{where}: {place}={first['input']!r}: {first['msg']}.") from error
+
+
+def _check_keys(content: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    for key in content:
+        if key not in allowed:
+            raise UsageError(f"{where}: unknown key '{key}'.{nearest(str(key), allowed)}")
+
+
+def _calls(passes: Any, where: str) -> list[Call]:
+    if isinstance(passes, str):
+        return list(parse_pipeline(passes))
+    if not isinstance(passes, list):
+        raise UsageError(f"{where}: 'passes' is a list or the one-line text, found {type(passes).__name__}.")
+    return [_call(item, where) for item in passes]
+
+
+def _call(item: Any, where: str) -> Call:
+    """`gptq`, `gptq(bits=4)` or `{gptq: {bits: 4}}`."""
+    if isinstance(item, str):
+        return parse_call(item)
+    if not isinstance(item, Mapping) or len(item) != 1:
+        raise UsageError(f"{where}: each pass is a name or one name with its settings, found {item!r}.")
+    name, settings = next(iter(item.items()))
+    if not isinstance(settings, Mapping | None):
+        raise UsageError(f"{where}: the settings of {name} are a mapping, found {settings!r}.")
+    values = dict(settings or {})
+    if isinstance(values.get("format"), str):
+        values["format"] = parse_call(values["format"])
+    return Call(str(name), (), values)

@@ -1,0 +1,128 @@
+"""Running an exported folder in ONNX Runtime. Imports numpy and onnxruntime only, so that a child process which
+measures memory (`python -m compress.export.onnx.runtime FOLDER`) measures the runtime, not us."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import InputError, UnsupportedError
+
+Ids = NDArray[np.int64]
+
+
+class Session:
+    """model.onnx of a folder, loaded with all graph optimizations on the CPU.
+
+    Args: threads for one operator; provider as the profile names it.
+    Raises: UnsupportedError when onnxruntime is missing or places the graph elsewhere, InputError when the file does
+    not load.
+    """
+
+    def __init__(self, folder: Path, threads: int, provider: str = "CPUExecutionProvider") -> None:
+        ort = load_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        started = time.perf_counter()
+        try:
+            self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=[provider])
+        except Exception as error:  # onnxruntime raises its own kinds, which share no base but Exception
+            raise InputError(f"onnxruntime {ort.__version__} cannot load {folder / 'model.onnx'} ({error}).") from error
+        self.load_s = time.perf_counter() - started
+        if self.session.get_providers()[0] != provider:
+            raise UnsupportedError(f"onnxruntime runs on {self.session.get_providers()[0]}, not on {provider}.")
+        self.name = f"onnxruntime {ort.__version__} {provider.removesuffix('ExecutionProvider')}"
+        self.threads = threads
+        inputs = {item.name: item for item in self.session.get_inputs()}
+        self.cache_names = [name for name in inputs if name.startswith("past_key_values.")]
+        self._cache = {name: (int(inputs[name].shape[1]), int(inputs[name].shape[3])) for name in self.cache_names}
+        self.outputs = [item.name for item in self.session.get_outputs()]
+        self.is_decoder = self.outputs[0] == "logits"
+
+    def feeds(self, ids: Ids, past: int = 0) -> dict[str, NDArray[Any]]:
+        """Inputs for ids (batch, length) after `past` cached tokens, whose keys and values are zero."""
+        batch, length = ids.shape
+        feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, past + length), np.int64)}
+        for name, (heads, size) in self._cache.items():
+            feeds[name] = np.zeros((batch, heads, past, size), np.float32)
+        return feeds
+
+    def logits(self, ids: Ids) -> NDArray[np.float32]:
+        """The first output for ids (batch, length): logits (batch, length, vocabulary), or hidden states."""
+        result: NDArray[np.float32] = self.session.run([self.outputs[0]], self.feeds(ids))[0]
+        return result
+
+    def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
+        """At most `count` tokens after a prompt, the most likely one each time; ends after one of `stop`."""
+        ids = np.asarray([list(prompt)], np.int64)
+        feeds, tokens = self.feeds(ids), []
+        for _ in range(count):
+            logits, *present = self.session.run(self.outputs, feeds)
+            token = int(logits[0, -1].argmax())
+            tokens.append(token)
+            if token in stop:
+                break
+            seen = feeds["attention_mask"].shape[1] + 1
+            feeds = {"input_ids": np.asarray([[token]], np.int64), "attention_mask": np.ones((1, seen), np.int64)}
+            feeds |= dict(zip(self.cache_names, present, strict=True))
+        return tokens
+
+    def call(self, ids: Ids, past: int) -> Callable[[], None]:
+        """One timed call: ids (batch, length) after `past` cached tokens, all outputs computed."""
+        feeds = self.feeds(ids, past)
+        return lambda: self.session.run(None, feeds) and None
+
+
+def load_onnxruntime() -> Any:
+    """The onnxruntime module. Raises: UnsupportedError naming what to install."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnsupportedError(
+            "onnxruntime is not installed. Install exactly one of onnxruntime-gpu and onnxruntime."
+        ) from error
+    return onnxruntime
+
+
+def peak_memory() -> int:
+    """The largest resident memory of this process so far, in bytes.
+
+    On Linux from /proc: getrusage would also count the parent that this process was forked from.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
+    """Load, read a prompt, decode: seconds to load and peak memory of this whole process."""
+    session = Session(folder, threads)
+    ids = np.ones((1, prompt), np.int64)
+    if session.is_decoder:
+        session.greedy(ids[0].tolist(), tokens)
+    else:
+        session.logits(ids)
+    return {"load_s": session.load_s, "peak_memory_bytes": peak_memory()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=8)
+    given = parser.parse_args()
+    print(json.dumps(probe(given.folder, given.threads, given.prompt, given.tokens)))

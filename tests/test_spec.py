@@ -1,0 +1,82 @@
+"""The one-line grammar of passes and formats."""
+
+import pytest
+
+from compress.errors import UsageError
+from compress.pipeline import Pipeline
+from compress.spec import Call, parse_call, parse_pipeline
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gptq(bits=4)",
+        "rtn",
+        "rtn(format=int4(group=32)), act_quant(format=int8(tensor, asymmetric))",
+        "gptq(format=int8(channel), overrides={*.down_proj: {format: int8(channel)}})",
+        "rtn(targets=[kind:embedding, re:.*q.*, model.layers.0.*])",
+        'x(a="two words", b=null, c=[1, 2.5, true], d="true", e="1")',
+    ],
+)
+def test_text_is_printed_back_as_it_was_written(text: str) -> None:
+    assert ", ".join(call.text() for call in parse_pipeline(text)) == text
+
+
+def test_white_space_and_quotes_do_not_matter() -> None:
+    assert parse_call('gptq( bits = 4 ,format="int4(group=32)" )') == Call(
+        "gptq", (), {"bits": 4, "format": "int4(group=32)"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("gptq(", "character 6"),
+        ("gptq(bits=4", "','"),
+        ("gptq)", "character 5"),
+        ("", "a name was expected"),
+        ("a(b=1, b=2)", "given twice"),
+        ("gptq(bits==4)", "character 11"),
+        ('gptq(x="open)', "character"),
+    ],
+)
+def test_an_error_says_where_the_text_stops_making_sense(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told.replace("(", r"\(")):
+        parse_pipeline(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gptq(bits=4)",
+        "gptq(format=int4(group=128), damp=0.02)",
+        "gptq(format=int4(group=32), group_size=64, targets=[*.q_proj])",
+        "rtn(clip=true), act_quant",
+    ],
+)
+def test_a_pipeline_prints_the_settings_that_were_given(text: str) -> None:
+    assert str(Pipeline.parse(text)) == text
+
+
+def test_the_shorthand_of_the_issue_is_printed_back_identically() -> None:
+    assert str(Pipeline.parse("gptq(bits=4)")) == "gptq(bits=4)"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("gptk(bits=4)", "Did you mean 'gptq'"),
+        ("gptq(bit=4)", "Did you mean 'bits'"),
+        ("gptq(bits=9)", "2 to 8 bits, found 9"),
+        ("gptq(format=int12)", "Unknown format 'int12'"),
+        ("gptq(format=int4(grop=32))", "Did you mean 'group'"),
+        ("gptq(format=int4(chanel))", "Did you mean 'channel'"),
+        ("gptq(damp=0)", "greater than 0"),
+        ("gptq(4)", "given by name"),
+        ("act_quant(format=int8(channel))", "cannot round activations"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_what_is_allowed(text: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Pipeline.parse(text)
+    assert told in str(caught.value)
