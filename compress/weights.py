@@ -204,7 +204,21 @@ def index_checkpoint(files: tuple[Path, ...], module: nn.Module, aliases: dict[s
             f"'{missing[0]}'.{nearest(missing[0], unused[:50]) if unused else ''} Check that both belong together."
         )
     origins = {name: _origin(parts, by_pattern) for name, parts in found.items()}
+    _check_shapes(origins, wanted)
     return Checkpoint(files, origins, tuple(sorted(unused)), aliases)
+
+
+def _check_shapes(origins: dict[str, Origin], wanted: dict[str, Tensor]) -> None:
+    """Converted tensors are left to their converter, which knows how parts join."""
+    handles = {path: open_file(path) for origin in origins.values() for path, _ in origin.parts[:1]}
+    for name, origin in origins.items():
+        path, key = origin.parts[0]
+        shape = tuple(handles[path].get_slice(key).get_shape())
+        if origin.converter is None and shape != tuple(wanted[name].shape):
+            raise InputError(
+                f"{path.name}: {key} has shape {shape}, but config.json makes it {tuple(wanted[name].shape)}. "
+                "Check that both belong together."
+            )
 
 
 def _origin(parts: list[tuple[Path, str, str | None]], by_pattern: dict[str, Any]) -> Origin:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from compress.records import LayerResult, PassResult, Report, Verification
+from compress.records import LayerResult, PassResult, Plan, Quality, Report, Verification
 from compress.report import format as fmt
 from compress.report.format import clean
 from compress.report.table import Table, capped
 
+ARTIFACT_SIZE, PEAK_MEMORY, TIME = "artifact size", "peak memory of the run", "time"
 _NONE = "-"
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted path: model.layers.12.mlp
 _LEVELS = {
@@ -25,33 +26,32 @@ def detail_tables(report: Report) -> tuple[Table, ...]:
         _verification_table(report.verification),
         _pass_table(report.passes),
         _layer_table(report.passes),
+        skipped_table(report.passes),
         _prediction_table(report),
         _environment_table(report),
     )
 
 
 def operator_table(report: Report) -> Table:
-    """Which operators run the compressible layers, and which layers stayed in float, by name."""
-    rows = [(clean(name), str(count), _NONE) for name, count in sorted(report.operators.items())]
-    if report.operators or report.float_layers:
-        names = report.float_layers
-        rows.append(("float fallback", str(len(names)), fmt.listing(names, limit=12) if names else _NONE))
-    kept, notes = capped(rows)
-    return Table("operators", "Operators used", ("operator", "layers", "names"), "lrl", kept, notes=notes)
+    """Which operators run the compressible layers; below it which layers stayed in float, by name."""
+    plain = report.float_layers
+    told = (f"{fmt.count(len(plain), 'layer')} left in float: {fmt.listing(patterns(plain), limit=12)}.",) if plain else ()
+    kept, notes = capped(((clean(name), str(count)) for name, count in sorted(report.operators.items())), told)
+    return Table("operators", "Operators used", ("operator", "layers"), "lr", kept, notes=notes)
 
 
-def skipped_table(report: Report) -> Table:
+def skipped_table(passes: Sequence[PassResult]) -> Table:
     """Layers that a pass left alone, grouped by reason."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for layer in _layers(report.passes, changed=False):
+    for layer in _layers(passes, changed=False):
         groups.setdefault((layer.pass_text, layer.reason), []).append(layer.layer)
     rows = [
-        (clean(text), clean(reason) or "no reason recorded", str(len(names)), fmt.listing(_patterns(names)))
+        (clean(text), clean(reason) or "no reason recorded", str(len(names)), fmt.listing(patterns(names)))
         for (text, reason), names in groups.items()
     ]
     kept, notes = capped(rows)
     columns = ("pass", "reason", "layers", "names")
-    empty = "no layer was skipped" if report.passes else "no pass ran"
+    empty = "no layer was skipped" if passes else "no pass ran"
     return Table("skipped", "Skipped layers", columns, "llrl", kept, notes=notes, empty=empty)
 
 
@@ -92,7 +92,7 @@ def _pass_table(passes: Sequence[PassResult]) -> Table:
 def _layer_table(passes: Sequence[PassResult]) -> Table:
     groups: dict[tuple[str, str, str], list[LayerResult]] = {}
     for layer in _layers(passes, changed=True):
-        groups.setdefault((layer.pass_text, _pattern(layer.layer), layer.format), []).append(layer)
+        groups.setdefault((layer.pass_text, pattern(layer.layer), layer.format), []).append(layer)
     rows, notes = capped(
         (_layer_row(group) for group in groups.values()),
         (
@@ -117,7 +117,7 @@ def _layer_row(group: Sequence[LayerResult]) -> tuple[str, ...]:
     tied = [f"{name} also serves {', '.join(users)}" for name, users in others if users]
     return (
         clean(first.pass_text),
-        clean(first.layer) if len(group) == 1 else clean(_pattern(first.layer)),
+        clean(first.layer) if len(group) == 1 else clean(pattern(first.layer)),
         str(len(group)),
         clean(first.format) or _NONE,
         fmt.value_range([layer.bits_per_weight for layer in group]),
@@ -138,20 +138,37 @@ def _worst(group: Sequence[LayerResult]) -> str:
     return clean(worst.layer) if error(worst) >= 0 else _NONE
 
 
+def predictions(plan: Plan) -> dict[str, str]:
+    """What a run was predicted to make and take, by the name that a page gives it."""
+    return {
+        ARTIFACT_SIZE: fmt.size(plan.predicted_artifact_bytes),
+        "compressed model size": fmt.size(plan.predicted_model_bytes),
+        PEAK_MEMORY: fmt.size(plan.predicted_peak_memory_bytes),
+        "disk needed by the run": fmt.size(plan.predicted_disk_bytes),
+        TIME: fmt.duration(plan.predicted_seconds),
+    }
+
+
 def _prediction_table(report: Report) -> Table:
+    title, columns = "Plan: predicted and measured", ("quantity", "predicted", "measured")
     if report.plan is None:
-        return Table("plan", "Plan: predicted and measured", (), "", (), empty="no plan was recorded")
-    plan, unknown = report.plan, "not recorded"
-    measured_size = fmt.size(report.artifact_bytes) if report.artifact_bytes > 0 else fmt.NOT_MEASURED
-    passes_s = sum(result.seconds for result in report.passes)
-    rows = (
-        ("artifact size", fmt.size(plan.predicted_artifact_bytes), measured_size),
-        ("compressed model size", fmt.size(plan.predicted_model_bytes), unknown),
-        ("peak memory of the run", fmt.size(plan.predicted_peak_memory_bytes), unknown),
-        ("disk needed by the run", fmt.size(plan.predicted_disk_bytes), unknown),
-        ("time", fmt.duration(plan.predicted_seconds), f"{fmt.duration(passes_s)} in the passes alone"),
-    )
-    return Table("plan", "Plan: predicted and measured", ("quantity", "predicted", "measured"), "lrr", rows)
+        return Table("plan", title, (), "", (), empty="no plan was recorded")
+    measured = _measured(report)
+    rows = tuple((name, text, measured.get(name, "not recorded")) for name, text in predictions(report.plan).items())
+    return Table("plan", title, columns, "lrr", rows)
+
+
+def _measured(report: Report) -> dict[str, str]:
+    passes_time = fmt.duration(sum(result.seconds for result in report.passes))
+    found = {
+        ARTIFACT_SIZE: fmt.size(report.artifact_bytes) if report.artifact_bytes > 0 else fmt.NOT_MEASURED,
+        TIME: f"{passes_time} in the passes alone",
+    }
+    if report.cost:
+        found[TIME] = f"{fmt.duration(report.cost.seconds)} ({passes_time} in the passes)"
+        passes_peak = fmt.size(report.cost.passes_peak_memory_bytes)
+        found[PEAK_MEMORY] = f"{fmt.size(report.cost.peak_memory_bytes)} ({passes_peak} in the passes)"
+    return found
 
 
 def _environment_table(report: Report) -> Table:
@@ -167,11 +184,16 @@ def _environment_table(report: Report) -> Table:
     if report.speed:
         rows.append(("timed in", f"{report.speed.runtime}, threads: {report.speed.threads}"))
         rows += [(f"machine: {name}", value) for name, value in sorted(report.speed.machine.items())]
-    for quality in (report.baseline_quality, report.artifact_quality, report.memory_quality):
-        if quality:
-            rows.append((f"data digest, {quality.subject} in {quality.where}", quality.data_digest))
+    rows += _digest_rows([report.baseline_quality, report.artifact_quality, report.memory_quality])
     rows.append(("report schema", str(report.schema_version)))
     return _facts_table("environment", "Environment", [(name, clean(value, limit=600)) for name, value in rows])
+
+
+def _digest_rows(qualities: Sequence[Quality | None]) -> list[tuple[str, str]]:
+    known = [quality for quality in qualities if quality]
+    if len({quality.data_digest for quality in known}) == 1:
+        return [("quality data digest", known[0].data_digest)]
+    return [(f"data digest, {quality.subject} in {quality.where}", quality.data_digest) for quality in known]
 
 
 def _facts_table(key: str, title: str, rows: Iterable[tuple[str, str]]) -> Table:
@@ -183,16 +205,17 @@ def _layers(passes: Sequence[PassResult], *, changed: bool) -> Iterable[LayerRes
     return (layer for result in passes for layer in result.layers if layer.changed is changed)
 
 
-def _pattern(name: str) -> str:
+def pattern(name: str) -> str:
+    """A dotted path with its numbers starred: `model.layers.*.mlp`."""
     return _INDEX.sub("*", name)
 
 
-def _patterns(names: Sequence[str]) -> list[str]:
+def patterns(names: Sequence[str]) -> list[str]:
     """Names with their numbers starred and counted; a name that is alone in its pattern stays whole."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(_pattern(name), []).append(name)
-    return [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in groups.items()]
+        groups.setdefault(pattern(name), []).append(name)
+    return [group[0] if len(group) == 1 else f"{kind} ({len(group)})" for kind, group in groups.items()]
 
 
 def _pairs(items: Iterable[tuple[str, object]]) -> str:

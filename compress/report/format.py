@@ -140,6 +140,11 @@ def value_range(values: Sequence[float | None]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def count(number: int, noun: str) -> str:
+    """`1 layer`, `57 layers`."""
+    return f"{number} {noun if number == 1 else f'{noun}s'}"
+
+
 def times_smaller(before: float, after: float) -> str:
     """`3.13x smaller`, `1.2x larger`, `the same`; empty when one side is unknown."""
     if before <= 0 or after <= 0:

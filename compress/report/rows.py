@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from compress.records import Footprint, Metric, Quality, Report, Speed, Timing
+from compress.records import Footprint, Gate, Metric, Quality, Report, Speed, Timing
 from compress.report import format as fmt
-from compress.report.detail_rows import detail_tables, operator_table, skipped_table
+from compress.report.detail_rows import detail_tables, operator_table
 from compress.report.format import NOT_MEASURED, clean
 from compress.report.table import Block, Page, Table, capped
 from compress.report.verdict import RELATIVE, metric_name
@@ -19,65 +19,73 @@ def build_page(report: Report) -> Page:
     """Everything that any page shows of this report."""
     unmet = any(not gate.met for gate in report.gates)
     disagrees = report.verification is not None and not report.verification.agrees
-    main = (quality_table(report), gate_table(report), speed_table(report), footprint_table(report))
-    coverage = (operator_table(report), skipped_table(report))
+    sizes = report.source_bytes, report.artifact_bytes
+    main = (
+        quality_table(report.baseline_quality, report.artifact_quality, report.memory_quality, sizes),
+        gate_table(report.gates),
+        speed_table(report.speed),
+        footprint_table(report.speed),
+        operator_table(report),
+    )
     return Page(
         title=clean(report.title),
         verdict=clean(report.verdict, limit=2000),
         failed=unmet or disagrees,
         facts=_facts(report),
-        main=tuple(table for table in (*main, *coverage) if table.rows or table.empty),
+        main=tuple(table for table in main if table.rows or table.empty),
         warnings=_warnings(report),
         details=tuple(table for table in detail_tables(report) if table.rows or table.empty),
         blocks=_blocks(report),
     )
 
 
-def quality_table(report: Report) -> Table:
-    """The baseline on top, then the artifact as its runtime computes it, then the model before lowering."""
-    arms = (
-        ("baseline", report.baseline_quality, report.source_bytes),
-        ("artifact in runtime", report.artifact_quality, report.artifact_bytes),
-        ("in memory", report.memory_quality, None),
-    )
-    known = [quality for _, quality, _ in arms if quality]
+def quality_table(
+    baseline: Quality | None, artifact: Quality | None, memory: Quality | None, sizes: tuple[int, int] | None = None
+) -> Table:
+    """The baseline on top, then the artifact as its runtime computes it, then the model before lowering.
+
+    Args: sizes: bytes of the source and of the artifact; without them there is no such column.
+    """
+    arms = (("baseline", baseline), ("artifact in runtime", artifact), ("in memory", memory))
+    known = [quality for _, quality in arms if quality]
     keys = _metric_keys(known)
-    rows = []
-    for name, quality, count in arms:
-        label = f"{name} ({clean(quality.where)})" if quality else name
-        bytes_text = _NONE if count is None else _size(count)
-        cells = [_metric_cell(key, quality) for key in keys] or [NOT_MEASURED]
-        rows.append((label, bytes_text, *cells))
-    headers = [_metric_header(key, known) for key in keys] or ["quality"]
-    columns = ("model", "size", *headers)
+    rows = [
+        (_arm_name(name, quality), *([_metric_cell(key, quality) for key in keys] or [NOT_MEASURED]))
+        for name, quality in arms
+    ]
+    columns = ("model", *([_metric_header(key, known) for key in keys] or ["quality"]))
+    title = "Quality"
+    if sizes:
+        title, columns = "Size and quality", (columns[0], "size", *columns[1:])
+        counts = (*map(_size, sizes), _NONE)
+        rows = [(row[0], count, *row[1:]) for row, count in zip(rows, counts, strict=True)]
     notes = _quality_notes(known, keys)
-    return Table("quality", "Size and quality", columns, "l" + "r" * (len(columns) - 1), tuple(rows), notes=notes)
+    return Table("quality", title, columns, "l" + "r" * (len(columns) - 1), tuple(rows), notes=notes)
 
 
-def gate_table(report: Report) -> Table:
+def gate_table(gates: Sequence[Gate]) -> Table:
     """What the recipe asked for and what was found, at the worse end of the interval."""
     rows = [
         (metric_name(gate.name), *reversed(fmt.told_apart(gate.found, gate.bound)), "met" if gate.met else "FAILED")
-        for gate in report.gates
+        for gate in gates
     ]
     columns = ("gate", "bound", "found, worse end of the interval", "result")
     return Table("gates", "Gates", columns, "lrrl", tuple(rows), empty="no gates were set")
 
 
-def speed_table(report: Report) -> Table:
+def speed_table(speed: Speed | None) -> Table:
     """One row per setting, both arms in it, with the noise floor beside the speed-up."""
     columns = (
         "phase", "batch", "prompt", "baseline ms", "variant ms", "baseline tokens/s", "variant tokens/s", "speed-up",
         "noise floor", "verdict",
     )  # fmt: skip
-    timings = report.speed.timings if report.speed else ()
-    rows, notes = capped((_timing_row(timing) for timing in timings), _speed_notes(report.speed))
+    timings = speed.timings if speed else ()
+    rows, notes = capped((_timing_row(timing) for timing in timings), _speed_notes(speed))
     return Table("speed", "Speed", columns, "lrrrrrrrrl", rows, keys=3, notes=notes)
 
 
-def footprint_table(report: Report) -> Table:
+def footprint_table(speed: Speed | None) -> Table:
     """Disk, load time and peak memory of both arms in the runtime, and the change."""
-    speed = report.speed
     if speed is None:
         return Table("footprint", "Footprint", (), "", ())
     before, after = speed.baseline, speed.variant
@@ -85,6 +93,11 @@ def footprint_table(report: Report) -> Table:
     note = "Files as they are deployed in the runtime, which may differ from the source file."
     columns = ("arm", "disk", "load time", "peak memory")
     return Table("footprint", "Footprint", columns, "lrrr", rows, notes=(note,))
+
+
+def speed_warnings(speed: Speed | None) -> list[str]:
+    """What the timing had to say, each with its setting."""
+    return [f"{timing.name}: {text}" for timing in speed.timings for text in timing.warnings] if speed else []
 
 
 def speedup_text(timing: Timing) -> str:
@@ -101,6 +114,11 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
         ("created", report.created),
     )
     return tuple((name, clean(value, limit=120)) for name, value in facts if value.strip())
+
+
+def _arm_name(name: str, quality: Quality | None) -> str:
+    # The row's own name says "in memory" already.
+    return f"{name} ({clean(quality.where.removesuffix(', in memory'))})" if quality else name
 
 
 def _metric_keys(known: list[Quality]) -> list[str]:
@@ -193,11 +211,9 @@ def _size(count: int) -> str:
 
 
 def _warnings(report: Report) -> tuple[str, ...]:
-    texts = list(report.warnings)
-    if report.speed:
-        texts += [f"{timing.name}: {text}" for timing in report.speed.timings for text in timing.warnings]
-    if report.plan:
-        texts += [f"plan: {text}" for text in (*report.plan.warnings, *report.plan.refusals)]
+    planned = (*report.plan.warnings, *report.plan.refusals) if report.plan else ()
+    texts = [text for text in report.warnings if text not in planned]
+    texts += [*speed_warnings(report.speed), *(f"plan: {text}" for text in planned)]
     shown = [clean(text, limit=600) for text in dict.fromkeys(texts)]
     limit = 40
     return tuple(shown) if len(shown) <= limit else (*shown[:limit], f"{len(shown) - limit} more are in report.json.")

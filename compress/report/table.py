@@ -46,9 +46,11 @@ class Page:
     blocks: tuple[Block, ...]
 
 
-def capped(rows: Iterable[Row], notes: tuple[str, ...] = ()) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """The first `MAX_ROWS` rows, and the notes with a word on those left out: no model makes an endless page."""
+def capped(
+    rows: Iterable[Row], notes: tuple[str, ...] = (), *, limit: int = MAX_ROWS, where: str = "report.json"
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """The first `limit` rows, and the notes with a word on those left out: no model makes an endless page."""
     kept = tuple(rows)
-    if len(kept) <= MAX_ROWS:
+    if len(kept) <= limit:
         return kept, notes
-    return kept[:MAX_ROWS], (*notes, f"{len(kept) - MAX_ROWS} more rows are in report.json.")
+    return kept[:limit], (*notes, f"{len(kept) - limit} more rows are in {where}.")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _STYLES = {
     "faster": "bold blue",
     "slower": "bold yellow",
+    "fast": "bold blue",
+    "works": "bold yellow",
+    "no": "bold red",
     "FAILED": "bold red",
     "NO": "bold red",
     "not measured": "dim",
@@ -28,24 +31,25 @@ _FOLD = 24  # a text may be folded to this
 
 
 def to_terminal(report: Report, console: Console, *, full: bool = False) -> None:
-    """Print the report; `full` adds the layers, the environment and the commands."""
+    """Print the report; `full` adds the skipped and changed layers, the environment and the commands."""
     page = build_page(report)
-    _line(console, page.title, "bold")
-    _line(console, page.verdict, "bold red" if page.failed else "bold")
+    print_line(console, page.title, "bold")
+    print_line(console, page.verdict, "bold red" if page.failed else "bold")
     for text in page.warnings:
-        _line(console, f"warning: {text}", "yellow")
+        print_line(console, f"warning: {text}", "yellow")
     for table in (*page.main, *(page.details if full else ())):
-        _print_table(console, table)
+        print_table(console, table)
     for block in page.blocks if full else ():
         _print_block(console, block)
 
 
-def _print_table(console: Console, table: Table) -> None:
+def print_table(console: Console, table: Table) -> None:
+    """Columns where they fit, intervals on a second line where that helps, else a paragraph per row."""
     console.print()
-    _line(console, table.title, "bold")
+    print_line(console, table.title, "bold")
     split = _two_lines(table)
     if not table.rows:
-        _line(console, table.empty, "dim")
+        print_line(console, table.empty, "dim")
     elif sum(_widths(table)) <= console.width + _PADDING:
         _grid(console, table)
     elif sum(_widths(split)) <= console.width + _PADDING:
@@ -53,14 +57,14 @@ def _print_table(console: Console, table: Table) -> None:
     else:
         _stack(console, table)
     for note in table.notes:
-        _line(console, note, "dim")
+        print_line(console, note, "dim")
 
 
 def _print_block(console: Console, block: Block) -> None:
     console.print()
-    _line(console, block.title, "bold")
+    print_line(console, block.title, "bold")
     for line in (*block.text.splitlines(), block.note):
-        _line(console, line, "")
+        print_line(console, line)
 
 
 def _grid(console: Console, table: Table) -> None:
@@ -80,15 +84,15 @@ def _stack(console: Console, table: Table) -> None:
     """A row per paragraph, for terminals too narrow for the columns."""
     for row in table.rows:
         keys = zip(table.columns[1 : table.keys], row[1 : table.keys], strict=True)
-        _line(console, ", ".join([row[0], *(f"{title} {cell}" for title, cell in keys)]), "bold")
+        print_line(console, ", ".join([row[0], *(f"{title} {cell}" for title, cell in keys)]), "bold")
         line = ""
         for title, cell in zip(table.columns[table.keys :], row[table.keys :], strict=True):
             item = f"{title}: {cell}"
             if line and len(line) + len(item) + 3 > console.width:  # a figure stays in one piece
-                _line(console, line, "")
+                print_line(console, line)
                 line = ""
             line = f"{line} | {item}" if line else f"  {item}"
-        _line(console, line, "")
+        print_line(console, line)
 
 
 def _two_lines(table: Table) -> Table:
@@ -120,7 +124,8 @@ def _widths(table: Table, room: int = 0) -> list[int]:
     return needs
 
 
-def _line(console: Console, text: str, style: str) -> None:
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """One paragraph; nothing for an empty text."""
     if text:
         console.print(_text(console, text, style))
 
