@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    import click
+    import typer
 
     from compress.cli import app
     from compress.errors import CompressError, Interrupted, ResourceError
@@ -26,13 +26,13 @@ def _run(given: list[str]) -> int:
     try:
         result = app(given, standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.ClickException as error:  # typer raises these for wrong options
-        message = error.format_message()
-        where = f" See `{error.ctx.command_path} --help`." if getattr(error, "ctx", None) else ""
-        return _fail(given, "UsageError", message + where, 2)
-    except click.exceptions.Exit as error:
+    except typer.TyperException as error:  # wrong options
+        context = getattr(error, "ctx", None)
+        where = f" See `{context.command_path} --help`." if context else ""
+        return _fail(given, "UsageError", error.format_message() + where, 2)
+    except typer.Exit as error:
         return error.exit_code
-    except click.exceptions.Abort:
+    except typer.Abort:
         return _fail(given, "Interrupted", "Stopped.", 130)
     except Interrupted as error:
         again = " ".join(["compress", *given])

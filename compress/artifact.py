@@ -17,7 +17,7 @@ from compress.evaluate import Evaluation, evaluate
 from compress.export import find as find_target
 from compress.export.onnx.runtime import Session
 from compress.hwprofiles import Profile
-from compress.measure import measure, thread_count
+from compress.measure import BUDGET_S, measure, thread_count
 from compress.model import Model, Task, load
 from compress.pipeline import Result
 from compress.progress import Progress
@@ -183,7 +183,11 @@ def evaluate_artifact(
 
 
 def profile(
-    folder: str | Path | Artifact, *, against: Model | str | Path | None = None, progress: Progress | None = None
+    folder: str | Path | Artifact,
+    *,
+    against: Model | str | Path | None = None,
+    budget_s: float = BUDGET_S,
+    progress: Progress | None = None,
 ) -> Speed:
     """Paired latency of an artifact against its uncompressed model in the same runtime, measured here."""
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
@@ -192,7 +196,7 @@ def profile(
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
         return measure(
-            Path(scratch), artifact.deployable, artifact.profile, vocabulary=vocabulary,
+            Path(scratch), artifact.deployable, artifact.profile, vocabulary=vocabulary, budget_s=budget_s,
             progress=progress or Progress(quiet=True),
         )
 

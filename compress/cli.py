@@ -44,6 +44,7 @@ SamplesOpt = Annotated[int | None, typer.Option("--samples", min=1, help="Calibr
 QualitySamplesOpt = Annotated[int | None, typer.Option("--quality-samples", min=1, help="Quality windows [default: 128].")]
 LengthOpt = Annotated[int | None, typer.Option("--length", min=2, help="Tokens per window.")]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
+BudgetOpt = Annotated[float | None, typer.Option("--budget", min=0.1, help="Seconds of timing per setting.")]
 AgainstOpt = Annotated[str | None, typer.Option("--model", help="The uncompressed model [default: where it was].")]
 
 
@@ -73,19 +74,22 @@ def run(
     length: LengthOpt = None,
     seed: SeedOpt = None,
     device: Annotated[str, typer.Option(help="Where passes compute: cpu or cuda.")] = "cpu",
+    budget: BudgetOpt = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
     """Compress MODEL: passes, export, verification, quality, speed, report."""
+    from compress.measure import BUDGET_S
     from compress.run import Request
     from compress.run import run as run_request
 
     chosen = _recipe(recipe, passes, samples, quality_samples, length, seed)
     command = "compress " + shlex.join(sys.argv[1:])
     request = Request(
-        model, chosen, _profile(profile), out, data=data, device=_device(device), overwrite=overwrite, command=command
+        model, chosen, _profile(profile), out, data=data, device=_device(device), overwrite=overwrite, command=command,
+        budget_s=budget or BUDGET_S,
     )
     progress = Progress(quiet)
     with progress.catching_signals():
@@ -204,13 +208,19 @@ def evaluate(
 
 @app.command()
 def profile(
-    artifact: ArtifactArg, model: AgainstOpt = None, as_json: JsonOpt = False, quiet: QuietOpt = False, debug: DebugOpt = False
+    artifact: ArtifactArg,
+    model: AgainstOpt = None,
+    budget: BudgetOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
 ) -> int:
     """Latency, load time and memory of an artifact against its uncompressed model, measured here."""
     from compress.artifact import profile as profile_artifact
+    from compress.measure import BUDGET_S
     from compress.report.parts import show_speed
 
-    found = profile_artifact(artifact, against=model, progress=Progress(quiet))
+    found = profile_artifact(artifact, against=model, budget_s=budget or BUDGET_S, progress=Progress(quiet))
     if as_json:
         print(found.model_dump_json(indent=1))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compress import skeleton
+from compress import experts, skeleton
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.skeleton import Structure
@@ -31,6 +31,9 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+SUPPORTED = "Supported: decoder language models and BERT-type encoders."
 
 
 class Reader(Protocol):
@@ -75,9 +78,9 @@ class Model:
     raw_config: dict[str, Any] = field(default_factory=dict, repr=False)
     source_digest: str = ""
 
-    def skeleton(self, attention: str = "sdpa") -> nn.Module:
-        """A fresh module tree with parameters on `meta`."""
-        return skeleton.build(self.config, auto_class(self.task), attention)
+    def skeleton(self, attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
+        """A fresh module tree with parameters on `meta`. Args: see `skeleton.build`."""
+        return skeleton.build(self.config, maker(self.task, self.raw_config), attention, mixture)
 
     @property
     def name(self) -> str:
@@ -139,11 +142,25 @@ class Model:
         return self.weights
 
 
-def auto_class(task: Task) -> Any:
-    """The transformers class that builds a task's module."""
-    from transformers import AutoModel, AutoModelForCausalLM
+def maker(task: Task, raw: Mapping[str, Any]) -> Callable[..., Any]:
+    """What builds a task's module from a config.
 
-    return AutoModelForCausalLM if task is Task.CAUSAL_LM else AutoModel
+    An encoder is the base of the architecture that was saved: that of BertForMaskedLM has no pooler, BertModel has one.
+    """
+    import transformers
+
+    if task is Task.CAUSAL_LM:
+        return transformers.AutoModelForCausalLM.from_config  # type: ignore[no-any-return]
+    whole = getattr(transformers, _architecture(raw), None)
+    if whole is None or not hasattr(whole, "_from_config"):
+        return transformers.AutoModel.from_config  # type: ignore[no-any-return]
+    # `from_config` of the Auto classes is this very call; single classes have it under this name only
+    return lambda config, **settings: whole._from_config(config, **settings).base_model
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    names = raw.get("architectures") or [""]
+    return str(names[0])
 
 
 def config_dtype(config: Any) -> torch.dtype:
@@ -162,7 +179,7 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     raw = read_config(path)
     config = _parse_config(path, raw)
     task = _task(config, raw)
-    module = skeleton.build(config, auto_class(task))
+    module = _build(config, maker(task, raw), raw)
     structure = skeleton.survey(module)
     if not weights:
         layers = {k: replace(v, source_dtype=config_dtype(config)) for k, v in structure.layers.items()}
@@ -171,6 +188,20 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     checkpoint = index_checkpoint(files, module, structure.aliases)
     structure = replace(structure, layers={k: _with_dtype(v, checkpoint) for k, v in structure.layers.items()})
     return Model(str(source), path, task, config, structure, checkpoint, digest_files(files), raw)
+
+
+def _build(config: Any, make: Callable[..., Any], raw: Mapping[str, Any]) -> nn.Module:
+    """The module, refused where transformers cannot build it or it does not take token ids."""
+    name = _architecture(raw) or config.model_type
+    try:
+        module = skeleton.build(config, make)
+    except (ValueError, ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedError(f"{name}: transformers cannot build this model ({reason}).") from error
+    taken = getattr(module, "main_input_name", "input_ids")
+    if taken != "input_ids":
+        raise UnsupportedError(f"{name} takes {taken}, not token ids. {SUPPORTED}")
+    return module
 
 
 def _with_dtype(spec: LayerSpec, checkpoint: Checkpoint) -> LayerSpec:
@@ -250,19 +281,16 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> Any:
 
 def _task(config: Any, raw: dict[str, Any]) -> Task:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    names = raw.get("architectures") or []
-    architecture = str(names[0]) if names else ""
+    architecture = _architecture(raw)
     if getattr(config, "is_encoder_decoder", False) or "vision_config" in raw or "audio_config" in raw:
-        raise UnsupportedError(
-            f"{architecture or config.model_type}: encoder-decoder and multi-modal models are not supported. "
-            "Supported: decoder language models and BERT-type encoders."
-        )
-    if architecture and architecture == CAUSAL.get(config.model_type):
-        return Task.CAUSAL_LM
-    if not architecture and config.model_type in CAUSAL and config.model_type != "bert":
-        return Task.CAUSAL_LM
-    return Task.ENCODER
+        name = architecture or config.model_type
+        raise UnsupportedError(f"{name}: encoder-decoder and multi-modal models are not supported. {SUPPORTED}")
+    if architecture:
+        return Task.CAUSAL_LM if architecture == CAUSAL.get(config.model_type) else Task.ENCODER
+    is_decoder = config.model_type in CAUSAL and config.model_type not in MASKED
+    return Task.CAUSAL_LM if is_decoder else Task.ENCODER
 
 
 def load_tokenizer(path: Path) -> Any:

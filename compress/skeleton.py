@@ -6,7 +6,7 @@ Models are found by module types and names, never by symbolic tracing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress import experts
 from compress.errors import UnsupportedError
 from compress.layer import Layer, LayerKind, LayerSpec
 
@@ -22,13 +23,19 @@ OUTER = -1
 """The segment of everything that is outside the blocks: embeddings, final norm, head."""
 
 
-def build(config: Any, auto: Any, attention: str = "sdpa") -> nn.Module:
-    """The module of a config with all parameters on `meta`; buffers are real, computed by the module itself."""
+def build(config: Any, make: Callable[..., Any], attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
+    """The module of a config with all parameters on `meta`; buffers are real, computed by the module itself.
+
+    Args: make: called with a config and settings; attention: an implementation by name, None for transformers' choice
+    (eager where the model has soft caps or sinks); mixture: the implementation of its experts, if it has any.
+    """
     from transformers.initialization import no_init_weights
 
+    experts.register()
+    settings = {"attn_implementation": attention, "experts_implementation": mixture, "dtype": torch.float32}
     with _parameters_on_meta(), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module: nn.Module = auto.from_config(deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+        module: nn.Module = make(deepcopy(config), **settings)
     module.eval()
     module.tie_weights()  # type: ignore[operator]
     return module
@@ -83,8 +90,12 @@ class Structure:
 
 
 def survey(module: nn.Module) -> Structure:
-    """Find blocks, layers and tied weights. Raises: UnsupportedError where there is no list of like blocks."""
+    """Find blocks, layers and tied weights.
+
+    Raises: UnsupportedError where there is no list of like blocks, or each of them is not run once.
+    """
     path = _blocks_path(module)
+    _check_blocks(module, path)
     count = len(module.get_submodule(path))  # type: ignore[arg-type]
     blocks = tuple(f"{path}.{index}" for index in range(count))
     layers = _layers(module, path)
@@ -122,6 +133,16 @@ def _blocks_path(module: nn.Module) -> str:
     )
 
 
+def _check_blocks(module: nn.Module, path: str) -> None:
+    found = len(module.get_submodule(path))  # type: ignore[arg-type]
+    wanted = int(getattr(module.config.get_text_config(), "num_hidden_layers", None) or found)  # type: ignore[union-attr, operator]
+    if found != wanted:
+        raise UnsupportedError(
+            f"{type(module).__name__} has {found} block(s) in '{path}', but {wanted} layers by its config: they are shared or "
+            "of several kinds, so it cannot be walked block by block. Supported: models whose layers are each a block."
+        )
+
+
 def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
@@ -138,7 +159,7 @@ def is_turned(module: nn.Module) -> bool:
 def _layers(module: nn.Module, blocks_path: str) -> dict[str, LayerSpec]:
     embedding = module.get_input_embeddings()  # type: ignore[operator]
     by_weight: dict[int, LayerSpec] = {}
-    experts: list[LayerSpec] = []
+    mixtures: list[LayerSpec] = []
     for name, child in module.named_modules():
         segment = segment_of(name, blocks_path)
         if child is embedding:
@@ -146,7 +167,7 @@ def _layers(module: nn.Module, blocks_path: str) -> dict[str, LayerSpec]:
         elif _is_linear(child):
             kind = LayerKind.LINEAR
         else:
-            experts += _experts(name, child, segment)
+            mixtures += _experts(name, child, segment)
             continue
         weight = child.weight
         if id(weight) in by_weight:
@@ -164,7 +185,7 @@ def _layers(module: nn.Module, blocks_path: str) -> dict[str, LayerSpec]:
             turned=is_turned(child),
             routed=_is_router(name, int(rows)),
         )
-    return {spec.name: spec for spec in (*by_weight.values(), *experts)}
+    return {spec.name: spec for spec in (*by_weight.values(), *mixtures)}
 
 
 def _is_router(name: str, rows: int) -> bool:
@@ -174,17 +195,19 @@ def _is_router(name: str, rows: int) -> bool:
 
 
 def _experts(name: str, module: nn.Module, segment: int) -> list[LayerSpec]:
-    """One layer per expert and per 3-D parameter (experts, out, in)."""
+    """One layer per expert and per 3-D parameter, (experts, out, in) or turned."""
+    stacks = {key: p for key, p in module.named_parameters(recurse=False) if p.ndim == 3 and key.endswith("_proj")}
+    if stacks and not experts.is_experts(module):
+        raise UnsupportedError(
+            f"{type(module).__name__} ({name}) computes its experts by itself, not through transformers' experts "
+            "interface, so they cannot be seen one by one."
+        )
     specs = []
-    for key, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim != 3 or not key.endswith("_proj"):
-            continue
-        count, rows, columns = parameter.shape
-        specs += [
-            LayerSpec(f"{name}.{key}.{index}", LayerKind.EXPERT, (rows, columns), (f"{name}.{key}.{index}",),
-                      segment=segment)
-            for index in range(count)
-        ]
+    for key, parameter in stacks.items():
+        turned = bool(module.is_transposed)
+        rows, columns = (int(size) for size in (parameter.shape[:0:-1] if turned else parameter.shape[1:]))
+        names = [f"{name}.{key}.{index}" for index in range(parameter.shape[0])]
+        specs += [LayerSpec(n, LayerKind.EXPERT, (rows, columns), (n,), segment=segment, turned=turned) for n in names]
     return specs
 
 
@@ -224,15 +247,14 @@ def put_layer(module: nn.Module, layer: Layer) -> None:
 
 
 def _put_expert(module: nn.Module, user: str, weight: Tensor) -> None:
-    path, _, index = user.rpartition(".")
-    owner_path, _, key = path.rpartition(".")
-    owner = module.get_submodule(owner_path)
-    whole = owner._parameters[key]
-    assert whole is not None
-    if whole.device.type == "meta":
-        whole = nn.Parameter(torch.zeros(whole.shape, dtype=torch.float32), requires_grad=False)
-        owner._parameters[key] = whole
-    whole.data[int(index)] = weight
+    path, key, index = experts.owner(user)
+    child = module.get_submodule(path)
+    stack = child._parameters[key]
+    assert stack is not None
+    if stack.device.type == "meta":
+        stack = nn.Parameter(torch.zeros(stack.shape, dtype=torch.float32), requires_grad=False)
+        child._parameters[key] = stack
+    stack.data[index] = weight.T if child.is_transposed else weight
 
 
 def set_input_rounding(child: nn.Module, layer: Layer) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import hessian, skeleton
-from compress.errors import InputError
-from compress.layer import Layer
+from compress import experts, hessian, skeleton
+from compress.errors import InputError, UnsupportedError
+from compress.layer import Layer, LayerKind, LayerSpec
 from compress.model import Model
 from compress.skeleton import OUTER
 
@@ -34,15 +34,22 @@ class LayerStats:
 class _Stub(nn.Module):
     """Stands in for a block: notes how it was called and returns `value`, or what came in."""
 
-    def __init__(self, returns_tuple: bool, value: Tensor | None = None) -> None:
+    def __init__(self, block: nn.Module, returns_tuple: bool, value: Tensor | None = None) -> None:
         super().__init__()
+        self.__dict__["_block"] = block  # not a submodule
         self.returns_tuple = returns_tuple
         self.value = value
-        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.attention_type = "full_attention"
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """What models read from their blocks, as `attention_type`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.arguments = (args, kwargs)
+        self.calls.append((args, kwargs))
         hidden = args[0] if args else kwargs["hidden_states"]
         result = hidden if self.value is None else self.value
         return (result,) if self.returns_tuple else result
@@ -96,20 +103,15 @@ class BlockStream:
 
     def _learn_return_type(self) -> None:
         """Whether a block returns a tensor or a tuple, from the real first block on two tokens."""
-        index = 0
-        self.load(index, self.model.layers(index), self.model.plain(index))
+        self.load(0, self.model.layers(0), self.model.plain(0))
         returned: list[Any] = []
-        block = self.module.get_submodule(self.model.structure.blocks[index])
+        block = self._blocks()[0]
         hook = block.register_forward_hook(lambda _m, _i, output: returned.append(output))
-        ids = self.batches[0][:1, :2].to(self.device)
-        blocks = self._blocks()
-        rest = list(blocks)[1:]
-        with torch.no_grad(), _shortened(blocks, [block]):
-            self._call_model(ids)
+        with torch.no_grad(), _shortened(self._blocks(), [block]):
+            self._call_model(self.batches[0][:1, :2].to(self.device))
         hook.remove()
         self._returns_tuple = isinstance(returned[0], tuple)
-        assert len(blocks) == len(rest) + 1
-        self.release(index)
+        self.release(0)
 
     def _blocks(self) -> nn.ModuleList:
         blocks = self.module.get_submodule(self.model.structure.blocks_path)
@@ -122,15 +124,19 @@ class BlockStream:
 
     def _enter(self, batch: Tensor) -> Tensor:
         """Hidden states at the first block; notes once per shape how each block is called."""
-        stubs = [_Stub(self._returns_tuple) for _ in self.model.structure.blocks]
-        for stub, block in zip(stubs, self._blocks(), strict=True):
-            stub.attention_type = getattr(block, "attention_type", "full_attention")
+        stubs = [_Stub(block, self._returns_tuple) for block in self._blocks()]
         with torch.no_grad(), _shortened(self._blocks(), stubs):
             self._call_model(batch.to(self.device))
-        args, kwargs = stubs[0].arguments
+        for stub, name in zip(stubs, self.model.structure.blocks, strict=True):
+            if len(stub.calls) != 1:
+                raise UnsupportedError(
+                    f"{type(self.module).__name__} runs {name} {len(stub.calls)} times in one pass, so it cannot be "
+                    "walked block by block. Supported: models that run each block once."
+                )
+        args, kwargs = stubs[0].calls[0]
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if tuple(batch.shape) not in self._calls:
-            self._calls[tuple(batch.shape)] = [_without_hidden(stub.arguments) for stub in stubs]
+            self._calls[tuple(batch.shape)] = [_without_hidden(stub.calls[0]) for stub in stubs]
         return hidden.cpu()
 
     def _keep(self, hidden: list[Tensor]) -> list[Tensor]:
@@ -158,7 +164,8 @@ class BlockStream:
         """Replace one layer of the loaded block."""
         skeleton.put_layer(self.module, layer)
         for user in layer.users:
-            self._to_device(self.module.get_submodule(user))
+            path = experts.owner(user)[0] if layer.kind is LayerKind.EXPERT else user
+            self._to_device(self.module.get_submodule(path))
 
     def release(self, index: int) -> None:
         """Give a block's memory back."""
@@ -182,7 +189,7 @@ class BlockStream:
 
     def collect(self, index: int, names: Iterable[str]) -> dict[str, LayerStats]:
         """Second moments of the inputs of some layers of the loaded block."""
-        collector = _Collector(self.module, names)
+        collector = _Collector(self.module, [self.model.structure.layers[name] for name in names])
         with collector.attached():
             for _ in self._outputs(index):
                 collector.next_batch()
@@ -190,7 +197,7 @@ class BlockStream:
 
     def collect_head(self, names: Iterable[str]) -> dict[str, LayerStats]:
         """The same for layers after the last block."""
-        collector = _Collector(self.module, names)
+        collector = _Collector(self.module, [self.model.structure.layers[name] for name in names])
         with collector.attached():
             for _ in self.logits():
                 collector.next_batch()
@@ -201,7 +208,7 @@ class BlockStream:
         (B, T, features) for an encoder."""
         self._put_outer()
         for place, batch in enumerate(self.batches):
-            stub = _Stub(self._returns_tuple, self.hidden[place].to(self.device))
+            stub = _Stub(self._blocks()[0], self._returns_tuple, self.hidden[place].to(self.device))
             with torch.no_grad(), _shortened(self._blocks(), [stub]):
                 output = self.module(input_ids=batch.to(self.device), **_no_cache(self.module))
             result: Tensor = output.logits if "logits" in output else output.last_hidden_state
@@ -230,10 +237,15 @@ def _shortened(blocks: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterato
 
 
 class _Collector:
-    """Sums x xᵀ per input tensor: layers that are fed the same tensor (q, k, v; gate, up) share one sum."""
+    """Sums x xᵀ per input tensor: layers that are fed the same tensor (q, k, v; gate, up) share one sum.
 
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
-        self.modules = {name: module.get_submodule(name) for name in names}
+    An expert has its own, of the tokens routed to it; one that sees none has no statistics.
+    """
+
+    def __init__(self, module: nn.Module, specs: Sequence[LayerSpec]) -> None:
+        self.experts = {spec.name for spec in specs if spec.kind is LayerKind.EXPERT}
+        self.mixtures = {path: module.get_submodule(path) for path in {experts.owner(name)[0] for name in self.experts}}
+        self.modules = {s.name: module.get_submodule(s.name) for s in specs if s.name not in self.experts}
         self.leader: dict[str, str] = {}
         self.total: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
@@ -244,11 +256,23 @@ class _Collector:
         handles = [
             child.register_forward_pre_hook(self._hook(name), prepend=True) for name, child in self.modules.items()
         ]
+        for path, child in self.mixtures.items():
+            experts.set_observer(child, self._observer(path))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for child in self.mixtures.values():
+                experts.set_observer(child, None)
+
+    def _observer(self, path: str) -> experts.Observer:
+        def add(key: str, expert: int, values: Tensor) -> None:
+            name = f"{path}.{key}.{expert}"
+            if name in self.experts:
+                self._add(name, values)
+
+        return add
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -258,11 +282,14 @@ class _Collector:
                     self.leader[name] = owner
                     return
             self._seen.append((values, name))
-            self.leader[name] = name
-            self.total[name] = hessian.accumulate(self.total.get(name), values.float())
-            self.tokens[name] = self.tokens.get(name, 0) + values.numel() // values.shape[-1]
+            self._add(name, values)
 
         return add
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self.leader[name] = name
+        self.total[name] = hessian.accumulate(self.total.get(name), values.float())
+        self.tokens[name] = self.tokens.get(name, 0) + values.numel() // values.shape[-1]
 
     def next_batch(self) -> None:
         self._seen.clear()

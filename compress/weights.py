@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compress.errors import InputError, nearest
+from compress.experts import owner
 from compress.layer import Layer, LayerKind, LayerSpec
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -39,12 +40,27 @@ class Checkpoint:
     unused: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _stacks: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> Tensor:
         """One parameter in its stored dtype.
 
         Raises: InputError for an unreadable file, or NaN or infinite values.
         """
+        self._stacks.clear()
+        return self._read(name)
+
+    def _expert(self, name: str) -> Tensor:
+        """One expert's slice. The module's converted parameters are kept until something else is read."""
+        module, key, index = owner(name)
+        if any(not kept.startswith(f"{module}.") for kept in self._stacks):
+            self._stacks.clear()
+        stack = f"{module}.{key}"
+        if stack not in self._stacks:
+            self._stacks[stack] = self._read(stack)
+        return self._stacks[stack][index]
+
+    def _read(self, name: str) -> Tensor:
         origin = self._origin(name)
         if origin.converter is None:
             tensor = self._tensor(*origin.parts[0])
@@ -86,8 +102,8 @@ class Checkpoint:
     def layer(self, spec: LayerSpec) -> Layer:
         """One layer, its weight turned to (out, in), in the stored dtype."""
         if spec.kind is LayerKind.EXPERT:
-            path, _, index = spec.name.rpartition(".")
-            return Layer(spec.name, spec.kind, self.read(path)[int(index)], users=spec.users)
+            weight = self._expert(spec.name)
+            return Layer(spec.name, spec.kind, (weight.T if spec.turned else weight).contiguous(), users=spec.users)
         weight = self.read(f"{spec.name}.weight")
         bias = self.read(f"{spec.name}.bias") if spec.has_bias else None
         return Layer(spec.name, spec.kind, weight.T.contiguous() if spec.turned else weight, bias, users=spec.users)

@@ -34,18 +34,19 @@ class Gptq(QuantPass):
     order: str = Field(default="static", pattern="^(static|given)$")
 
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
-        assert stats.hessian is not None
         form = self.resolved_format()
-        never_on = stats.hessian.diagonal() == 0
+        hessian = _hessian(layer, stats)
+        never_on = hessian.diagonal() == 0
         weight = layer.float_weight().masked_fill(never_on, 0.0)
         params = form.fit(weight, search=self.clip)
-        order = self._order(stats.hessian)
-        factor, _, _ = inverse_factor(stats.hessian[order][:, order], self.damp)
+        order = self._order(hessian)
+        factor, _, _ = inverse_factor(hessian[order][:, order], self.damp)
         codes = compensate(weight[:, order], factor, form, params, order, self.block)
         return layer.with_weight(form.pack(codes[:, torch.argsort(order)], params, layer.shape))
 
     def notes(self, layer: Layer, stats: LayerStats) -> tuple[str, ...]:
-        assert stats.hessian is not None
+        if stats.hessian is None:
+            return ("no calibration token reached it: rounded as if its inputs were alike (identity Hessian)",)
         notes = []
         _, used, tries = inverse_factor(stats.hessian, self.damp)
         if tries:
@@ -58,6 +59,11 @@ class Gptq(QuantPass):
         if self.order == "given":
             return torch.arange(hessian.shape[0])
         return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def _hessian(layer: Layer, stats: LayerStats) -> Tensor:
+    """(in, in); the identity for an expert that no token was routed to."""
+    return torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
 
 
 def compensate(weight: Tensor, factor: Tensor, form: Format, params: Params, columns: Tensor, block: int) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from compress.records import (
     PlannedLayer,
     Quality,
     Report,
+    RunCost,
     Speed,
     SpeedVerdict,
     Timing,
     Verification,
 )
 from compress.report import to_html, to_markdown, to_terminal, verdict_sentence
+from compress.report.parts import show_quality, show_speed
 from compress.report.rows import build_page
 from compress.report.table import MAX_ROWS, Table
 
@@ -188,6 +191,7 @@ def report(title: str = "stories260K, int4", layer_count: int = 6, changes: dict
         plan=plan(),
         operators={"MatMulNBits": 6},
         float_layers=("lm_head",),
+        cost=RunCost(seconds=117.2, passes_peak_memory_bytes=290_000_000, peak_memory_bytes=355_000_000),
         verdict=verdict_sentence(**parts),
         warnings=("the machine was busy in 3 of 60 rounds",),
         command="compress run shared/stories260K --passes 'gptq(bits=4)' --out out",
@@ -199,16 +203,20 @@ def bare() -> Report:
     """A run that measured nothing."""
     nothing = {"speed": None, "baseline_quality": None, "artifact_quality": None, "memory_quality": None}
     empty = report(changes={**nothing, "verification": None, "gates": ()})
-    return empty.model_copy(update={"plan": None, "passes": (), "operators": {}, "float_layers": (), "warnings": ()})
+    unknown: dict[str, Any] = {"plan": None, "cost": None, "passes": (), "operators": {}, "float_layers": ()}
+    return empty.model_copy(update={**unknown, "warnings": ()})
+
+
+def printed(show: Callable[[Console], None], width: int = 160, encoding: str = "utf-8") -> str:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    show(Console(file=stream, width=width, force_terminal=False, color_system=None, legacy_windows=False))
+    stream.flush()
+    return raw.getvalue().decode(encoding)
 
 
 def terminal(found: Report, width: int = 160, full: bool = True, encoding: str = "utf-8") -> str:
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding=encoding)
-    console = Console(file=stream, width=width, force_terminal=False, color_system=None, legacy_windows=False)
-    to_terminal(found, console, full=full)
-    stream.flush()
-    return raw.getvalue().decode(encoding)
+    return printed(lambda console: to_terminal(found, console, full=full), width, encoding)
 
 
 class Tags(HTMLParser):
@@ -246,6 +254,10 @@ def parsed(page: str) -> Tags:
     tags.close()
     assert tags.open == []
     return tags
+
+
+def environment(found: Report) -> tuple[tuple[str, ...], ...]:
+    return next(table.rows for table in build_page(found).details if table.key == "environment")
 
 
 def cells(found: Report) -> list[str]:
@@ -287,11 +299,29 @@ def test_the_baseline_is_the_first_row() -> None:
     assert by_key["footprint"].rows[0][0] == "baseline"
 
 
+def test_the_place_of_the_model_in_memory_is_said_once() -> None:
+    found = report(changes={"memory_quality": quality("compressed", "torch, in memory", 21.7, 0.0049)})
+    table = next(table for table in build_page(found).main if table.key == "quality")
+    assert table.rows[2][0] == "in memory (torch)"
+
+
 def test_predicted_and_measured_are_labelled() -> None:
     table = next(table for table in build_page(report()).details if table.key == "plan")
     assert table.columns == ("quantity", "predicted", "measured")
-    assert table.rows[0] == ("artifact size", "4.65 MB", "4.7 MB")
+    assert table.rows == (
+        ("artifact size", "4.65 MB", "4.7 MB"),
+        ("compressed model size", "4.5 MB", "not recorded"),
+        ("peak memory of the run", "310 MB", "355 MB (290 MB in the passes)"),
+        ("disk needed by the run", "21 MB", "not recorded"),
+        ("time", "42.0 s", "117 s (12.3 s in the passes)"),
+    )
+
+
+def test_a_cost_that_was_not_recorded_is_not_made_up() -> None:
+    found = report().model_copy(update={"cost": None})
+    table = next(table for table in build_page(found).details if table.key == "plan")
     assert ("peak memory of the run", "310 MB", "not recorded") in table.rows
+    assert ("time", "42.0 s", "12.3 s in the passes alone") in table.rows
 
 
 def test_layers_are_grouped_and_the_worst_is_named() -> None:
@@ -304,9 +334,33 @@ def test_layers_are_grouped_and_the_worst_is_named() -> None:
 
 
 def test_skipped_and_float_layers_are_named() -> None:
-    by_key = {table.key: table for table in build_page(report()).main}
+    page = build_page(report())
+    by_key = {table.key: table for table in (*page.main, *page.details)}
     assert by_key["skipped"].rows[0][1:3] == ("group does not divide 65", "1")
-    assert by_key["operators"].rows == (("MatMulNBits", "6", "-"), ("float fallback", "1", "lm_head"))
+    assert by_key["operators"].rows == (("MatMulNBits", "6"),)
+    assert by_key["operators"].notes == ("1 layer left in float: lm_head.",)
+
+
+def test_layers_in_float_take_one_line_and_none_where_there_are_none() -> None:
+    names = (*(f"model.layers.{index}.mlp.gate" for index in range(8)), "lm_head")
+    text = terminal(report().model_copy(update={"float_layers": names}), full=False)
+    assert "9 layers left in float: model.layers.*.mlp.gate (8), lm_head." in text.splitlines()
+    assert "left in float" not in terminal(report().model_copy(update={"float_layers": ()}), full=False)
+
+
+def test_a_warning_of_the_plan_is_shown_once() -> None:
+    planned = plan().model_copy(update={"warnings": ("no fast kernel", "no fast kernel"), "refusals": ("int3",)})
+    found = report().model_copy(update={"plan": planned, "warnings": ("busy", "no fast kernel")})
+    assert build_page(found).warnings == ("busy", "plan: no fast kernel", "plan: int3")
+    for page in (terminal(found), to_markdown(found), parsed(to_html(found)).text):
+        assert page.count("no fast kernel") == 1
+
+
+def test_a_digest_that_all_figures_share_is_shown_once() -> None:
+    assert ("quality data digest", "sha256:77aa") in environment(report())
+    other = quality("compressed", "torch", 21.7, 0.0049).model_copy(update={"data_digest": "sha256:other"})
+    found = environment(report(changes={"memory_quality": other}))
+    assert ("data digest, compressed in torch", "sha256:other") in found
 
 
 def test_what_was_not_measured_is_said_on_every_page() -> None:
@@ -374,8 +428,37 @@ def test_an_ascii_terminal_is_served() -> None:
 
 
 def test_the_first_screen_leaves_the_layers_to_the_full_page() -> None:
-    assert "worst layer" not in terminal(report(), full=False)
-    assert "worst layer" in terminal(report(), width=200)
+    first, whole = terminal(report(), full=False), terminal(report(), width=200)
+    for words in ("worst layer", "Skipped layers", "group does not divide 65"):
+        assert words not in first
+        assert words in whole
+        assert words in to_markdown(report())
+        assert words in parsed(to_html(report())).text
+
+
+@pytest.mark.parametrize("width", [160, 60])
+def test_the_parts_show_the_figures_of_the_report(width: int) -> None:
+    found = report()
+    whole = terminal(found, width)
+    assert found.baseline_quality and found.artifact_quality and found.speed
+    arms = found.baseline_quality, found.artifact_quality, found.memory_quality
+    shown = printed(lambda console: show_quality(*arms, console), width)
+    assert {"baseline", "artifact", "memory", "21.8", "0.0052", "96.2%"} <= set(re.split(r"[\s()]+", shown))
+    assert "size" not in shown
+    timed = printed(lambda console: show_speed(found.speed or speed(), console), width)
+    assert timed.strip() in whole
+
+
+def test_the_speed_part_shows_the_warnings_of_its_settings() -> None:
+    noisy = timing().model_copy(update={"warnings": ("the machine was busy",)})
+    text = printed(lambda console: show_speed(speed(noisy), console))
+    assert "warning: decode batch 1 prompt 128: the machine was busy" in text
+
+
+def test_a_model_that_was_not_evaluated_in_memory_is_said_to_be_so() -> None:
+    base, artifact = quality("baseline", "onnxruntime", 21.4), quality("compressed", "onnxruntime", 21.8, 0.0052)
+    text = printed(lambda console: show_quality(base, artifact, None, console))
+    assert text.count("not measured") == 4
 
 
 def test_the_html_page_asks_for_nothing() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from compress.errors import InputError, UsageError
-from compress.records import Footprint, Interval, Report, Speed, Timing
-from compress.report import load
+from compress.records import Footprint, Interval, Metric, Quality, Report, Speed, Timing
+from compress.report import load, to_markdown
 
 
 def report() -> Report:
@@ -51,6 +52,23 @@ def test_a_written_report_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(report().model_dump_json(), encoding="utf-8")
     assert load(tmp_path / "report.json") == report()
     assert load(tmp_path) == report()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_figure_that_is_no_number_is_read_back(tmp_path: Path, value: float) -> None:
+    interval = Interval(low=20.0, high=value)
+    broken = Metric(value=value, interval=interval, samples=8, unit="1", protocol="ppl/disjoint-512", better="lower")
+    quality = Quality(subject="compressed", where="onnxruntime", metrics={"perplexity": broken}, data_digest="00")
+    written = report().model_copy(update={"artifact_quality": quality})
+    (tmp_path / "report.json").write_text(written.model_dump_json(indent=1), encoding="utf-8")
+    found = load(tmp_path)
+    assert found.artifact_quality
+    metric = found.artifact_quality.metrics["perplexity"]
+    assert metric.interval
+    for number in (metric.value, metric.interval.high):
+        assert number == value or (math.isnan(number) and math.isnan(value))
+    assert to_markdown(found) == to_markdown(written)
+    assert math.isnan(value) or found == written
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def detail_tables(report: Report) -> tuple[Table, ...]:
 def operator_table(report: Report) -> Table:
     """Which operators run the compressible layers; below it which layers stayed in float, by name."""
     plain = report.float_layers
-    told = (f"{fmt.count(len(plain), 'layer')} left in float: {fmt.listing(patterns(plain), limit=12)}.",) if plain else ()
+    names = fmt.listing(patterns(plain), limit=12)
+    told = (f"{fmt.count(len(plain), 'layer')} left in float: {names}.",) if plain else ()
     kept, notes = capped(((clean(name), str(count)) for name, count in sorted(report.operators.items())), told)
     return Table("operators", "Operators used", ("operator", "layers"), "lr", kept, notes=notes)
 

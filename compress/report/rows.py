@@ -183,7 +183,7 @@ def _speed_notes(speed: Speed | None) -> tuple[str, ...]:
         return ()
     rounds = sorted({timing.rounds for timing in speed.timings})
     span = f", {' to '.join(str(count) for count in dict.fromkeys((rounds[0], rounds[-1])))} rounds" if rounds else ""
-    threads = f"{speed.threads} {'thread' if speed.threads == 1 else 'threads'}"
+    threads = fmt.count(speed.threads, "thread")
     return (
         f"Both arms in {clean(speed.runtime)} with {threads}{span}; times are medians per call.",
         "Speed-up with its interval, 95% unless another level is named; above 1 the variant is faster. "

@@ -11,25 +11,27 @@ from compress.export.onnx.graph import GraphBuilder
 MASKED = -1e9
 
 
-def mask_bias(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, *, causal: bool, window: int) -> ir.Value:
+def mask_bias(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, *, before: int, after: int) -> ir.Value:
     """(batch, 1, s or 1, total) float32, 0 where a query may look; made once per kind of mask.
 
-    ids (batch, s), mask (batch, total) with total = past + s.
+    ids (batch, s), mask (batch, total) with total = past + s; before, after: positions seen on each side, -1 for all.
     """
-    key = ("mask", causal, window)
+    key = ("mask", before, after)
     if key in graph.shared:
         return graph.shared[key]
     seen = graph.node("Cast", [mask], {"to": ir.DataType.BOOL.value}, dtype=ir.DataType.BOOL)
     seen = graph.node("Unsqueeze", [seen, graph.constant([1, 2])], dtype=ir.DataType.BOOL)
-    if causal:
-        seen = graph.node("And", [seen, _reach(graph, ids, mask, window)], dtype=ir.DataType.BOOL)
+    for limit in _limits(graph, ids, mask, before, after):
+        seen = graph.node("And", [seen, limit], dtype=ir.DataType.BOOL)
     zero, masked = graph.constant(0.0, np.float32), graph.constant(MASKED, np.float32)
     graph.shared[key] = graph.node("Where", [seen, zero, masked])
     return graph.shared[key]
 
 
-def _reach(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, window: int) -> ir.Value:
-    """(s, total) bool: key position ≤ query position, and inside the window if there is one."""
+def _limits(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, before: int, after: int) -> list[ir.Value]:
+    """(s, total) bool each: key position ≤ query position + after, and ≥ query position − before."""
+    if before < 0 and after < 0:
+        return []
     integer, boolean = ir.DataType.INT64, ir.DataType.BOOL
     length = graph.node("Squeeze", [graph.node("Shape", [ids], {"start": 1, "end": 2}, dtype=integer)], dtype=integer)
     total = graph.node("Squeeze", [graph.node("Shape", [mask], {"start": 1, "end": 2}, dtype=integer)], dtype=integer)
@@ -38,11 +40,11 @@ def _reach(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, window: int) -> i
     rows = graph.node("Range", [start, total, one], dtype=integer)
     rows = graph.node("Unsqueeze", [rows, graph.constant([1])], dtype=integer)
     columns = graph.node("Range", [graph.constant(0), total, one], dtype=integer)
-    reach = graph.node("LessOrEqual", [columns, rows], dtype=boolean)
-    if not window:
-        return reach
-    oldest = graph.node("Sub", [rows, graph.constant(window)], dtype=integer)
-    return graph.node("And", [reach, graph.node("Greater", [columns, oldest], dtype=boolean)], dtype=boolean)
+    limits = []
+    for reach, compare in ((after, "LessOrEqual"), (-before, "GreaterOrEqual")):
+        edge = graph.node("Add", [rows, graph.constant(reach)], dtype=integer) if reach else rows
+        limits.append(graph.node(compare, [columns, edge], dtype=boolean))
+    return [limit for limit, given in zip(limits, (after, before), strict=True) if given >= 0]
 
 
 def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value) -> list[ir.Value]:
@@ -78,7 +80,7 @@ def _softmax(
     if softcap:
         cap = graph.constant(softcap, np.float32)
         scores = graph.node("Mul", [graph.node("Tanh", [graph.node("Div", [scores, cap])]), cap])
-    bias = mask_bias(graph, ids, mask, causal=bool(_int(node, "causal")), window=_int(node, "window"))
+    bias = mask_bias(graph, ids, mask, before=_int(node, "before"), after=_int(node, "after"))
     if groups == 1:
         return graph.node("Softmax", [graph.node("Add", [scores, bias])], {"axis": -1})
     integer = ir.DataType.INT64

@@ -1,13 +1,13 @@
 """Capture the float graph once per structure, without weights: placeholders for layers and attention.
 
-Domain `compress`: `Linear(x) {layer}`, `Embedding(ids) {layer}`, `Attention(q, k, v[, past_k, past_v]) {…}` with q, k
-after rotary. Other parameters become graph inputs named like them, so nothing is baked in; the target turns them into
+Domain `compress`: `Linear(x) {layer}`, `Embedding(ids) {layer}`, and those of `interfaces`. Other parameters become graph inputs named like them, so nothing is baked in; the target turns them into
 initializers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -19,81 +19,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from compress import experts
 from compress.errors import UnsupportedError
-from compress.layer import LayerKind
+from compress.export.onnx import interfaces
+from compress.export.onnx.interfaces import DOMAIN, PLACEHOLDER, PastSlots
 from compress.model import Model, Task
 
-DOMAIN = "compress"
 PARAMETER = "parameter::"
-_ATTENTION = "compress_placeholder"
-_KNOWN_EXTRAS = {"position_ids", "use_cache", "output_attentions", "cache_position", "position_bias", "head_mask",
-                 "output_router_logits", "return_dict", "is_causal", "layer_head_mask", "cu_seq_lens_q"}
-
-
-class _PastSlots:
-    """Passed as `past_key_values`: hands the graph's past to the attention placeholder and takes the present."""
-
-    is_compileable = False
-
-    def __init__(self, past: list[tuple[Tensor, Tensor]]) -> None:
-        self.past = past
-        self.present: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.past[0][0].shape[2]
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return key, value
-
-    def __len__(self) -> int:
-        return len(self.past)
-
-
-_current: list[_PastSlots] = []
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **extras: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface → one placeholder node. query (b, heads, s, d); returns (b, s, heads, d)."""
-    unknown = {name for name, value in extras.items() if value is not None} - _KNOWN_EXTRAS
-    if unknown:
-        raise UnsupportedError(
-            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, which the onnx target "
-            "does not know. Supported: scaled dot products with causal, sliding-window or full masks and soft caps."
-        )
-    attributes = {
-        "scale": float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        "window": int(sliding_window or 0),
-        "softcap": float(softcap or 0.0),
-    }
-    batch, heads, length, _ = query.shape
-    shape = (batch, length, heads, value.shape[-1])
-    if not _current:
-        out = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Attention", (query, key, value), attributes | {"causal": 0},
-            dtype=query.dtype, shape=shape, version=1,
-        )
-        return out, None
-    slots = _current[-1]
-    past_key, past_value = slots.past[module.layer_idx]  # type: ignore[index]
-    total = past_key.shape[2] + length
-    shapes = (shape, (batch, key.shape[1], total, key.shape[3]), (batch, value.shape[1], total, value.shape[3]))
-    out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::Attention", (query, key, value, past_key, past_value), attributes | {"causal": 1},
-        dtypes=(query.dtype,) * 3, shapes=shapes, version=1,
-    )
-    slots.present[module.layer_idx] = (present_key, present_value)  # type: ignore[index]
-    return out, None
 
 
 @contextmanager
@@ -104,7 +36,9 @@ def _placeholders(module: nn.Module, model: Model) -> Iterator[None]:
     names = {user: spec for spec in model.structure.layers.values() for user in spec.users}
     for name, child in module.named_modules():
         if name in names:
-            child.__dict__["_compress_layer"] = (name, names[name].kind, names[name].shape)
+            child.__dict__["_compress_layer"] = (name, names[name].shape)
+        elif experts.is_experts(child):
+            child.__dict__["_compress_experts"] = name
     saved = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, Conv1D)}
 
     def forward(self: nn.Module, values: Tensor) -> Tensor:
@@ -112,7 +46,7 @@ def _placeholders(module: nn.Module, model: Model) -> Iterator[None]:
         if known is None:
             original: Tensor = next(f for c, f in saved.items() if isinstance(self, c))(self, values)
             return original
-        name, _, shape = known
+        name, shape = known
         is_gather = isinstance(self, nn.Embedding)
         size = (*values.shape, shape[1]) if is_gather else (*values.shape[:-1], shape[0])
         op = "Embedding" if is_gather else "Linear"
@@ -139,20 +73,27 @@ class _Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        slots = _PastSlots(past)
-        _current.append(slots)
+        slots = PastSlots(past)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "position_ids": position_ids,
             "past_key_values": slots,
             "use_cache": True,
         }
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            arguments["position_ids"] = position_ids
+        interfaces.current.append(slots)
         try:
             output = torch.func.functional_call(self.model, parameters, (), arguments)
         finally:
-            _current.pop()
+            interfaces.current.pop()
+        without = [index for index in range(len(past)) if index not in slots.present]
+        if without:
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: layer {without[0]} keeps no keys and values through transformers' attention "
+                "interface (a state space, say, or attention of its own), which the onnx target needs."
+            )
         return output.logits, [slots.present[index] for index in range(len(past))]
 
 
@@ -165,6 +106,8 @@ class _Encoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if hasattr(self.model.config, "use_cache"):
+            arguments["use_cache"] = False
         hidden: Tensor = torch.func.functional_call(self.model, parameters, (), arguments).last_hidden_state
         return hidden
 
@@ -183,12 +126,8 @@ def capture(model: Model, opset: int) -> bytes:
 
     Raises: UnsupportedError when the model cannot be traced, naming why.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
-    if any(spec.kind is LayerKind.EXPERT for spec in model.structure.layers.values()):
-        raise UnsupportedError(f"{model.source}: mixtures of experts are not exported to ONNX yet.")
-    module = model.skeleton(_ATTENTION)
+    interfaces.register()
+    module = model.skeleton(PLACEHOLDER, PLACEHOLDER)
     # sizes of plain tensors only: their values come from the store, as initializers
     parameters = {
         name: torch.zeros(shape)

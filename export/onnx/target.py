@@ -12,9 +12,10 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from compress.export.onnx import attention, files
-from compress.export.onnx.capture import DOMAIN, PARAMETER, capture
+from compress.export.onnx import attention, experts, files
+from compress.export.onnx.capture import PARAMETER, capture
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
+from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Choice, Source, choose, require
 from compress.hwprofiles import Profile
 from compress.layer import LayerSpec
@@ -40,7 +41,7 @@ __all__ = ["RUNTIME", "Lowered", "capture", "plan_layer", "predict_bytes", "writ
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Any:
     """A layer's `Choice` or `Refusal`; the same function decides in `plan` and in `write`."""
-    return choose(spec, profile.runtime(RUNTIME))
+    return experts.noted(spec, choose(spec, profile.runtime(RUNTIME)))
 
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
@@ -100,11 +101,14 @@ def _lower(document: ir.Model, sources: Mapping[str, Source], model: Model) -> N
     _parameters_to_initializers(graph, builder, model)
     inputs = {value.name: value for value in graph.inputs}
     for node in list(graph):
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type == "ExpertInput":  # its Experts node takes it along
             continue
         if node.op_type == "Attention":
             place = builder.at(node.name or "attention")
             values = attention.attention(place, node, inputs["input_ids"], inputs["attention_mask"])
+        elif node.op_type == "Experts":
+            place = builder.at(node.attributes["layer"].as_string())
+            values = [experts.lower(place, node, sources)]
         else:
             user = node.attributes["layer"].as_string()
             place = builder.at(user)

@@ -1,0 +1,26 @@
+"""Parts of a report on a terminal, for the verbs that compute one part: the report's own tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.records import Quality, Speed
+from compress.report.format import clean
+from compress.report.rows import footprint_table, quality_table, speed_table, speed_warnings
+from compress.report.terminal import print_line, print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show_quality(baseline: Quality, artifact: Quality, memory: Quality | None, console: Console) -> None:
+    """Print the quality of an artifact beside its uncompressed model."""
+    print_table(console, quality_table(baseline, artifact, memory))
+
+
+def show_speed(speed: Speed, console: Console) -> None:
+    """Print latency, load time and memory of an artifact beside its uncompressed model."""
+    for text in dict.fromkeys(speed_warnings(speed)):
+        print_line(console, f"warning: {clean(text, limit=600)}", "yellow")
+    print_table(console, speed_table(speed))
+    print_table(console, footprint_table(speed))
