@@ -57,8 +57,12 @@ def make_checkpoint(folder: Path) -> None:
         return (torch.randn(*shape, generator=maker) * 0.02).to(torch.bfloat16)
 
     shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
     weight_map: dict[str, str] = {}
@@ -145,10 +149,14 @@ def main() -> int:
         shutil.rmtree(out, ignore_errors=True)
         row = {"passes": passes, "checkpoint_bytes": size, **run_child(model, out, passes)}
         row["model_bytes"] = sum(path.stat().st_size for path in out.glob("*"))
-        row["met"] = row["exit_code"] == 0 and size >= TARGET_BYTES and int(str(row["largest_anonymous_bytes_sampled"])) < LIMIT
+        row["met"] = (
+            row["exit_code"] == 0 and size >= TARGET_BYTES and int(str(row["largest_anonymous_bytes_sampled"])) < LIMIT
+        )
         rows.append(row)
         print(json.dumps(row))
-    given.result.write_text(json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}, indent=1) + "\n")
+    given.result.write_text(
+        json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}, indent=1) + "\n"
+    )
     return 0 if all(row["met"] for row in rows) else 1
 
 

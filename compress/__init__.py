@@ -22,7 +22,18 @@ _EXPORTS = {
     "verify": "compress.artifact",
 }
 
-__all__ = ["CompressError", "Pipeline", "Recipe", "__version__", "export", "load", "open_artifact", "profile", "run", "verify"]
+__all__ = [
+    "CompressError",
+    "Pipeline",
+    "Recipe",
+    "__version__",
+    "export",
+    "load",
+    "open_artifact",
+    "profile",
+    "run",
+    "verify",
+]
 
 if TYPE_CHECKING:
     from compress.artifact import open_artifact, profile, verify

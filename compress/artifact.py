@@ -196,7 +196,11 @@ def profile(
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
         return measure(
-            Path(scratch), artifact.deployable, artifact.profile, vocabulary=vocabulary, budget_s=budget_s,
+            Path(scratch),
+            artifact.deployable,
+            artifact.profile,
+            vocabulary=vocabulary,
+            budget_s=budget_s,
             progress=progress or Progress(quiet=True),
         )
 
@@ -234,5 +238,3 @@ def _prompt_ids(tokenizer: Any, prompt: str, model: Model) -> list[int]:
     if not ids:
         raise UsageError("The prompt is empty. Give at least one token.")
     return ids
-
-

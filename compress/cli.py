@@ -10,42 +10,43 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress import __version__
+from compress import __version__, cli_info
+from compress.cli_info import as_profile, show
+from compress.cli_options import (
+    AgainstOpt,
+    ArtifactArg,
+    BudgetOpt,
+    DataOpt,
+    DebugOpt,
+    JsonOpt,
+    LengthOpt,
+    ModelArg,
+    OutOpt,
+    OverwriteOpt,
+    PassesOpt,
+    ProfileOpt,
+    QualitySamplesOpt,
+    QuietOpt,
+    RecipeOpt,
+    SamplesOpt,
+    SeedOpt,
+)
 from compress.errors import InputError, UsageError
 from compress.progress import Progress
 
 if TYPE_CHECKING:
-    from compress.hwprofiles import Profile
     from compress.recipe import Recipe
     from compress.records import Report
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
     help="Compress a model for the machine at hand, and report what it cost and gained.",
 )
-hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show, detect.")
-app.add_typer(hardware, name="hardware")
-
-ModelArg = Annotated[str, typer.Argument(help="A model folder (config.json, *.safetensors) or a hub id org/name.")]
-ArtifactArg = Annotated[Path, typer.Argument(help="The -o folder of an earlier run.")]
-RecipeOpt = Annotated[str | None, typer.Option("--recipe", "-r", help="A preset name or a recipe file (YAML).")]
-PassesOpt = Annotated[str | None, typer.Option("--passes", help='Instead of --recipe: "gptq(bits=4), act_quant".')]
-ProfileOpt = Annotated[str | None, typer.Option("--profile", "-p", help="Hardware profile id or file [default: this machine].")]
-DataOpt = Annotated[
-    str | None,
-    typer.Option("--data", "-d", help="Text or token ids for calibration and quality, split 80/20 by document."),
-]
-OutOpt = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.")]
-OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output once the new one is done.")]
-JsonOpt = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, on success and on failure.")]
-QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-DebugOpt = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-SamplesOpt = Annotated[int | None, typer.Option("--samples", min=1, help="Calibration windows.")]
-QualitySamplesOpt = Annotated[int | None, typer.Option("--quality-samples", min=1, help="Quality windows [default: 128].")]
-LengthOpt = Annotated[int | None, typer.Option("--length", min=2, help="Tokens per window.")]
-SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
-BudgetOpt = Annotated[float | None, typer.Option("--budget", min=0.1, help="Seconds of timing per setting.")]
-AgainstOpt = Annotated[str | None, typer.Option("--model", help="The uncompressed model [default: where it was].")]
+app.command()(cli_info.passes)
+app.add_typer(cli_info.hardware, name="hardware")
 
 
 def _version(wanted: bool) -> None:
@@ -56,7 +57,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Compress a model for the machine at hand, and report what it cost and gained."""
 
@@ -88,7 +91,14 @@ def run(
     chosen = _recipe(recipe, passes, samples, quality_samples, length, seed)
     command = "compress " + shlex.join(sys.argv[1:])
     request = Request(
-        model, chosen, _profile(profile), out, data=data, device=_device(device), overwrite=overwrite, command=command,
+        model,
+        chosen,
+        as_profile(profile),
+        out,
+        data=data,
+        device=_device(device),
+        overwrite=overwrite,
+        command=command,
         budget_s=budget or BUDGET_S,
     )
     progress = Progress(quiet)
@@ -134,7 +144,7 @@ def plan(
     from compress.report.plan_table import show_plan
 
     chosen = _recipe(recipe, passes, samples, quality_samples, length, None)
-    made = make_plan(load(model, weights=False), chosen, _profile(profile))
+    made = make_plan(load(model, weights=False), chosen, as_profile(profile))
     if as_json:
         print(made.model_dump_json(indent=1))
     else:
@@ -157,8 +167,12 @@ def export(
 
     progress = Progress(quiet)
     with progress.catching_signals():
-        made = export_artifact(artifact, profile=_profile(profile), out=out, overwrite=overwrite, progress=progress)
-    _show({"artifact": str(made.folder), "profile": made.profile.id}, f"Wrote {made.folder} for {made.profile.id}.", as_json)
+        made = export_artifact(artifact, profile=as_profile(profile), out=out, overwrite=overwrite, progress=progress)
+    show(
+        {"artifact": str(made.folder), "profile": made.profile.id},
+        f"Wrote {made.folder} for {made.profile.id}.",
+        as_json,
+    )
     return 0
 
 
@@ -171,10 +185,10 @@ def verify(artifact: ArtifactArg, as_json: JsonOpt = False, debug: DebugOpt = Fa
     word = "agrees" if found.agrees else "DOES NOT AGREE"
     text = (
         f"{artifact}: all files as written; {found.level} in {found.runtime} and {word} with the model "
-        f"({found.positions} positions, relative difference {found.max_relative_difference:.2g}, bound {found.bound:g}, "
-        f"same top token {found.top1_agreement:.1%}, where the margin decides {found.decided_agreement:.1%})."
+        f"({found.positions} positions, relative difference {found.max_relative_difference:.2g}, bound {found.bound:g}, same "
+        f"top token {found.top1_agreement:.1%}, where the margin decides {found.decided_agreement:.1%})."
     )
-    _show(found.model_dump(mode="json"), " ".join([text, *found.notes]), as_json)
+    show(found.model_dump(mode="json"), " ".join([text, *found.notes]), as_json)
     if not found.agrees:
         raise InputError(f"{artifact} does not agree with its model on this machine. Do not use it here.")
     return 0
@@ -240,68 +254,16 @@ def generate(
     from compress.artifact import generate as generate_text
 
     text = generate_text(artifact, prompt, tokens=tokens)
-    _show({"text": text}, text, as_json)
-    return 0
-
-
-@app.command()
-def passes(
-    name: Annotated[str | None, typer.Argument(help="One pass, with its settings.")] = None,
-    as_json: JsonOpt = False,
-    debug: DebugOpt = False,
-) -> int:
-    """List the passes, or show one with its settings."""
-    from compress.passes import find, table
-
-    if name is None:
-        _show(
-            {key: entry.summary for key, entry in table().items()},
-            "\n".join(f"{key:<12} {entry.summary}" for key, entry in table().items()),
-            as_json,
-        )
-        return 0
-    from compress.describe import describe_pass, pass_settings
-
-    cls = find(name)
-    _show({"name": name, "settings": pass_settings(cls)}, describe_pass(cls), as_json)
-    return 0
-
-
-@hardware.command("list")
-def hardware_list(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
-    """The profiles that ship."""
-    from compress import hwprofiles
-
-    found = {name: hwprofiles.load(name).name for name in hwprofiles.names()}
-    _show(found, "\n".join(f"{key:<24} {text}" for key, text in found.items()), as_json)
-    return 0
-
-
-@hardware.command("show")
-def hardware_show(
-    name: Annotated[str, typer.Argument(help="Profile id or file.")], as_json: JsonOpt = False, debug: DebugOpt = False
-) -> int:
-    """One profile: memory, peaks, and which formats run on which kernel."""
-    found = _profile(name)
-    from compress.describe import describe_profile
-
-    _show(found.model_dump(mode="json"), describe_profile(found), as_json)
-    return 0
-
-
-@hardware.command("detect")
-def hardware_detect(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
-    """What this machine is, and the profile that fits it."""
-    from compress import hwprofiles
-
-    found, facts = _profile(None), hwprofiles.machine_summary()
-    lines = [f"{key}: {value}" for key, value in facts.items()]
-    _show({"profile": found.id, "machine": facts}, "\n".join([f"profile: {found.id}", *lines]), as_json)
+    show({"text": text}, text, as_json)
     return 0
 
 
 def _recipe(
-    recipe: str | None, passes: str | None, samples: int | None, quality_samples: int | None, length: int | None,
+    recipe: str | None,
+    passes: str | None,
+    samples: int | None,
+    quality_samples: int | None,
+    length: int | None,
     seed: int | None,
 ) -> Recipe:
     """The recipe with the options laid over it."""
@@ -318,15 +280,6 @@ def _recipe(
     return found.model_copy(update=changed)
 
 
-def _profile(name: str | None) -> Profile:
-    from compress import hwprofiles
-
-    try:
-        return hwprofiles.detect() if name is None else hwprofiles.load(name)
-    except hwprofiles.ProfileError as error:
-        raise UsageError(str(error)) from error
-
-
 def _device(name: str) -> str:
     import torch
 
@@ -341,10 +294,6 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console()
-
-
-def _show(content: Any, text: str, as_json: bool) -> None:
-    print(json.dumps(content) if as_json else text)
 
 
 def _finish(report: Report, out: Path, as_json: bool) -> int:

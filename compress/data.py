@@ -182,9 +182,7 @@ def choose(windows: Windows, count: int, seed: int) -> Windows:
     return Windows(ids, tuple(windows.documents[place] for place in places), windows.protocol, digest)
 
 
-def calibrate(
-    model: Model, source: str | Path, *, samples: int = 128, length: int = 512, seed: int = 0
-) -> Calibration:
+def calibrate(model: Model, source: str | Path, *, samples: int = 128, length: int = 512, seed: int = 0) -> Calibration:
     """Calibration windows from a whole file."""
     documents = tokenize(read_documents(source), model, str(source))
     windows = cut_windows(join(documents), _fitting(model, length), str(source))

@@ -47,7 +47,7 @@ class ResourceError(CompressError):
     exit_code: ClassVar[int] = 6
 
 
-class Interrupted(CompressError):
+class Interrupted(CompressError):  # noqa: N818 (a stop, not a mistake)
     """Stopped by a signal after the state was saved."""
 
     exit_code: ClassVar[int] = 130

@@ -70,8 +70,10 @@ def _product(module: Any, key: str, expert: int, values: Tensor, observe: Observ
     if observe is not None:
         observe(key, expert, values)
     weight = getattr(module, key)[expert]
-    result = values @ (weight if module.is_transposed else weight.T)
-    return result + getattr(module, f"{key}_bias")[expert] if module.has_bias else result
+    result: Tensor = values @ (weight if module.is_transposed else weight.T)
+    if module.has_bias:
+        result = result + getattr(module, f"{key}_bias")[expert]
+    return result
 
 
 def set_observer(module: nn.Module, observe: Observer | None) -> None:

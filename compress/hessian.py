@@ -34,15 +34,20 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float, int]:
     mean = float(diagonal.mean())
     for tries in range(MAX_ESCALATIONS + 1):
         used = damp * 2**tries
-        damped = hessian.double()
-        damped.diagonal()[dead] = 1.0
+        # With P the reversal, P(H + λI)P = LLᵀ gives H + λI = RRᵀ for the upper R = PLP, and U = R⁻¹: one
+        # factorisation and one triangular inverse instead of two and a full inverse.
+        damped = hessian.flip(0, 1).double()
+        damped.diagonal()[dead.flip(0)] = 1.0
         damped.diagonal().add_(used * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper.float(), used, tries
+        del damped
+        if failed:
+            continue
+        upper = lower.flip(0, 1).float()
+        del lower
+        factor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)), upper=True)
+        if bool(torch.isfinite(factor).all()):
+            return factor, used, tries
     raise InputError(
         f"The input statistics of a layer could not be factorised, even with damping {damp * 2**MAX_ESCALATIONS:g} "
         "of the mean diagonal: they hold NaN or infinite values. Check the model and the calibration data."

@@ -71,7 +71,7 @@ class Layer:
     """One weight with its bias and input grid. A pass returns `replace(layer, …)`.
 
     weight: (out, in) in the source's dtype, or a QuantTensor; bias (out,) or None; act: input grid or None;
-    users: see LayerSpec.
+    users: see LayerSpec; notes: a pass's remarks for the report, taken off before the layer is stored.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Layer:
     bias: Tensor | None = None
     act: ActSpec | None = None
     users: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

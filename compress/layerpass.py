@@ -61,10 +61,6 @@ class LayerPass(BaseModel, ABC):
     def plan(self, spec: LayerSpec) -> LayerSpec:
         """What the layer will be stored as, without its values."""
 
-    def notes(self, layer: Layer, stats: LayerStats) -> tuple[str, ...]:
-        """Remarks for the report about how the layer was treated, from the same inputs as `layer`."""
-        return ()
-
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Self:
         """From settings as text or data. Raises: UsageError naming the setting, its value and what is allowed."""
@@ -129,5 +125,3 @@ class QuantPass(LayerPass, ABC):
             raise UsageError(f"{self.name}: bits and group_size are shorthand for integer formats, not {self.format}.")
         grid = self.format if self.bits is None else replace(self.format, bits=self.bits)
         return grid if self.group_size is None else replace(grid, group=self.group_size)
-
-

@@ -53,7 +53,9 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest as a dict. Raises: InputError when it is missing, malformed or of another schema."""
     path = folder / NAME
     if not path.is_file():
-        raise InputError(f"{folder} has no {NAME}: it is not an artifact of `compress run` (or the run did not finish).")
+        raise InputError(
+            f"{folder} has no {NAME}: it is not an artifact of `compress run` (or the run did not finish)."
+        )
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
         schema = content["schema_version"]

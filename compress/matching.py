@@ -124,7 +124,9 @@ def _select(item: LayerPass, structure: Structure) -> tuple[list[str], dict[str,
         hits = _hits(pattern, structure)
         _require(pattern, hits, item, "overrides", structure)
         counts[f"override {pattern}"] = len(hits)
-    skipped = {name: _reason(item, structure.layers[name], structure) for name in structure.layers if name not in chosen}
+    skipped = {
+        name: _reason(item, structure.layers[name], structure) for name in structure.layers if name not in chosen
+    }
     for name in sorted(chosen):
         if structure.layers[name].kind not in item.kinds:
             chosen.discard(name)

@@ -52,7 +52,13 @@ def footprint(folder: Path, threads: int) -> Footprint:
 
 
 def measure(
-    baseline: Path, variant: Path, profile: Profile, *, vocabulary: int, seed: int = 0, budget_s: float = BUDGET_S,
+    baseline: Path,
+    variant: Path,
+    profile: Profile,
+    *,
+    vocabulary: int,
+    seed: int = 0,
+    budget_s: float = BUDGET_S,
     progress: Progress,
 ) -> Speed:
     """Paired timings over the profile's grid, and both footprints.

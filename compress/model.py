@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -14,24 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from compress import experts, skeleton
-from compress.errors import InputError, UnsupportedError, UsageError
+from compress.errors import UnsupportedError, UsageError
+from compress.folder import SIDE_FILES, load_tokenizer, locate, parse_config, read_config
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.skeleton import Structure
 from compress.weights import Checkpoint, digest_files, find_files, index_checkpoint
-
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 
 SUPPORTED = "Supported: decoder language models and BERT-type encoders."
 
@@ -175,9 +161,9 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     Args: revision: hub commit or branch; weights=False reads only config.json (for `plan`).
     Raises: UsageError (no such folder), InputError (malformed, unsafe), UnsupportedError (model family).
     """
-    path = _locate(str(source), revision)
+    path = locate(str(source), revision)
     raw = read_config(path)
-    config = _parse_config(path, raw)
+    config = parse_config(path, raw)
     task = _task(config, raw)
     module = _build(config, maker(task, raw), raw)
     structure = skeleton.survey(module)
@@ -209,76 +195,6 @@ def _with_dtype(spec: LayerSpec, checkpoint: Checkpoint) -> LayerSpec:
     return replace(spec, source_dtype=checkpoint.dtype(name))
 
 
-def _locate(source: str, revision: str | None) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UsageError(f"{source} is a file. Give the folder that holds config.json and *.safetensors.")
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise UsageError(f"No such folder: {source}. Give a folder that save_pretrained wrote, or a hub id 'org/name'.")
-    return _download(source, revision)
-
-
-def _download(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"'{source}' is no folder here, and could not be fetched from the hub ({reason}). "
-            "Check the name and the network, or give a local folder."
-        ) from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises: InputError when it is missing, malformed or asks for code to be run."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise InputError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
-    try:
-        raw = json.loads(file.read_text(encoding="utf8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} is not JSON ({error}). Fetch or save it again.") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{file} holds a {type(raw).__name__}, not an object. Fetch or save it again.")
-    for where in _remote_code(raw):
-        raise InputError(
-            f"{file} asks for code of its own to be run ('{where}'). That is not done. Supported are the "
-            "architectures that transformers ships; remove the key if the model is one of them."
-        )
-    if "quantization_config" in raw:
-        method = str(dict(raw["quantization_config"]).get("quant_method", "unknown"))
-        raise UnsupportedError(f"{path} is already quantized ({method}). Start from the uncompressed model.")
-    return raw
-
-
-def _remote_code(value: Any, path: str = "") -> list[str]:
-    if isinstance(value, Mapping):
-        found = [f"{path}{key}" for key in value if key in ("auto_map", "trust_remote_code", "custom_pipelines")]
-        return found + [hit for key, item in value.items() for hit in _remote_code(item, f"{path}{key}.")]
-    if isinstance(value, list):
-        return [hit for item in value for hit in _remote_code(item, path)]
-    return []
-
-
-def _parse_config(path: Path, raw: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
-        kind = raw.get("model_type", "missing")
-        raise InputError(
-            f"{path / 'config.json'}: model_type '{kind}' cannot be built by this transformers "
-            f"({str(error).splitlines()[0]}). Check the file, or update transformers."
-        ) from error
-
-
 def _task(config: Any, raw: dict[str, Any]) -> Task:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
@@ -291,21 +207,3 @@ def _task(config: Any, raw: dict[str, Any]) -> Task:
         return Task.CAUSAL_LM if architecture == CAUSAL.get(config.model_type) else Task.ENCODER
     is_decoder = config.model_type in CAUSAL and config.model_type not in MASKED
     return Task.CAUSAL_LM if is_decoder else Task.ENCODER
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder, None where it has none. Raises: InputError for one that is broken or asks for code."""
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        return None
-    from transformers import AutoTokenizer
-
-    config = path / "tokenizer_config.json"
-    try:
-        raw = json.loads(config.read_text(encoding="utf8")) if config.is_file() else {}
-        if _remote_code(raw):
-            raise InputError(f"{config} asks for code of its own to be run ('{_remote_code(raw)[0]}'). That is not done.")
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except InputError:
-        raise
-    except Exception as error:  # tokenizer libraries raise bare Exception
-        raise InputError(f"The tokenizer in {path} cannot be loaded ({error}). Fetch or save it again.") from error

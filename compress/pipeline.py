@@ -40,7 +40,7 @@ Found = tuple[int, LayerResult]
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed model and what each pass did. `keeper` holds the temporary folder, if there is one, alive."""
+    """A compressed model and what each pass did."""
 
     model: Model
     source: Model
@@ -48,7 +48,6 @@ class Result:
     pipeline: Pipeline
     calibration: Calibration | None
     untied: tuple[str, ...] = ()
-    keeper: Any = None
 
 
 class Pipeline:
@@ -115,7 +114,7 @@ class Pipeline:
             results = walk.run(progress or Progress(quiet=True))
             store.write_structure(target, model, [str(item) for item in self.passes])
         passes = tuple(self._gather(index, results, resolution) for index in range(len(self.passes)))
-        return Result(store.open_store(target), model, passes, self, calibration, resolution.untied, keeper)
+        return Result(store.open_store(target, keeper), model, passes, self, calibration, resolution.untied)
 
     def _gather(self, index: int, results: Sequence[Found], resolution: Resolution) -> PassResult:
         text = str(self.passes[index])
@@ -126,9 +125,7 @@ class Pipeline:
             for name, reason in resolution.skipped[index].items()
         ]
         seconds = sum(result.seconds or 0.0 for result in done)
-        return PassResult(
-            pass_text=text, matches=resolution.matches[index], layers=(*done, *skipped), seconds=seconds
-        )
+        return PassResult(pass_text=text, matches=resolution.matches[index], layers=(*done, *skipped), seconds=seconds)
 
 
 class _Walk:
@@ -244,7 +241,6 @@ def apply_one(item: LayerPass, layer: Layer, source: Layer, stats: LayerStats, t
     """
     started = time.perf_counter()
     changed = item.layer(layer, stats)
-    notes = item.notes(layer, stats)
     seconds = time.perf_counter() - started
     assert (changed.name, changed.users, changed.shape) == (layer.name, layer.users, layer.shape), item.name
     reference, weight = source.float_weight(), changed.float_weight()
@@ -252,7 +248,7 @@ def apply_one(item: LayerPass, layer: Layer, source: Layer, stats: LayerStats, t
         raise InputError(f"{item.name} made NaN or infinite values in layer {layer.name}. The run stops here.")
     error_after, output_error = _errors(weight, reference, stats)
     error_before, _ = _errors(layer.float_weight(), reference, LayerStats())
-    return changed, LayerResult(
+    return replace(changed, notes=()), LayerResult(
         layer=layer.name,
         users=layer.users,
         pass_text=text,
@@ -263,7 +259,7 @@ def apply_one(item: LayerPass, layer: Layer, source: Layer, stats: LayerStats, t
         error_after=error_after,
         output_error=output_error,
         seconds=seconds,
-        notes=notes,
+        notes=changed.notes,
     )
 
 
@@ -298,5 +294,3 @@ def planned(resolution: Resolution) -> dict[str, LayerSpec]:
             spec = item.plan(spec)
         specs[name] = spec
     return specs
-
-

@@ -83,7 +83,10 @@ def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution) -> tuple
         f"{count} layer(s) in {form} work through {operator} but are not fast here: {note}"
         for (operator, form, note), count in grouped.items()
     ]
-    found += [f"{name} no longer shares its weight: a pass names it alone, which stores it twice." for name in resolution.untied]
+    found += [
+        f"{name} no longer shares its weight: a pass names it alone, which stores it twice."
+        for name in resolution.untied
+    ]
     whole = sum(row.stored_bytes for row in layers) or 1
     left = [row for row in layers if not row.passes and row.kind != str(LayerKind.EXPERT)]
     share = sum(row.stored_bytes for row in left) / whole

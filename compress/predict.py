@@ -106,5 +106,3 @@ def seconds(sizes: Sizes, profile: Profile) -> float:
     head = 2.0 * (sizes.outer / 4) * 4 * sizes.quality_tokens
     solve = sizes.block_weights * sizes.largest_inputs / 2.0 if sizes.tokens else 0.0
     return BASE_SECONDS + (forward + head + solve) / rate + sizes.source / 300e6
-
-

@@ -29,7 +29,7 @@ class QualitySettings(Record):
     data: str | None = None
     samples: int | None = Field(default=None, ge=1)
     length: int = Field(default=512, ge=2)
-    gates: dict[str, float] = {}
+    gates: dict[str, float] = Field(default_factory=dict)
 
 
 class Recipe(Record):

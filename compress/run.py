@@ -70,15 +70,21 @@ def run(request: Request, progress: Progress | None = None) -> Report:
         with disk_errors(space.folder):
             require_space(space.folder, plan.predicted_disk_bytes)
             result = pipeline.run(
-                model, calibration, folder=space.folder / "model", journal=journal, device=request.device, progress=progress
+                model,
+                calibration,
+                folder=space.folder / "model",
+                journal=journal,
+                device=request.device,
+                progress=progress,
             )
             compress_memory = peak_memory()
-            graph, lowered = _export_both(result, request.profile, space.folder, progress)
+            lowered = _export_both(result, request.profile, space.folder, progress)
             verification = verify_export(result.model, lowered.folder, request.profile, windows.ids, lowered.bound)
             evaluation = _evaluate(space.folder, result, request.profile, windows, progress)
             speed = _measure(space.folder, request, model, progress)
             cost = RunCost(
-                seconds=time.monotonic() - started, passes_peak_memory_bytes=compress_memory,
+                seconds=time.monotonic() - started,
+                passes_peak_memory_bytes=compress_memory,
                 peak_memory_bytes=peak_memory(),
             )
             report = _report(request, model, plan, result, lowered, verification, evaluation, speed, cost)
@@ -131,7 +137,7 @@ def _fingerprint(model: Model, request: Request, calibration: Calibration | None
     }
 
 
-def _export_both(result: Result, profile: Profile, folder: Path, progress: Progress) -> tuple[bytes, Any]:
+def _export_both(result: Result, profile: Profile, folder: Path, progress: Progress) -> Any:
     """The artifact in `onnx/` and the baseline in `baseline/`, from one capture."""
     target = find_target(profile.target)
     for name in ("onnx", "baseline"):
@@ -143,7 +149,7 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     progress.tick("Exporting", 2, 3)
     lowered = target.write(result.model, profile, folder / "onnx", graph)
     progress.tick("Exporting", 3, 3)
-    return graph, lowered
+    return lowered
 
 
 def verify_export(model: Model, folder: Path, profile: Profile, ids: torch.Tensor, bound: float) -> Verification:
@@ -169,8 +175,13 @@ def _evaluate(folder: Path, result: Result, profile: Profile, windows: Windows, 
 
 def _measure(folder: Path, request: Request, model: Model, progress: Progress) -> Speed:
     return measure(
-        folder / "baseline", folder / "onnx", request.profile, vocabulary=int(model.config.get_text_config().vocab_size),
-        seed=request.recipe.seed, budget_s=request.budget_s, progress=progress,
+        folder / "baseline",
+        folder / "onnx",
+        request.profile,
+        vocabulary=int(model.config.get_text_config().vocab_size),
+        seed=request.recipe.seed,
+        budget_s=request.budget_s,
+        progress=progress,
     )
 
 

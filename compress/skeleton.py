@@ -23,7 +23,9 @@ OUTER = -1
 """The segment of everything that is outside the blocks: embeddings, final norm, head."""
 
 
-def build(config: Any, make: Callable[..., Any], attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
+def build(
+    config: Any, make: Callable[..., Any], attention: str | None = None, mixture: str = experts.EACH
+) -> nn.Module:
     """The module of a config with all parameters on `meta`; buffers are real, computed by the module itself.
 
     Args: make: called with a config and settings; attention: an implementation by name, None for transformers' choice
@@ -46,12 +48,12 @@ def _parameters_on_meta() -> Iterator[None]:
     """Each parameter moves to `meta` as it is registered, so at most one is ever allocated."""
     register = nn.Module.register_parameter
 
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def on_meta(self: Any, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, parameter)
         if parameter is not None and parameter.device.type != "meta":
             self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -123,10 +125,11 @@ def segment_of(name: str, blocks_path: str) -> int:
 
 
 def _blocks_path(module: nn.Module) -> str:
-    for name, child in module.named_modules():
-        if isinstance(child, nn.ModuleList) and len(child) > 0 and any(_is_linear(m) for m in child.modules()):
-            if len({type(block) for block in child}) == 1:
-                return name
+    lists = {name: child for name, child in module.named_modules() if isinstance(child, nn.ModuleList)}
+    for name, blocks in lists.items():
+        is_alike = len({type(block) for block in blocks}) == 1
+        if is_alike and any(_is_linear(part) for part in blocks.modules()):
+            return name
     raise UnsupportedError(
         f"{type(module).__name__} has no list of like blocks (an nn.ModuleList with linear layers in it), so it cannot "
         "be walked block by block. Supported: decoders and encoders of that form."
@@ -138,8 +141,9 @@ def _check_blocks(module: nn.Module, path: str) -> None:
     wanted = int(getattr(module.config.get_text_config(), "num_hidden_layers", None) or found)  # type: ignore[union-attr, operator]
     if found != wanted:
         raise UnsupportedError(
-            f"{type(module).__name__} has {found} block(s) in '{path}', but {wanted} layers by its config: they are shared or "
-            "of several kinds, so it cannot be walked block by block. Supported: models whose layers are each a block."
+            f"{type(module).__name__} has {found} block(s) in '{path}', but {wanted} layers by its config: they are "
+            "shared or of several kinds, so it cannot be walked block by block. Supported: models whose layers are each "
+            "a block of one kind."
         )
 
 

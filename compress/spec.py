@@ -86,7 +86,7 @@ class _Reader:
         while at < len(text) and text[at:].strip():
             match = _TOKEN.match(text, at)
             if match is None:
-                raise UsageError(f"Cannot read '{text}' at character {at + 1}: '{text[at:at + 12]}'.")
+                raise UsageError(f"Cannot read '{text}' at character {at + 1}: '{text[at : at + 12]}'.")
             kind = str(match.lastgroup)
             tokens.append((kind, match.group(kind), match.start(kind)))
             at = match.end()

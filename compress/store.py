@@ -114,10 +114,11 @@ def write_structure(folder: Path, model: Model, passes: Iterable[str]) -> None:
 
 @dataclass
 class StoreReader:
-    """Reads layers and plain tensors of a store."""
+    """Reads layers and plain tensors of a store. `keeper` holds a temporary folder alive while it is read."""
 
     folder: Path
     structure: Structure
+    keeper: object = None
     _handles: dict[int, Any] = field(default_factory=dict, repr=False)
 
     def _handle(self, segment: int) -> Any:
@@ -176,8 +177,11 @@ def read_segment(folder: Path, segment: int, structure: Structure) -> tuple[dict
     return {name: reader.layer(spec) for name, spec in specs.items()}, reader.plain(structure.plain[segment])
 
 
-def open_store(folder: Path) -> Model:
-    """A store as a Model whose layers carry their formats. Raises: InputError for a malformed one."""
+def open_store(folder: Path, keeper: object = None) -> Model:
+    """A store as a Model whose layers carry their formats. keeper: kept alive as long as the model.
+
+    Raises: InputError for a malformed store.
+    """
     info_path = folder / "structure.json"
     if not info_path.is_file():
         raise InputError(f"{folder} has no structure.json: it is not the model/ folder of an artifact.")
@@ -197,7 +201,7 @@ def open_store(folder: Path) -> Model:
     structure = replace(model.structure, layers=ordered)
     digest = digest_files(folder / segment_file(segment) for segment in structure.segments)
     return replace(
-        model, structure=structure, weights=StoreReader(folder, structure), digest=digest, source_digest=source_digest
+        model, structure=structure, weights=StoreReader(folder, structure, keeper), digest=digest, source_digest=source_digest
     )
 
 

@@ -19,6 +19,7 @@ from compress.errors import InputError, UnsupportedError
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.model import Model
 from compress.skeleton import OUTER
+from compress.stub import Call, Stub, shortened
 
 SPILL_BYTES = 128 * 2**20
 
@@ -29,30 +30,6 @@ class LayerStats:
 
     hessian: Tensor | None = None
     tokens: int = 0
-
-
-class _Stub(nn.Module):
-    """Stands in for a block: notes how it was called and returns `value`, or what came in."""
-
-    def __init__(self, block: nn.Module, returns_tuple: bool, value: Tensor | None = None) -> None:
-        super().__init__()
-        self.__dict__["_block"] = block  # not a submodule
-        self.returns_tuple = returns_tuple
-        self.value = value
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        """What models read from their blocks, as `attention_type`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append((args, kwargs))
-        hidden = args[0] if args else kwargs["hidden_states"]
-        result = hidden if self.value is None else self.value
-        return (result,) if self.returns_tuple else result
 
 
 class BlockStream:
@@ -69,8 +46,8 @@ class BlockStream:
         self.module = model.skeleton()
         self.hidden: list[Tensor] = []
         self.outer: Mapping[str, Layer] = {}
-        self._calls: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self._returns_tuple = False
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._size = 0
         self._spill = spill
 
     def start(self, outer: Mapping[str, Layer]) -> None:
@@ -102,15 +79,15 @@ class BlockStream:
                         table[key] = tensor.to(self.device)  # type: ignore[assignment]
 
     def _learn_return_type(self) -> None:
-        """Whether a block returns a tensor or a tuple, from the real first block on two tokens."""
+        """What a block returns, a tensor or a tuple of some size, from the real first block on two tokens."""
         self.load(0, self.model.layers(0), self.model.plain(0))
         returned: list[Any] = []
         block = self._blocks()[0]
         hook = block.register_forward_hook(lambda _m, _i, output: returned.append(output))
-        with torch.no_grad(), _shortened(self._blocks(), [block]):
+        with torch.no_grad(), shortened(self._blocks(), [block]):
             self._call_model(self.batches[0][:1, :2].to(self.device))
         hook.remove()
-        self._returns_tuple = isinstance(returned[0], tuple)
+        self._size = len(returned[0]) if isinstance(returned[0], tuple) else 0
         self.release(0)
 
     def _blocks(self) -> nn.ModuleList:
@@ -119,13 +96,13 @@ class BlockStream:
         return blocks
 
     def _call_model(self, ids: Tensor) -> Any:
-        base = getattr(self.module, self.module.base_model_prefix, self.module)  # type: ignore[arg-type]
+        base = getattr(self.module, str(self.module.base_model_prefix), self.module)
         return base(input_ids=ids, **_no_cache(self.module))
 
     def _enter(self, batch: Tensor) -> Tensor:
         """Hidden states at the first block; notes once per shape how each block is called."""
-        stubs = [_Stub(block, self._returns_tuple) for block in self._blocks()]
-        with torch.no_grad(), _shortened(self._blocks(), stubs):
+        stubs = [Stub(block, self._size) for block in self._blocks()]
+        with torch.no_grad(), shortened(self._blocks(), stubs):
             self._call_model(batch.to(self.device))
         for stub, name in zip(stubs, self.model.structure.blocks, strict=True):
             if len(stub.calls) != 1:
@@ -133,10 +110,13 @@ class BlockStream:
                     f"{type(self.module).__name__} runs {name} {len(stub.calls)} times in one pass, so it cannot be "
                     "walked block by block. Supported: models that run each block once."
                 )
-        args, kwargs = stubs[0].calls[0]
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden = stubs[0].hidden
+        if hidden.shape[:2] != batch.shape:
+            raise UnsupportedError(
+                f"{type(self.module).__name__} does not lay out its hidden states as (batch, length)."
+            )
         if tuple(batch.shape) not in self._calls:
-            self._calls[tuple(batch.shape)] = [_without_hidden(stub.calls[0]) for stub in stubs]
+            self._calls[tuple(batch.shape)] = [stub.call for stub in stubs]
         return hidden.cpu()
 
     def _keep(self, hidden: list[Tensor]) -> list[Tensor]:
@@ -208,8 +188,8 @@ class BlockStream:
         (B, T, features) for an encoder."""
         self._put_outer()
         for place, batch in enumerate(self.batches):
-            stub = _Stub(self._blocks()[0], self._returns_tuple, self.hidden[place].to(self.device))
-            with torch.no_grad(), _shortened(self._blocks(), [stub]):
+            stub = Stub(self._blocks()[0], self._size, self.hidden[place].to(self.device))
+            with torch.no_grad(), shortened(self._blocks(), [stub]):
                 output = self.module(input_ids=batch.to(self.device), **_no_cache(self.module))
             result: Tensor = output.logits if "logits" in output else output.last_hidden_state
             yield result.float().cpu()
@@ -218,22 +198,6 @@ class BlockStream:
 
 def _no_cache(module: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if hasattr(module.config, "use_cache") else {}
-
-
-def _without_hidden(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = call
-    return args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
-
-
-@contextmanager
-def _shortened(blocks: nn.ModuleList, stand_ins: Sequence[nn.Module]) -> Iterator[None]:
-    """The list of blocks holds only `stand_ins` meanwhile."""
-    before = blocks._modules
-    blocks._modules = {str(place): module for place, module in enumerate(stand_ins)}
-    try:
-        yield
-    finally:
-        blocks._modules = before
 
 
 class _Collector:

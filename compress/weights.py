@@ -62,10 +62,8 @@ class Checkpoint:
 
     def _read(self, name: str) -> Tensor:
         origin = self._origin(name)
-        if origin.converter is None:
-            tensor = self._tensor(*origin.parts[0])
-        else:
-            tensor = self._convert(name, origin)
+        is_whole = origin.converter is None
+        tensor = self._tensor(*origin.parts[0]) if is_whole else self._convert(name, origin)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             where = ", ".join(sorted({path.name for path, _ in origin.parts}))
             raise InputError(
@@ -209,9 +207,10 @@ def index_checkpoint(files: tuple[Path, ...], module: nn.Module, aliases: dict[s
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = key, None
-        if name in wanted:
-            found.setdefault(name, []).append((path, key, pattern))
-        else:
+        for target in _targets(name, by_pattern.get(str(pattern))):
+            if target in wanted:
+                found.setdefault(target, []).append((path, key, pattern))
+        if name not in wanted:
             unused.append(key)
     missing = sorted(set(wanted) - set(found) - set(aliases))
     if missing:
@@ -222,6 +221,13 @@ def index_checkpoint(files: tuple[Path, ...], module: nn.Module, aliases: dict[s
     origins = {name: _origin(parts, by_pattern) for name, parts in found.items()}
     _check_shapes(origins, wanted)
     return Checkpoint(files, origins, tuple(sorted(unused)), aliases)
+
+
+def _targets(name: str, converter: Any) -> list[str]:
+    """All parameters that a converter makes of the tensor that `name` is made of (a fused one gives several)."""
+    patterns = converter.target_patterns if converter is not None else []
+    first = next((pattern for pattern in patterns if pattern in name), None)
+    return [name.replace(first, pattern) for pattern in patterns] if first is not None else [name]
 
 
 def _check_shapes(origins: dict[str, Origin], wanted: dict[str, Tensor]) -> None:

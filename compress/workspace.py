@@ -67,7 +67,9 @@ class Workspace:
         run; ResourceError when the place cannot be written.
         """
         if self.out.exists() and not self.overwrite:
-            raise UsageError(f"{self.out} exists. Give another -o, or --overwrite to replace it once the new one is done.")
+            raise UsageError(
+                f"{self.out} exists. Give another -o, or --overwrite to replace it once the new one is done."
+            )
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -131,7 +133,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(
-                f"No space left while writing {folder}. Free some, then repeat the command: finished work is kept there."
+                f"No space left while writing {folder}. Free some, then repeat the command: finished work is kept."
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
             raise ResourceError(f"{folder} cannot be written ({error.strerror}). Give an -o that can.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -34,26 +35,16 @@ class Gptq(QuantPass):
     order: str = Field(default="static", pattern="^(static|given)$")
 
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
-        form = self.resolved_format()
         hessian = _hessian(layer, stats)
+        form = self.resolved_format()
         never_on = hessian.diagonal() == 0
         weight = layer.float_weight().masked_fill(never_on, 0.0)
         params = form.fit(weight, search=self.clip)
         order = self._order(hessian)
-        factor, _, _ = inverse_factor(hessian[order][:, order], self.damp)
+        factor, used, tries = inverse_factor(hessian[order][:, order], self.damp)
         codes = compensate(weight[:, order], factor, form, params, order, self.block)
-        return layer.with_weight(form.pack(codes[:, torch.argsort(order)], params, layer.shape))
-
-    def notes(self, layer: Layer, stats: LayerStats) -> tuple[str, ...]:
-        if stats.hessian is None:
-            return ("no calibration token reached it: rounded as if its inputs were alike (identity Hessian)",)
-        notes = []
-        _, used, tries = inverse_factor(stats.hessian, self.damp)
-        if tries:
-            notes.append(f"damping raised to {used:g} to factorise the Hessian")
-        if stats.tokens < stats.hessian.shape[0]:
-            notes.append(f"only {stats.tokens} tokens for {stats.hessian.shape[0]} inputs: the Hessian is not full rank")
-        return tuple(notes)
+        packed = form.pack(codes[:, torch.argsort(order)], params, layer.shape)
+        return replace(layer, weight=packed, notes=_notes(stats, used, tries))
 
     def _order(self, hessian: Tensor) -> Tensor:
         if self.order == "given":
@@ -64,6 +55,17 @@ class Gptq(QuantPass):
 def _hessian(layer: Layer, stats: LayerStats) -> Tensor:
     """(in, in); the identity for an expert that no token was routed to."""
     return torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
+
+
+def _notes(stats: LayerStats, damping: float, doubled: int) -> tuple[str, ...]:
+    """What a reader of the report should know about the solve."""
+    if stats.hessian is None:
+        return ("no calibration token reached it: rounded as if its inputs were alike (identity Hessian)",)
+    inputs = stats.hessian.shape[0]
+    notes = [f"damping raised to {damping:g} to factorise the Hessian"] if doubled else []
+    if stats.tokens < inputs:
+        notes.append(f"only {stats.tokens} tokens for {inputs} inputs: the Hessian is not full rank")
+    return tuple(notes)
 
 
 def compensate(weight: Tensor, factor: Tensor, form: Format, params: Params, columns: Tensor, block: int) -> Tensor:

@@ -87,7 +87,9 @@ def test_compensation_equals_the_column_by_column_twin(block: int) -> None:
     assert np.abs(packed.numpy() - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("text", ["int4(group=8)", "int3(channel)", "int2(group=8, asymmetric)", "int4(group=8, signed)"])
+@pytest.mark.parametrize(
+    "text", ["int4(group=8)", "int3(channel)", "int2(group=8, asymmetric)", "int4(group=8, signed)"]
+)
 def test_gptq_leaves_less_output_error_than_rounding(text: str) -> None:
     one, hessian = layer(), moments(inputs())
     rounded = Rtn(format=text).layer(one, LayerStats())
@@ -105,7 +107,7 @@ def test_inputs_that_were_never_on_do_not_break_the_solve() -> None:
 
 
 def test_too_few_tokens_are_noted() -> None:
-    notes = Gptq(bits=4, group_size=8).notes(layer(), LayerStats(moments(inputs(10)), 10))
+    notes = Gptq(bits=4, group_size=8).layer(layer(), LayerStats(moments(inputs(10)), 10)).notes
     assert any("only 10 tokens for 24 inputs" in note for note in notes)
 
 

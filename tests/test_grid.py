@@ -123,7 +123,9 @@ def test_dynamic_rounding_per_tensor_equals_onnx_dynamic_quantize_linear() -> No
     node = helper.make_node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])
     back = helper.make_node("DequantizeLinear", ["y", "s", "z"], ["o"])
     graph = helper.make_graph(
-        [node, back], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 50])],
+        [node, back],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 50])],
         [helper.make_tensor_value_info("o", TensorProto.FLOAT, [4, 50])],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -230,7 +230,9 @@ def test_one_file_is_split_by_document_and_no_window_is_in_both_parts(llama: Pat
     path = write(tmp_path / "ids.json", json.dumps(rows))
     first, second = data.split(load(llama), path, samples=100, quality_samples=None, length=16, seed=3)
     held = {tuple(row) for row in second.ids.tolist()}
-    owners = {place for place, row in enumerate(rows) for window in held if window in (tuple(row[:16]), tuple(row[16:32]))}
+    owners = {
+        place for place, row in enumerate(rows) for window in held if window in (tuple(row[:16]), tuple(row[16:32]))
+    }
     assert len(owners) == 4 and len(held) == 8
     seen = [token for row in first.windows.ids.tolist() for token in row]
     joined = [token for place, row in enumerate(rows) if place not in owners for token in row]
@@ -243,7 +245,9 @@ def test_one_file_is_split_by_document_and_no_window_is_in_both_parts(llama: Pat
 
 def test_a_window_in_both_parts_is_an_error(llama: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "ids.json", json.dumps([[7] * 32] * 10))
-    text = refusal(UsageError, lambda: data.split(load(llama), path, samples=9, quality_samples=None, length=16, seed=0))
+    text = refusal(
+        UsageError, lambda: data.split(load(llama), path, samples=9, quality_samples=None, length=16, seed=0)
+    )
     assert "both the calibration and the quality data" in text
 
 

@@ -24,14 +24,35 @@ PROFILE = "cpu-x86-avx512-vnni"
 
 def command(*arguments: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "compress", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False, **more
+        [sys.executable, "-m", "compress", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **more,
     )
 
 
 def arguments(model: Path, data: Path, out: Path, recipe: str = "w4a16") -> list[object]:
     return [
-        "run", model, "--recipe", recipe, "--profile", PROFILE, "--data", data, "-o", out, "--length", 64,
-        "--samples", 16, "--quality-samples", 24, "--budget", 0.3,
+        "run",
+        model,
+        "--recipe",
+        recipe,
+        "--profile",
+        PROFILE,
+        "--data",
+        data,
+        "-o",
+        out,
+        "--length",
+        64,
+        "--samples",
+        16,
+        "--quality-samples",
+        24,
+        "--budget",
+        0.3,
     ]
 
 
@@ -46,13 +67,17 @@ def deployed_bytes(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def finished(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(
+    llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One run of the real command."""
     out = tmp_path_factory.mktemp("run") / "out"
     return out, command(*arguments(llama, text_file, out), "--json")
 
 
-def test_a_run_ends_with_an_artifact_a_report_and_exit_code_0(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_a_run_ends_with_an_artifact_a_report_and_exit_code_0(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     out, done = finished
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in out.iterdir())
@@ -77,7 +102,9 @@ def test_the_report_names_bytes_that_are_on_the_disk(finished: tuple[Path, subpr
     assert report.source_bytes == (Path(report.source) / "model.safetensors").stat().st_size
 
 
-def test_no_file_of_the_artifact_holds_a_path_of_this_machine(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_no_file_of_the_artifact_holds_a_path_of_this_machine(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     out, _ = finished
     packages = str(Path(compress.__file__).parent).encode()
     for name, content in deployed_bytes(out).items():
@@ -91,7 +118,9 @@ def test_the_graph_passes_the_onnx_checker(finished: tuple[Path, subprocess.Comp
     onnx.checker.check_model(str(out / "onnx" / "model.onnx"))
 
 
-def test_verify_accepts_the_artifact_and_names_every_damage(finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_verify_accepts_the_artifact_and_names_every_damage(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     out, _ = finished
     found = verify(out)
     assert found.agrees and found.level == "ran" and found.positions >= 512 and not found.notes
@@ -109,7 +138,9 @@ def test_verify_accepts_the_artifact_and_names_every_damage(finished: tuple[Path
         assert told in str(caught.value)
 
 
-def test_the_model_can_be_exported_again_for_another_profile(finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_the_model_can_be_exported_again_for_another_profile(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     out, _ = finished
     again = export(out, profile="cpu-arm-dotprod", out=tmp_path / "arm")
     assert again.profile.id == "cpu-arm-dotprod"
@@ -117,7 +148,9 @@ def test_the_model_can_be_exported_again_for_another_profile(finished: tuple[Pat
     manifest.check_files(tmp_path / "arm")
 
 
-def test_generate_continues_a_prompt_and_the_command_prints_the_same(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_generate_continues_a_prompt_and_the_command_prints_the_same(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
     out, _ = finished
     text = generate(out, "the river", tokens=8)
     assert text.startswith("the river") and len(text) > len("the river")
@@ -153,7 +186,9 @@ def test_ten_kills_at_random_moments_leave_no_output_and_end_in_the_same_bytes(
     out, maker, kills = tmp_path / "out", random.Random(7), 0
     for _ in range(10):
         with subprocess.Popen(
-            [sys.executable, "-m", "compress", *map(str, arguments(llama, text_file, out)), "-q"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "compress", *map(str, arguments(llama, text_file, out)), "-q"],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         ) as child:
             try:
                 child.wait(timeout=maker.uniform(1.0, 14.0))
@@ -213,7 +248,9 @@ def test_a_wrong_option_is_one_paragraph_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_group_that_the_target_cannot_store_is_refused_before_anything_is_written(llama: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_group_that_the_target_cannot_store_is_refused_before_anything_is_written(
+    llama: Path, text_file: Path, tmp_path: Path
+) -> None:
     given = [str(item) for item in arguments(llama, text_file, tmp_path / "out")]
     place = given.index("--recipe")
     given[place : place + 2] = ["--passes", "gptq(format=int4(group=48))"]
@@ -237,7 +274,9 @@ def test_an_output_below_a_file_is_a_resource_error(llama: Path, text_file: Path
     assert done.returncode == 6 and "cannot be written" in done.stderr, done.stderr
 
 
-def test_too_little_disk_is_known_before_the_run(llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_known_before_the_run(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from compress import workspace
     from compress.errors import ResourceError
 

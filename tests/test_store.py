@@ -22,7 +22,9 @@ RECIPE = "gptq(format=int4(group=32)), rtn(format=int8(group=32), targets=[kind:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 def test_a_stored_model_holds_exactly_what_the_passes_made(llama: Path, text_file: Path, tmp_path: Path) -> None:
@@ -208,6 +210,8 @@ def test_gptq_can_quantize_an_untied_head_from_its_own_inputs(
 ) -> None:
     model = compress.load(make_llama("untied", tie_word_embeddings=False))
     calibration = calibrate(model, text_file, samples=8, length=64)
-    result = Pipeline.parse("gptq(format=int4(group=32), targets=[lm_head])").run(model, calibration, folder=tmp_path / "m")
+    result = Pipeline.parse("gptq(format=int4(group=32), targets=[lm_head])").run(
+        model, calibration, folder=tmp_path / "m"
+    )
     assert [layer.layer for layer in result.passes[0].layers if layer.changed] == ["lm_head"]
     assert json.loads((tmp_path / "m" / "structure.json").read_text())["blocks"] == 3

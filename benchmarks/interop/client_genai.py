@@ -35,7 +35,8 @@ def start(model: Any, prompts: list[list[int]], count: int, pad: int) -> Any:
 
 def alone(model: Any, prompt: list[int], count: int) -> list[int]:
     """`count` tokens after one prompt, also past an end-of-text token."""
-    generator, tokens = start(model, [prompt], count, 0), []
+    generator = start(model, [prompt], count, 0)
+    tokens: list[int] = []
     while len(tokens) < count:
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
@@ -46,7 +47,8 @@ def alone(model: Any, prompt: list[int], count: int) -> list[int]:
 
 def padded(model: Any, prompts: list[list[int]], count: int, pad: int) -> list[list[int]]:
     """At most `count` tokens after each prompt of one batch, until all rows have ended."""
-    generator, steps = start(model, prompts, count, pad), []
+    generator = start(model, prompts, count, pad)
+    steps: list[list[int]] = []
     while len(steps) < count and not generator.is_done():
         generator.generate_next_token()
         steps.append([int(token) for token in generator.get_next_tokens()])

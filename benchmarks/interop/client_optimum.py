@@ -20,14 +20,21 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 PACKAGES = ("optimum", "optimum-onnx", "transformers", "torch", "onnxruntime")
 
+
 def generate(model: Any, prompts: list[list[int]], count: int, pad: int) -> list[list[int]]:
     """`count` tokens after each prompt of one batch, padded on the left. Settings of the folder are overruled."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     tokens = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False, num_beams=1,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, eos_token_id=None,
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=None,
     )
     rows: list[list[int]] = tokens[:, longest:].tolist()
     return rows

@@ -32,6 +32,13 @@ def run_client(
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"{name} did not run ({error}). Build its environment with build_envs.py.") from error
     if done.returncode:
-        raise InputError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+        raise InputError(_last_words(done.stderr) or f"exit status {done.returncode}")
     versions, tokens = done.stdout.splitlines()[-2:]
     return json.loads(versions), json.loads(tokens)
+
+
+def _last_words(text: str) -> str:
+    """The exception at the end of a traceback: the last line that is not indented, and what follows it."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    start = max((place for place, line in enumerate(lines) if not line[0].isspace()), default=0)
+    return " ".join(line.strip() for line in lines[start:])

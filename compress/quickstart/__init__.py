@@ -23,9 +23,7 @@ def request(out: Path, name: str | None = None, overwrite: bool = False) -> Requ
     """The run that `compress quickstart` makes. name: another recipe."""
     chosen = recipe.load(name or RECIPE)
     calibration = recipe.CalibrationSettings(data=str(folder() / "calib.txt.gz"), samples=CALIBRATION_SAMPLES)
-    quality = chosen.quality.model_copy(
-        update={"data": str(folder() / "heldout.txt.gz"), "samples": QUALITY_SAMPLES}
-    )
+    quality = chosen.quality.model_copy(update={"data": str(folder() / "heldout.txt.gz"), "samples": QUALITY_SAMPLES})
     chosen = chosen.model_copy(update={"calibration": calibration, "quality": quality})
     try:
         machine = hwprofiles.detect()

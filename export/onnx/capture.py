@@ -1,7 +1,7 @@
 """Capture the float graph once per structure, without weights: placeholders for layers and attention.
 
-Domain `compress`: `Linear(x) {layer}`, `Embedding(ids) {layer}`, and those of `interfaces`. Other parameters become graph inputs named like them, so nothing is baked in; the target turns them into
-initializers.
+Domain `compress`: `Linear(x) {layer}`, `Embedding(ids) {layer}`, and those of `interfaces`. Other parameters become
+graph inputs named like them, so nothing is baked in; the target turns them into initializers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def _placeholders(module: nn.Module, model: Model) -> Iterator[None]:
             child.__dict__["_compress_layer"] = (name, names[name].shape)
         elif experts.is_experts(child):
             child.__dict__["_compress_experts"] = name
-    saved = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, Conv1D)}
+    saved: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, Conv1D)}
 
     def forward(self: nn.Module, values: Tensor) -> Tensor:
         known = self.__dict__.get("_compress_layer")
@@ -71,7 +71,11 @@ class _Decoder(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]], parameters: dict[str, Tensor]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+        parameters: dict[str, Tensor],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         slots = PastSlots(past)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
@@ -91,8 +95,8 @@ class _Decoder(nn.Module):
         without = [index for index in range(len(past)) if index not in slots.present]
         if without:
             raise UnsupportedError(
-                f"{type(self.model).__name__}: layer {without[0]} keeps no keys and values through transformers' attention "
-                "interface (a state space, say, or attention of its own), which the onnx target needs."
+                f"{type(self.model).__name__}: layer {without[0]} keeps no keys and values through transformers' "
+                "attention interface (a state space, say, or attention of its own), which the onnx target needs."
             )
         return output.logits, [slots.present[index] for index in range(len(past))]
 
@@ -105,7 +109,7 @@ class _Encoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         if hasattr(self.model.config, "use_cache"):
             arguments["use_cache"] = False
         hidden: Tensor = torch.func.functional_call(self.model, parameters, (), arguments).last_hidden_state
@@ -115,10 +119,33 @@ class _Encoder(nn.Module):
 def cache_shapes(config: Any) -> list[tuple[int, int]]:
     """(key-value heads, head size) of each layer's cache."""
     text = config.get_text_config()
+    if not hasattr(text, "num_attention_heads"):
+        raise UnsupportedError(
+            f"'{text.model_type}' has no attention heads, which the onnx target needs for its cache."
+        )
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return [(kv_heads, size)] * int(text.num_hidden_layers)
+
+
+def _skeleton(model: Model) -> Any:
+    """The module with placeholders for attention and experts.
+
+    Raises: UnsupportedError where it has an attention of its own.
+    """
+    interfaces.register()
+    try:
+        module: Any = model.skeleton(PLACEHOLDER, PLACEHOLDER)
+        replaced = module._can_set_attn_implementation()
+    except (KeyError, ValueError):  # a table of its own attention classes, or none that can be chosen
+        replaced = False
+    if not replaced:
+        raise UnsupportedError(
+            f"{model.source}: '{model.config.model_type}' computes attention by itself, not through transformers' "
+            "attention interface, which the onnx target needs."
+        )
+    return module
 
 
 def capture(model: Model, opset: int) -> bytes:
@@ -126,13 +153,10 @@ def capture(model: Model, opset: int) -> bytes:
 
     Raises: UnsupportedError when the model cannot be traced, naming why.
     """
-    interfaces.register()
-    module = model.skeleton(PLACEHOLDER, PLACEHOLDER)
+    module = _skeleton(model)
     # sizes of plain tensors only: their values come from the store, as initializers
     parameters = {
-        name: torch.zeros(shape)
-        for name, (shape, dtype) in model.plain_shapes.items()
-        if dtype.is_floating_point
+        name: torch.zeros(shape) for name, (shape, dtype) in model.plain_shapes.items() if dtype.is_floating_point
     }
     with _placeholders(module, model), _quiet():
         if model.task is Task.ENCODER:
@@ -150,7 +174,12 @@ def _decoder_inputs(model: Model, parameters: dict[str, Tensor]) -> Inputs:
     past = [(torch.zeros(2, heads, 5, size), torch.zeros(2, heads, 5, size)) for heads, size in shapes]
     ids, mask = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
     kv = {0: dim, 2: dim}
-    dynamic = ({0: dim, 1: dim}, {0: dim, 1: dim}, [(kv, kv) for _ in shapes], {name: {} for name in parameters})
+    dynamic: tuple[Any, ...] = (
+        {0: dim, 1: dim},
+        {0: dim, 1: dim},
+        [(kv, kv) for _ in shapes],
+        {name: {} for name in parameters},
+    )
     pairs = [(index, part) for index in range(len(shapes)) for part in ("key", "value")]
     names = ["input_ids", "attention_mask", *(f"past_key_values.{i}.{part}" for i, part in pairs)]
     names += [PARAMETER + name for name in parameters]
@@ -158,10 +187,14 @@ def _decoder_inputs(model: Model, parameters: dict[str, Tensor]) -> Inputs:
     return (ids, mask, past, parameters), dynamic, names, outputs
 
 
+def _fixed(parameters: Iterable[str]) -> dict[str, dict[int, Any]]:
+    return {name: {} for name in parameters}
+
+
 def _encoder_inputs(parameters: dict[str, Tensor]) -> Inputs:
     dim = torch.export.Dim.DYNAMIC
     ids, mask = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)
-    dynamic = ({0: dim, 1: dim}, {0: dim, 1: dim}, {name: {} for name in parameters})
+    dynamic = ({0: dim, 1: dim}, {0: dim, 1: dim}, _fixed(parameters))
     names = ["input_ids", "attention_mask", *(PARAMETER + name for name in parameters)]
     return (ids, mask, parameters), dynamic, names, ["last_hidden_state"]
 

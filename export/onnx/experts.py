@@ -12,17 +12,27 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.export.onnx.graph import GraphBuilder
-from compress.export.onnx.lowering import Choice, Refusal, Source
+from compress.export.onnx.lowering import Choice, Source
 from compress.layer import LayerKind, LayerSpec
 
 NOTE = "every expert computes every token (no kernel here picks experts), so time is that of all of them"
+# Where activations are rounded, a token near the edge between two experts may take the other one, whose output is
+# unrelated: 0.3 of the largest logit on small random models, so this bounds nothing but gross errors.
+ROUTING_BOUND = 1.0
 
 
-def noted(spec: LayerSpec, answer: Choice | Refusal) -> Choice | Refusal:
-    """A choice for an expert, marked as one that works but is not fast."""
-    if spec.kind is not LayerKind.EXPERT or isinstance(answer, Refusal):
-        return answer
-    return replace(answer, kernel="works", note="; ".join(filter(None, (NOTE, answer.note))))
+def noted(spec: LayerSpec, choice: Choice) -> Choice:
+    """The same choice, for an expert as one that works but is not fast."""
+    if spec.kind is not LayerKind.EXPERT:
+        return choice
+    return replace(choice, kernel="works", note="; ".join(filter(None, (NOTE, choice.note))))
+
+
+def bound(choices: Mapping[str, Choice], specs: Mapping[str, LayerSpec]) -> float:
+    """The loosest bound of a model's choices; wider where a rounded activation can change a route."""
+    loosest = max((choice.bound for choice in choices.values()), default=0.0)
+    routed = any(spec.kind is LayerKind.EXPERT for spec in specs.values())
+    return max(loosest, ROUTING_BOUND) if loosest and routed else loosest
 
 
 def lower(place: GraphBuilder, node: ir.Node, sources: Mapping[str, Source]) -> ir.Value:

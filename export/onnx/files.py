@@ -15,7 +15,20 @@ DATA = "model.onnx_data"
 
 # model types that onnxruntime-genai 0.18 knows by name; any other decoder of this form is its generic `decoder`
 _GENAI_TYPES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo"}
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi",
+        "phi3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "smollm3",
+        "granite",
+        "olmo",
+    }
 )
 
 
@@ -34,7 +47,7 @@ def genai_config(model: Model) -> dict[str, Any]:
     """What onnxruntime-genai needs to run the concatenating cache of this graph."""
     config = model.config.get_text_config()
     kv_heads, head_size = cache_shapes(model.config)[0]
-    context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048))
+    context = int(getattr(config, "max_position_embeddings", None) or 2048)
     decoder = {
         "session_options": {"provider_options": []},
         "filename": GRAPH,

@@ -16,7 +16,9 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
     if spec.format is not None:
         return None
     if spec.act is not None:
-        return Refusal(f"its input is {spec.act.format}, but its weight is not quantized; quantize it, e.g. to int8(channel)")
+        return Refusal(
+            f"its input is {spec.act.format}, but its weight is not quantized; quantize it, e.g. to int8(channel)"
+        )
     operator = "Gather" if spec.kind is LayerKind.EMBEDDING else "MatMul"
     return Choice(operator, "fast", __name__, spec.source_bytes + spec.bias_bytes)
 

@@ -78,9 +78,7 @@ class GraphBuilder:
             self.shared[key] = self._register(name, ir.Tensor(array, name=name))
         return self.shared[key]
 
-    def initializer(
-        self, name: str, make: Callable[[], Tensor], dtype: torch.dtype, shape: Sequence[int]
-    ) -> ir.Value:
+    def initializer(self, name: str, make: Callable[[], Tensor], dtype: torch.dtype, shape: Sequence[int]) -> ir.Value:
         """A stored tensor that is made when it is written, one at a time."""
         key = ("initializer", name)
         if key not in self.shared:

@@ -1,8 +1,8 @@
 """transformers' attention, mask and experts interfaces as placeholder nodes, for `capture`.
 
 Domain `compress`: `Attention(q, k, v[, past_k, past_v]) {scale, softcap, before, after}` with q, k after rotary;
-`ExpertInput(hidden[, bias]) {layer}` and `Experts(input, activated, top_k_index, top_k_weights[, bias]) {layer, count}`,
-between which the graph holds one expert's activation, to be repeated for each.
+`ExpertInput(hidden[, bias]) {layer}` and `Experts(input, activated, top_k_index, top_k_weights[, bias]) {layer,
+count}`, between which the graph holds one expert's activation, to be repeated for each.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ from compress.errors import UnsupportedError
 DOMAIN = "compress"
 PLACEHOLDER = "compress_placeholder"
 # May be passed to the attention function, whatever their value: they do not change what it computes.
-_HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "output_router_logits", "return_dict",
-             "output_hidden_states", "deterministic"}
+_HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+    "output_router_logits",
+    "return_dict",
+    "output_hidden_states",
+    "deterministic",
+}
 # Where masks are probed: farther than any window.
 _FAR = 2**18
 
@@ -111,7 +119,7 @@ def _attention(
     **extras: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface → one placeholder node. query (b, heads, s, d); returns (b, s, heads, d)."""
-    unknown = {name for name, value in extras.items() if value is not None} - _HARMLESS
+    unknown = {name for name, value in extras.items() if value is not None and value is not False} - _HARMLESS
     if attention_mask is None:  # as transformers' own functions take it
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         attention_mask = Reach(-1, 0 if causal else -1)
@@ -140,38 +148,54 @@ def _cached(
     query, key, value = inputs
     slots = current[-1]
     past_key, past_value = slots.past[module.layer_idx]
-    fits = all(new.shape[1::2] == past.shape[1::2] for new, past in ((key, past_key), (value, past_value)))
-    if not fits or attributes["after"]:
-        raise UnsupportedError(
-            f"{type(module).__name__} of layer {module.layer_idx} has keys {tuple(key.shape[1::2])} and values "
-            f"{tuple(value.shape[1::2])} (heads, size) and sees {attributes['after']} tokens ahead. The onnx target "
-            f"caches keys and values of {tuple(past_key.shape[1::2])}, with causal attention."
-        )
+    if attributes["after"]:
+        raise UnsupportedError(f"{type(module).__name__} sees tokens ahead of its own, which no cache holds.")
+    for new, past in ((key, past_key), (value, past_value)):
+        if new.shape[1::2] != past.shape[1::2]:
+            raise UnsupportedError(
+                f"{type(module).__name__} caches {new.shape[1]} heads of {new.shape[3]}; by its config the onnx target "
+                f"expects {past.shape[1]} of {past.shape[3]} for keys and values alike."
+            )
     total = past_key.shape[2] + key.shape[2]
-    shapes = (shape, (key.shape[0], key.shape[1], total, key.shape[3]),
-              (value.shape[0], value.shape[1], total, value.shape[3]))
+    shapes = (
+        shape,
+        (key.shape[0], key.shape[1], total, key.shape[3]),
+        (value.shape[0], value.shape[1], total, value.shape[3]),
+    )
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::Attention", (query, key, value, past_key, past_value), attributes,
-        dtypes=(query.dtype,) * 3, shapes=shapes, version=1,
+        f"{DOMAIN}::Attention",
+        (query, key, value, past_key, past_value),
+        attributes,
+        dtypes=(query.dtype,) * 3,
+        shapes=shapes,
+        version=1,
     )
     slots.present[module.layer_idx] = (present_key, present_value)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def _experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """transformers' experts interface → two placeholder nodes with one expert's activation between them."""
     if module.has_post_expert_norm:
-        raise UnsupportedError(f"{type(module).__name__} norms what its experts put out, which the onnx target does not know.")
+        raise UnsupportedError(
+            f"{type(module).__name__} norms what its experts put out, which the onnx target does not know."
+        )
     name, key = module.__dict__["_compress_experts"], experts.up_key(module)
     count, rows = getattr(module, key).shape[0], getattr(module, key).shape[2 if module.is_transposed else 1]
-    first, last = (
-        [getattr(module, f"{part}_bias")] if module.has_bias else [] for part in (key, "down_proj")
-    )
+    first, last = ([getattr(module, f"{part}_bias")] if module.has_bias else [] for part in (key, "down_proj"))
     values = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::ExpertInput", (hidden, *first), {"layer": f"{name}.{key}"},
-        dtype=hidden.dtype, shape=(hidden.shape[0], rows), version=1,
+        f"{DOMAIN}::ExpertInput",
+        (hidden, *first),
+        {"layer": f"{name}.{key}"},
+        dtype=hidden.dtype,
+        shape=(hidden.shape[0], rows),
+        version=1,
     )
     return torch.onnx.ops.symbolic(
-        f"{DOMAIN}::Experts", (values, experts.activate(module, values), top_k_index, top_k_weights, *last),
-        {"layer": f"{name}.down_proj", "count": count}, dtype=hidden.dtype, shape=hidden.shape, version=1,
+        f"{DOMAIN}::Experts",
+        (values, experts.activate(module, values), top_k_index, top_k_weights, *last),
+        {"layer": f"{name}.down_proj", "count": count},
+        dtype=hidden.dtype,
+        shape=hidden.shape,
+        version=1,
     )

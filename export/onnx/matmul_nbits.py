@@ -47,8 +47,15 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         operator = "GatherBlockQuantized+MatMulNBits"
     note = support.note if support.state != "fast" else ""
     return Choice(
-        operator, support.state, __name__, _stored_bytes(spec, block, bits), note, block,
-        support.accuracy_level or 0, bits, INT8_ACTIVATION_BOUND if support.accuracy_level == 4 else 0.0,
+        operator,
+        support.state,
+        __name__,
+        _stored_bytes(spec, block, bits),
+        note,
+        block,
+        support.accuracy_level or 0,
+        bits,
+        INT8_ACTIVATION_BOUND if support.accuracy_level == 4 else 0.0,
     )
 
 

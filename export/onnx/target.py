@@ -41,7 +41,8 @@ __all__ = ["RUNTIME", "Lowered", "capture", "plan_layer", "predict_bytes", "writ
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Any:
     """A layer's `Choice` or `Refusal`; the same function decides in `plan` and in `write`."""
-    return experts.noted(spec, choose(spec, profile.runtime(RUNTIME)))
+    answer = choose(spec, profile.runtime(RUNTIME))
+    return experts.noted(spec, answer) if isinstance(answer, Choice) else answer
 
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
@@ -87,7 +88,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     files.write(model, folder)
     operators = Counter(choice.operator for choice in choices.values())
     plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
-    bound = max((choice.bound for choice in choices.values()), default=0.0)
+    bound = experts.bound(choices, model.structure.layers)
     return Lowered(folder, dict(sorted(operators.items())), plain, bound)
 
 

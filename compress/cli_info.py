@@ -1,0 +1,86 @@
+"""The verbs that tell what there is: passes and hardware profiles."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compress.cli_options import DebugOpt, JsonOpt
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from compress.hwprofiles import Profile
+
+hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show, detect.")
+
+
+def passes(
+    name: Annotated[str | None, typer.Argument(help="One pass, with its settings.")] = None,
+    as_json: JsonOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """List the passes, or show one with its settings."""
+    from compress.passes import find, table
+
+    if name is None:
+        show(
+            {key: entry.summary for key, entry in table().items()},
+            "\n".join(f"{key:<12} {entry.summary}" for key, entry in table().items()),
+            as_json,
+        )
+        return 0
+    from compress.describe import describe_pass, pass_settings
+
+    cls = find(name)
+    show({"name": name, "settings": pass_settings(cls)}, describe_pass(cls), as_json)
+    return 0
+
+
+@hardware.command("list")
+def hardware_list(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
+    """The profiles that ship."""
+    from compress import hwprofiles
+
+    found = {name: hwprofiles.load(name).name for name in hwprofiles.names()}
+    show(found, "\n".join(f"{key:<24} {text}" for key, text in found.items()), as_json)
+    return 0
+
+
+@hardware.command("show")
+def hardwareshow(
+    name: Annotated[str, typer.Argument(help="Profile id or file.")], as_json: JsonOpt = False, debug: DebugOpt = False
+) -> int:
+    """One profile: memory, peaks, and which formats run on which kernel."""
+    found = as_profile(name)
+    from compress.describe import describe_profile
+
+    show(found.model_dump(mode="json"), describe_profile(found), as_json)
+    return 0
+
+
+@hardware.command("detect")
+def hardware_detect(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
+    """What this machine is, and the profile that fits it."""
+    from compress import hwprofiles
+
+    found, facts = as_profile(None), hwprofiles.machine_summary()
+    lines = [f"{key}: {value}" for key, value in facts.items()]
+    show({"profile": found.id, "machine": facts}, "\n".join([f"profile: {found.id}", *lines]), as_json)
+    return 0
+
+
+def as_profile(name: str | None) -> Profile:
+    """A profile by id or file, or this machine's. Raises: UsageError."""
+    from compress import hwprofiles
+
+    try:
+        return hwprofiles.detect() if name is None else hwprofiles.load(name)
+    except hwprofiles.ProfileError as error:
+        raise UsageError(str(error)) from error
+
+
+def show(content: Any, text: str, as_json: bool) -> None:
+    """Print a result for people or as JSON."""
+    print(json.dumps(content) if as_json else text)

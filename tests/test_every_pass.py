@@ -1,0 +1,96 @@
+"""What every registered pass owes, whoever wrote it. A new pass is tested by being in the table."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress.data import Calibration, calibrate
+from compress.model import Model
+from compress.passes import find, table
+from compress.pipeline import Pipeline, Result, planned
+from compress.skeleton import OUTER
+
+# settings that fit a layer 64 wide, where the defaults do not
+FITTING = {"gptq": "gptq(format=int4(group=32))", "rtn": "rtn(format=int4(group=32))"}
+NAMES = sorted(table())
+
+
+def text_of(name: str) -> str:
+    return FITTING.get(name, name)
+
+
+@pytest.fixture(scope="module")
+def model(llama: Path) -> Model:
+    return compress.load(llama)
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Model, text_file: Path) -> Calibration:
+    return calibrate(model, text_file, samples=8, length=64)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def result(request: pytest.FixtureRequest, model: Model, calibration: Calibration) -> Result:
+    return Pipeline.parse(text_of(request.param)).run(model, calibration)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_is_built_by_its_name_and_prints_back(name: str) -> None:
+    assert find(name).name == name
+    assert str(Pipeline.parse(text_of(name))) == text_of(name)
+    assert (find(name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_is_frozen_and_closed(name: str) -> None:
+    one = find(name)()
+    with pytest.raises(ValueError, match="frozen"):
+        one.targets = ("x",)
+    with pytest.raises(compress.CompressError, match="unknown setting"):
+        find(name).build({"no_such_setting": 1})
+
+
+def test_every_value_stays_finite_and_every_shape_the_same(result: Result, model: Model) -> None:
+    for name, spec in result.model.structure.layers.items():
+        weight = result.model.layer(spec).float_weight()
+        assert bool(torch.isfinite(weight).all()), name
+        assert tuple(weight.shape) == model.structure.layers[name].shape
+
+
+def test_what_was_planned_is_what_was_made(result: Result, model: Model) -> None:
+    expected = planned(result.pipeline.resolve(model))
+    for name, spec in result.model.structure.layers.items():
+        assert (spec.format, spec.act) == (expected[name].format, expected[name].act), name
+
+
+def test_layers_outside_the_blocks_are_untouched_unless_named(result: Result, model: Model) -> None:
+    for spec in model.structure.segment_layers(OUTER):
+        again = result.model.layer(result.model.structure.layers[spec.name])
+        assert torch.equal(again.float_weight(), model.layer(spec).float_weight())
+        skipped = [row for row in result.passes[0].layers if row.layer == spec.name]
+        assert [row.changed for row in skipped] == [False] and skipped[0].reason
+
+
+def test_every_changed_layer_reports_format_bits_and_error(result: Result) -> None:
+    changed = [row for row in result.passes[0].layers if row.changed]
+    assert len(changed) == 21
+    for row in changed:
+        assert row.format and row.bits_per_weight and row.error_before == 0.0
+        assert row.error_after is not None and 0 <= row.error_after < 0.2
+        assert row.seconds is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_inputs_give_the_same_bytes(name: str, model: Model, calibration: Calibration, tmp_path: Path) -> None:
+    digests = {
+        Pipeline.parse(text_of(name)).run(model, calibration, folder=tmp_path / str(turn)).model.digest
+        for turn in range(2)
+    }
+    assert len(digests) == 1
+
+
+def test_an_unknown_pass_offers_the_nearest() -> None:
+    with pytest.raises(compress.CompressError, match="Did you mean 'gptq'"):
+        find("gptk")

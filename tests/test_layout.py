@@ -1,0 +1,162 @@
+"""How the repository hangs together: links, imports one way, light start-up, file sizes."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINKED = ("passes", "export", "hwprofiles")
+
+# A module may import those of its own level or below; a module in no level may import anything.
+LEVELS = (
+    ("compress.hwprofiles",),
+    ("compress.errors", "compress.records", "compress.spec", "compress.grid", "compress.stats", "compress.progress"),
+    (
+        "compress.formats",
+        "compress.hessian",
+        "compress.layer",
+        "compress.timing",
+        "compress.quality",
+        "compress.report",
+    ),
+    ("compress.skeleton", "compress.weights", "compress.experts"),
+    ("compress.model",),
+    ("compress.stream", "compress.data", "compress.store"),
+    ("compress.layerpass", "compress.workspace"),
+    ("compress.passes", "compress.matching", "compress.export"),
+    ("compress.pipeline",),
+    ("compress.recipe", "compress.evaluate", "compress.measure", "compress.predict", "compress.manifest"),
+    ("compress.plan", "compress.describe"),
+    ("compress.run",),
+    ("compress.artifact", "compress.quickstart"),
+    ("compress.cli", "compress.cli_info", "compress.cli_options"),
+)
+
+
+def sources() -> dict[str, Path]:
+    """Module name → file of everything we ship."""
+    found = {}
+    for path in [*(ROOT / "compress").rglob("*.py"), *(p for name in LINKED for p in (ROOT / name).rglob("*.py"))]:
+        relative = path.relative_to(ROOT)
+        if relative.parts[0] == "compress" and len(relative.parts) > 1 and relative.parts[1] in LINKED:
+            continue
+        parts = relative.with_suffix("").parts
+        name = ".".join(parts if parts[0] == "compress" else ("compress", *parts)).removesuffix(".__init__")
+        found[name] = path
+    return found
+
+
+def level(module: str) -> int | None:
+    names = [(name, place) for place, group in enumerate(LEVELS) for name in group]
+    return next((place for name, place in names if module == name or module.startswith(name + ".")), None)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports when it is imported itself; those for type checkers do not count."""
+    tree, found = ast.parse(path.read_text()), set()
+    guarded = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in ast.walk(node)
+    }
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        for child in ast.walk(node)
+        if child is not node
+    }
+    for node in ast.walk(tree):
+        if id(node) in guarded or id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                node.module,
+                *(f"{node.module}.{alias.name}" for alias in node.names if node.module == "compress"),
+            }
+    return {name for name in found if name.startswith("compress.")}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_folders_at_the_top_are_linked_into_the_package(name: str) -> None:
+    link = ROOT / "compress" / name
+    assert link.is_symlink() and link.resolve() == ROOT / name
+    assert not link.readlink().is_absolute()
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_folder_cannot_be_imported_under_another_name(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 1 and "ImportError" in done.stderr and f"compress.{name}" in done.stderr
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for module, path in sources().items():
+        own = level(module)
+        for other in imports(path):
+            place = level(other)
+            if own is not None and place is not None and place > own:
+                wrong.append(f"{module} imports {other}")
+    assert not wrong
+
+
+def test_hardware_profiles_import_nothing_of_ours() -> None:
+    for module, path in sources().items():
+        if module.startswith("compress.hwprofiles"):
+            assert all(name.startswith("compress.hwprofiles") for name in imports(path)), module
+
+
+def test_the_engine_names_no_pass_and_no_lowering() -> None:
+    for module, path in sources().items():
+        if level(module) is not None and not module.startswith(("compress.passes", "compress.export")):
+            for name in imports(path):
+                assert not name.startswith("compress.passes."), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["passes"], ["hardware", "list"], ["run", "--help"], ["plan", "--help"]]
+)
+def test_help_and_lists_import_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom compress.__main__ import main\n"
+        f"code = main({arguments!r})\n"
+        "heavy = sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'scipy', 'numpy'} & set(sys.modules))\n"
+        "sys.exit(f'exit {code}, heavy {heavy}' if code or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, compress; sys.exit(int(bool({'torch', 'transformers', 'pydantic'} & set(sys.modules))))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = []
+    for module, path in sources().items():
+        text = path.read_text()
+        if text.count("\n") > 350:
+            long.append(f"{module}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno > 60:
+                long.append(f"{module}.{node.name}: {node.end_lineno - node.lineno} lines")
+    assert not long
+
+
+def test_binary_files_stay_small() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], capture_output=True, cwd=ROOT, check=False).stdout.split(b"\0")
+    paths = [ROOT / name.decode() for name in tracked if name]
+    if not paths:
+        pytest.skip("not a git checkout")
+    binary = [path for path in paths if path.is_file() and not path.is_symlink() and b"\0" in path.read_bytes()[:8192]]
+    assert sum(path.stat().st_size for path in binary) < 20_000_000
