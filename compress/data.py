@@ -36,7 +36,7 @@ class Windows:
     def batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """Rows in order, as many at once as hold about `tokens` tokens."""
         rows = max(1, tokens // self.ids.shape[1])
-        return list(self.ids.split(rows))
+        return list(torch.split(self.ids, rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +86,15 @@ def read_documents(source: str | Path) -> list[str] | list[list[int]]:
             raise UsageError(f"{path}: data of this kind is not read. Allowed: {KINDS}.")
     except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}). Allowed: {KINDS}, UTF-8.") from error
-    return _checked(documents, path)
+    checked: list[str] | list[list[int]] = _checked(documents, path)
+    return checked
 
 
 def _read_text(path: Path) -> str:
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "rb") as stream:
-        text: str = stream.read().decode("utf8")
-    return text
+        content: bytes = stream.read()
+    return content.decode("utf8")
 
 
 def _from_row(row: Any, path: Path) -> Any:
@@ -103,12 +104,14 @@ def _from_row(row: Any, path: Path) -> Any:
 
 
 def _from_callable(source: str) -> list[Any]:
+    """What a function of the user's returns."""
     module, _, name = source.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"No such data: {source} is neither a file nor module:callable ({error}).") from error
-    return _checked(list(function()), Path(source))
+    documents: list[Any] = _checked(list(function()), Path(source))
+    return documents
 
 
 def _checked(documents: Any, path: Path) -> Any:
@@ -136,8 +139,8 @@ def tokenize(documents: list[str] | list[list[int]], model: Model, source: str) 
         documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents]
     vocabulary = int(model.config.get_text_config().vocab_size)
     for place, ids in enumerate(documents):
-        worst = max(ids, default=0)  # type: ignore[type-var]
-        if int(worst) >= vocabulary:
+        worst = max((token for token in ids if isinstance(token, int)), default=0)
+        if worst >= vocabulary:
             raise InputError(
                 f"{source}: document {place} holds token {worst}, but the vocabulary has {vocabulary}. "
                 "Was it tokenized for another model?"
@@ -161,9 +164,9 @@ def cut_windows(documents: Sequence[list[int]], length: int, source: str) -> Win
             f"{source}: no document reaches the window length of {length} tokens (the longest has {longest}). "
             "Give more text, or a smaller --length."
         )
-    ids = torch.tensor(rows, dtype=torch.int64)
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return Windows(ids, tuple(origin), f"ppl/disjoint-{length}", digest)
+    windows = torch.tensor(rows, dtype=torch.int64)
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    return Windows(windows, tuple(origin), f"ppl/disjoint-{length}", digest)
 
 
 def join(documents: Sequence[list[int]]) -> list[list[int]]:

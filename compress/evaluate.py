@@ -49,7 +49,7 @@ def stream_logits(model: Model, windows: Tensor, device: str = "cpu") -> Iterato
 
     Args: windows (N, length) int64. Yields (length, vocabulary) float32 in order; for an encoder (length, features).
     """
-    stream = BlockStream(model, list(windows.split(1)), device=device)
+    stream = BlockStream(model, list(torch.split(windows, 1)), device=device)
     stream.start(model.layers(OUTER))
     for index in range(len(model.structure.blocks)):
         stream.load(index, model.layers(index), model.plain(index))
@@ -95,7 +95,12 @@ def _evaluate_encoder(
     pooled: list[list[NDArray[np.float64]]] = [[], [], [], []]
     for place, outputs in enumerate(in_memory):
         one = windows.ids[place].numpy()[None]
-        hidden = (baseline.logits(one), artifact.logits(one), outputs[0][None], outputs[1][None])
+        hidden: tuple[quality.Array, ...] = (
+            baseline.logits(one),
+            artifact.logits(one),
+            outputs[0][None],
+            outputs[1][None],
+        )
         for group, values in zip(pooled, hidden, strict=True):
             group.append(quality.mean_pool(values)[0])
         progress.tick("Evaluating windows", place + 1, windows.ids.shape[0])

@@ -126,7 +126,9 @@ def fake_quantize(values: Tensor, bits: int, scheme: str, granularity: str) -> T
         scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
         zero = torch.round(-low / scale).clamp(0, 2**bits - 1)
         codes = (torch.round(flat / scale) + zero).clamp(0, 2**bits - 1)
-        return ((codes - zero) * scale).reshape(values.shape)
+        rounded: Tensor = (codes - zero) * scale
+        return rounded.reshape(values.shape)
     limit = 2 ** (bits - 1) - 1
     scale = (flat.abs().amax(-1, keepdim=True) / limit).clamp(min=torch.finfo(torch.float32).tiny)
-    return (torch.round(flat / scale).clamp(-limit, limit) * scale).reshape(values.shape)
+    rounded = torch.round(flat / scale).clamp(-limit, limit) * scale
+    return rounded.reshape(values.shape)

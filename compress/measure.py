@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from compress.timing import pair, timing_record
 BUDGET_S = 20.0
 """Seconds of timing per setting, all arms together."""
 
-PHASE_NAMES = {"prefill": "prefill", "decode": "decode"}
+Phase = Literal["prefill", "decode", "encode"]
 
 
 def thread_count(profile: Profile) -> int:
@@ -85,15 +86,16 @@ def measure(
     )
 
 
-def _settings(profile: Profile, is_decoder: bool) -> list[tuple[str, int, int]]:
+def _settings(profile: Profile, is_decoder: bool) -> list[tuple[Phase, int, int]]:
     """Decode first, since it leads the verdict."""
     if not is_decoder:
         return [("encode", batch, prompt) for batch, prompt in profile.grid.prefill]
-    return [("decode", *cell) for cell in profile.grid.decode] + [("prefill", *cell) for cell in profile.grid.prefill]
+    decode: list[tuple[Phase, int, int]] = [("decode", *cell) for cell in profile.grid.decode]
+    return decode + [("prefill", *cell) for cell in profile.grid.prefill]
 
 
 def _time(
-    arms: dict[str, Session], phase: str, batch: int, prompt: int, vocabulary: int, seed: int, budget_s: float
+    arms: dict[str, Session], phase: Phase, batch: int, prompt: int, vocabulary: int, seed: int, budget_s: float
 ) -> Timing:
     length, past = (1, prompt) if phase == "decode" else (prompt, 0)
     ids = np.random.default_rng(seed).integers(0, vocabulary, (batch, length), dtype=np.int64)

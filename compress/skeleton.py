@@ -129,7 +129,7 @@ def _blocks_path(module: nn.Module) -> str:
     for name, blocks in lists.items():
         is_alike = len({type(block) for block in blocks}) == 1
         if is_alike and any(_is_linear(part) for part in blocks.modules()):
-            return name
+            return str(name)
     raise UnsupportedError(
         f"{type(module).__name__} has no list of like blocks (an nn.ModuleList with linear layers in it), so it cannot "
         "be walked block by block. Supported: decoders and encoders of that form."
@@ -142,8 +142,8 @@ def _check_blocks(module: nn.Module, path: str) -> None:
     if found != wanted:
         raise UnsupportedError(
             f"{type(module).__name__} has {found} block(s) in '{path}', but {wanted} layers by its config: they are "
-            "shared or of several kinds, so it cannot be walked block by block. Supported: models whose layers are each "
-            "a block of one kind."
+            "shared or of several kinds, so it cannot be walked block by block. Supported: models whose layers are "
+            "blocks of one kind."
         )
 
 

@@ -201,7 +201,11 @@ def open_store(folder: Path, keeper: object = None) -> Model:
     structure = replace(model.structure, layers=ordered)
     digest = digest_files(folder / segment_file(segment) for segment in structure.segments)
     return replace(
-        model, structure=structure, weights=StoreReader(folder, structure, keeper), digest=digest, source_digest=source_digest
+        model,
+        structure=structure,
+        weights=StoreReader(folder, structure, keeper),
+        digest=digest,
+        source_digest=source_digest,
     )
 
 

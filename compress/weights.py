@@ -227,7 +227,7 @@ def _targets(name: str, converter: Any) -> list[str]:
     """All parameters that a converter makes of the tensor that `name` is made of (a fused one gives several)."""
     patterns = converter.target_patterns if converter is not None else []
     first = next((pattern for pattern in patterns if pattern in name), None)
-    return [name.replace(first, pattern) for pattern in patterns] if first is not None else [name]
+    return [name.replace(first, pattern, 1) for pattern in patterns] if first is not None else [name]
 
 
 def _check_shapes(origins: dict[str, Origin], wanted: dict[str, Tensor]) -> None:

@@ -66,6 +66,27 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def save_random(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save the model that a class makes of a config, with random weights of which none is alike or zero."""
+
+    def save(name: str, config: Any, maker: str = "AutoModelForCausalLM") -> Path:
+        import torch
+        import transformers
+
+        model = getattr(transformers, maker).from_config(config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * 0.15 if parameter.ndim > 1 else parameter + noise * 0.1)
+        folder = tmp_path_factory.mktemp("models") / name
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def llama(make_llama: Callable[..., Path]) -> Path:
     """A 3-block Llama with tied embeddings and a byte tokenizer. Do not write into it."""
     return make_llama()

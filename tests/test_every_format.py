@@ -54,5 +54,5 @@ def test_quantizing_what_was_decoded_changes_nothing(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["int", "int1", "int9", "fp3", "", "INT4"])
 def test_an_unknown_format_is_refused_with_those_that_exist(name: str) -> None:
-    with pytest.raises(Exception, match="Unknown format|Cannot read"):
+    with pytest.raises(Exception, match=r"Unknown format|Cannot read"):
         parse_format(name)

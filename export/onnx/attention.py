@@ -29,22 +29,43 @@ def mask_bias(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, *, before: int
 
 
 def _limits(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, before: int, after: int) -> list[ir.Value]:
-    """(s, total) bool each: key position ≤ query position + after, and ≥ query position − before."""
-    if before < 0 and after < 0:
-        return []
-    integer, boolean = ir.DataType.INT64, ir.DataType.BOOL
+    """What a query may look at, each (s, total) or (batch, 1, s, total) bool: key ≤ query + after, ≥ query − before."""
+    limits = []
+    if after == 0:  # causal: an index is enough, wherever the padding is
+        rows, columns = _indices(graph, ids, mask)
+        limits.append(graph.node("LessOrEqual", [columns, rows], dtype=ir.DataType.BOOL))
+    if before < 0 and after <= 0:
+        return limits
+    rows, columns = _positions(graph, ids, mask)
+    for reach, compare in ((after, "LessOrEqual"), (-before, "GreaterOrEqual")):
+        if (compare == "LessOrEqual" and after > 0) or (compare == "GreaterOrEqual" and before >= 0):
+            edge = graph.node("Add", [rows, graph.constant(reach)], dtype=ir.DataType.INT64)
+            limits.append(graph.node(compare, [columns, edge], dtype=ir.DataType.BOOL))
+    return limits
+
+
+def _indices(graph: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Places in the cache of the queries (s, 1) and of the keys (total,)."""
+    integer, one = ir.DataType.INT64, graph.constant(1)
     length = graph.node("Squeeze", [graph.node("Shape", [ids], {"start": 1, "end": 2}, dtype=integer)], dtype=integer)
     total = graph.node("Squeeze", [graph.node("Shape", [mask], {"start": 1, "end": 2}, dtype=integer)], dtype=integer)
-    one = graph.constant(1)
     start = graph.node("Sub", [total, length], dtype=integer)
     rows = graph.node("Range", [start, total, one], dtype=integer)
-    rows = graph.node("Unsqueeze", [rows, graph.constant([1])], dtype=integer)
     columns = graph.node("Range", [graph.constant(0), total, one], dtype=integer)
-    limits = []
-    for reach, compare in ((after, "LessOrEqual"), (-before, "GreaterOrEqual")):
-        edge = graph.node("Add", [rows, graph.constant(reach)], dtype=integer) if reach else rows
-        limits.append(graph.node(compare, [columns, edge], dtype=boolean))
-    return [limit for limit, given in zip(limits, (after, before), strict=True) if given >= 0]
+    return graph.node("Unsqueeze", [rows, graph.constant([1])], dtype=integer), columns
+
+
+def _positions(graph: GraphBuilder, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Positions of the queries (batch, 1, s, 1) and of the keys (batch, 1, 1, total), padding not counted: a window is
+    so many tokens, not so many places in the cache."""
+    integer, last = ir.DataType.INT64, graph.constant([2**63 - 1])
+    counted = graph.node("CumSum", [mask, graph.constant(1)], dtype=integer)
+    length = graph.node("Shape", [ids], {"start": 1, "end": 2}, dtype=integer)
+    total = graph.node("Shape", [mask], {"start": 1, "end": 2}, dtype=integer)
+    start = graph.node("Sub", [total, length], dtype=integer)
+    queries = graph.node("Slice", [counted, start, last, graph.constant([1])], dtype=integer)
+    rows = graph.node("Unsqueeze", [queries, graph.constant([1, 3])], dtype=integer)
+    return rows, graph.node("Unsqueeze", [counted, graph.constant([1, 2])], dtype=integer)
 
 
 def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value) -> list[ir.Value]:

@@ -38,15 +38,27 @@ def write(model: Model, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")
     for path in model.side_files():
         shutil.copyfile(path, folder / path.name)
+    _rename_tokenizer_class(folder / "tokenizer_config.json")
     if model.task is Task.CAUSAL_LM:
         text = json.dumps(genai_config(model), indent=2) + "\n"
         (folder / "genai_config.json").write_text(text, encoding="utf8")
+
+
+def _rename_tokenizer_class(path: Path) -> None:
+    """transformers 4, which optimum's runtime classes use, knows version 5's generic tokenizer by its older name."""
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def genai_config(model: Model) -> dict[str, Any]:
     """What onnxruntime-genai needs to run the concatenating cache of this graph."""
     config = model.config.get_text_config()
     kv_heads, head_size = cache_shapes(model.config)[0]
+    tokens = _special_tokens(model)
     context = int(getattr(config, "max_position_embeddings", None) or 2048)
     decoder = {
         "session_options": {"provider_options": []},
@@ -72,9 +84,9 @@ def genai_config(model: Model) -> dict[str, Any]:
     return {
         "model": {
             "type": kind if kind in _GENAI_TYPES else "decoder",
-            "bos_token_id": _token(config.bos_token_id, 0),
-            "eos_token_id": _eos(model),
-            "pad_token_id": _token(config.pad_token_id, _token(config.eos_token_id, 0)),
+            "bos_token_id": _first(tokens["bos"], 0),
+            "eos_token_id": tokens["eos"] if isinstance(tokens["eos"], list) else _first(tokens["eos"], 0),
+            "pad_token_id": _first(tokens["pad"], _first(tokens["eos"], 0)),
             "vocab_size": int(config.vocab_size),
             "context_length": context,
             "decoder": decoder,
@@ -95,11 +107,17 @@ def genai_config(model: Model) -> dict[str, Any]:
     }
 
 
-def _token(value: Any, default: int) -> int:
-    first = value[0] if isinstance(value, list) else value
-    return default if first is None else int(first)
+def _special_tokens(model: Model) -> dict[str, Any]:
+    """bos, eos and pad as generation_config.json gives them, which may list several ends, else as config.json does."""
+    path = model.path / "generation_config.json"
+    given = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    config = model.config.get_text_config()
+    names = ("bos", "eos", "pad")
+    found = {name: given.get(f"{name}_token_id") for name in names}
+    return {name: getattr(config, f"{name}_token_id", None) if found[name] is None else found[name] for name in names}
 
 
-def _eos(model: Model) -> int | list[int]:
-    value = model.config.get_text_config().eos_token_id
-    return [int(item) for item in value] if isinstance(value, list) else _token(value, 0)
+def _first(value: Any, default: int) -> int:
+    """One token id where several may be listed."""
+    first = value[0] if isinstance(value, list) and value else value
+    return int(first) if isinstance(first, int) else default

@@ -17,8 +17,11 @@ from compress.records import Kernel
 
 @dataclass(frozen=True)
 class Choice:
-    """A layer's way into the graph. lowering: module path; stored_bytes: of all initializers it adds; bound: published bound on the relative
-    logit difference that its kernel may make against exact arithmetic (0: exact)."""
+    """A layer's way into the graph.
+
+    lowering: module path; stored_bytes: of all initializers it adds; bound: published bound on the relative logit
+    difference that its kernel may make against exact arithmetic (0: exact).
+    """
 
     operator: str
     kernel: Kernel

@@ -1,7 +1,7 @@
 """Weight-only integer grids: com.microsoft MatMulNBits, and GatherBlockQuantized on the very same tensors.
 
-Layout (onnxruntime contrib operators): B uint8 (out, blocks, block · bits / 8), lowest bits first; scales (out, blocks);
-zero points packed per row, 2^(bits−1) where absent.
+Layout (onnxruntime contrib operators): B uint8 (out, blocks, block · bits / 8), lowest bits first; scales
+(out, blocks); zero points packed per row, 2^(bits−1) where absent.
 """
 
 from __future__ import annotations

@@ -42,10 +42,13 @@ class Session:
             raise UnsupportedError(f"onnxruntime runs on {self.session.get_providers()[0]}, not on {provider}.")
         self.name = f"onnxruntime {ort.__version__} {provider.removesuffix('ExecutionProvider')}"
         self.threads = threads
-        inputs = {item.name: item for item in self.session.get_inputs()}
-        self.cache_names = [name for name in inputs if name.startswith("past_key_values.")]
-        self._cache = {name: (int(inputs[name].shape[1]), int(inputs[name].shape[3])) for name in self.cache_names}
-        self.outputs = [item.name for item in self.session.get_outputs()]
+        names = [item.name for item in self.session.get_inputs()]
+        outputs = {item.name: item.shape for item in self.session.get_outputs()}
+        self.outputs = list(outputs)
+        self.cache_names = [name for name in names if name.startswith("past_key_values.")]
+        # heads and head size stand at the outputs; the inputs leave them open (see target.py)
+        present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self.cache_names}
+        self._cache = {name: (int(shape[1]), int(shape[3])) for name, shape in present.items()}
         self.is_decoder = self.outputs[0] == "logits"
 
     def feeds(self, ids: Ids, past: int = 0) -> dict[str, NDArray[Any]]:

@@ -78,6 +78,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
         for user in spec.users
     }
     _lower(lowered, sources, model)
+    _open_cache_inputs(lowered.graph)
     lowered.ir_version = runtime.ir_version
     lowered.producer_name = "compress"
     lowered.producer_version = None
@@ -90,6 +91,19 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
     bound = experts.bound(choices, model.structure.layers)
     return Lowered(folder, dict(sorted(operators.items())), plain, bound)
+
+
+def _open_cache_inputs(graph: ir.Graph) -> None:
+    """Leave the heads and head size of the cache inputs open; the outputs keep them.
+
+    optimum guesses those of the empty first cache from the config, wrongly where head_dim is explicit, and an empty
+    tensor of another width is harmless.
+    """
+    for value in graph.inputs:
+        if value.name is not None and value.name.startswith("past_key_values."):
+            assert value.shape is not None
+            batch, _, length, _ = value.shape
+            value.shape = ir.Shape([batch, f"{value.name}.heads", length, f"{value.name}.size"])
 
 
 def _reader(model: Model, spec: LayerSpec) -> Any:
