@@ -55,7 +55,7 @@ def compare(model: Path, data: Path, recipe: str, sizes: list[object], folder: P
     shutil.rmtree(config_only, ignore_errors=True)
     config_only.mkdir(parents=True)
     for path in model.iterdir():
-        if not path.name.endswith(".safetensors"):
+        if path.is_file() and not path.name.endswith(".safetensors"):
             shutil.copyfile(path, config_only / path.name)
     plan = compress("plan", config_only, "--recipe", recipe, *sizes)
     out = folder / "out"

@@ -12,6 +12,8 @@ from torch import Tensor
 # GPTQ's and llm-compressor's range search: shrink to 80 % in 1 % steps under a norm of 2.4.
 CLIP_STEPS = 20
 CLIP_NORM = 2.4
+# The search makes several copies of what it looks at: rows at a time, they stay small and in the cache.
+SEARCH_ELEMENTS = 1 << 19
 
 
 def to_groups(weight: Tensor, group: int) -> Tensor:
@@ -55,6 +57,12 @@ def search_range(groups: Tensor, bits: int, scheme: str, importance: Tensor | No
 
     Args: groups (out, G, group) float32; importance (G, group) or None: weight of each column's error.
     """
+    rows = max(1, SEARCH_ELEMENTS // groups[0].numel())
+    found = [_search_rows(part, bits, scheme, importance) for part in torch.split(groups, rows)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _search_rows(groups: Tensor, bits: int, scheme: str, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     scale, zero = _stored(*fit_range(groups, bits, scheme))
     best = range_error(groups, scale, zero, bits, importance)
     for step in range(1, CLIP_STEPS + 1):

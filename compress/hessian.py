@@ -9,6 +9,8 @@ from compress.errors import InputError
 
 # Damping doubles at most this often before a layer is refused: 0.01 · 2^10 is ten times the mean diagonal.
 MAX_ESCALATIONS = 10
+# Errors are summed in float64 over so many entries at a time, so that no whole matrix is widened.
+ERROR_ELEMENTS = 1 << 19
 
 
 def accumulate(total: Tensor | None, inputs: Tensor) -> Tensor:
@@ -56,4 +58,5 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float, int]:
 
 def weighted_error(difference: Tensor, hessian: Tensor) -> float:
     """tr(D H Dᵀ) for D (out, in) and H (in, in): the squared error of the layer's output, in float64."""
-    return float(((difference @ hessian).double() * difference.double()).sum())
+    parts = torch.split(difference, max(1, ERROR_ELEMENTS // difference.shape[1]))
+    return sum(float(((part @ hessian).double() * part.double()).sum()) for part in parts)

@@ -266,12 +266,16 @@ def apply_one(item: LayerPass, layer: Layer, source: Layer, stats: LayerStats, t
 def _errors(weight: Tensor, reference: Tensor, stats: LayerStats) -> tuple[float, float | None]:
     """Relative squared error of the weight, and of the layer's output where its inputs are known."""
     difference = weight - reference
-    power = float(reference.double().square().sum()) or 1.0
-    error = float(difference.double().square().sum()) / power
+    error = _power(difference) / (_power(reference) or 1.0)
     if stats.hessian is None:
         return error, None
     whole = weighted_error(reference, stats.hessian) or 1.0
     return error, weighted_error(difference, stats.hessian) / whole
+
+
+def _power(tensor: Tensor) -> float:
+    """Sum of squares, added up in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def describe(layer: Layer | LayerSpec) -> str:

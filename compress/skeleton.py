@@ -102,7 +102,8 @@ def survey(module: nn.Module) -> Structure:
     blocks = tuple(f"{path}.{index}" for index in range(count))
     layers = _layers(module, path)
     aliases = _aliases(module)
-    owned = {f"{user}.{part}" for spec in layers.values() for user in spec.users for part in ("weight", "bias")}
+    owned = {f"{user}.weight" for spec in layers.values() for user in spec.users}
+    owned |= {f"{spec.name}.bias" for spec in layers.values()}  # a tied head may have one of its own, which is plain
     owned |= {name.rpartition(".")[0] for name in layers if layers[name].kind is LayerKind.EXPERT}
     plain: dict[int, list[str]] = {segment: [] for segment in (OUTER, *range(count))}
     for name in module.state_dict():
@@ -245,7 +246,7 @@ def put_layer(module: nn.Module, layer: Layer) -> None:
             continue
         child = module.get_submodule(user)
         child._parameters["weight"] = nn.Parameter(weight.T.contiguous() if is_turned(child) else weight, False)
-        if layer.bias is not None and "bias" in child._parameters:
+        if layer.bias is not None and user == layer.name:
             child._parameters["bias"] = nn.Parameter(layer.bias.float(), requires_grad=False)
         set_input_rounding(child, layer)
 
@@ -274,10 +275,12 @@ def set_input_rounding(child: nn.Module, layer: Layer) -> None:
     )
 
 
-def put_plain(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put stored tensors in place, floats as float32."""
-    for name, tensor in tensors.items():
-        set_tensor(module, name, tensor.float() if tensor.is_floating_point() else tensor)
+def put_plain(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    """Put stored tensors in place, floats as float32, also where they are known by other names."""
+    others = [(alias, name) for alias, name in aliases.items() if name in tensors]
+    for place, name in (*((name, name) for name in tensors), *others):
+        tensor = tensors[name]
+        set_tensor(module, place, tensor.float() if tensor.is_floating_point() else tensor)
 
 
 def release(module: nn.Module, path: str) -> None:

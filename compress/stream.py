@@ -61,7 +61,7 @@ class BlockStream:
     def _put_outer(self) -> None:
         for layer in self.outer.values():
             skeleton.put_layer(self.module, layer)
-        skeleton.put_plain(self.module, self.model.plain(OUTER))
+        skeleton.put_plain(self.module, self.model.plain(OUTER), self.model.structure.aliases)
         self._to_device(self.module)
 
     def _release_outer(self) -> None:
@@ -137,7 +137,7 @@ class BlockStream:
         """Put a block's weights in place."""
         for layer in layers.values():
             skeleton.put_layer(self.module, layer)
-        skeleton.put_plain(self.module, plain)
+        skeleton.put_plain(self.module, plain, self.model.structure.aliases)
         self._to_device(self.module.get_submodule(self.model.structure.blocks[index]))
 
     def put(self, layer: Layer) -> None:

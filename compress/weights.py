@@ -212,6 +212,9 @@ def index_checkpoint(files: tuple[Path, ...], module: nn.Module, aliases: dict[s
                 found.setdefault(target, []).append((path, key, pattern))
         if name not in wanted:
             unused.append(key)
+    for alias, name in aliases.items():  # a file may hold a tied weight under its other name
+        if name not in found and alias in found:
+            found[name] = found[alias]
     missing = sorted(set(wanted) - set(found) - set(aliases))
     if missing:
         raise InputError(

@@ -6,7 +6,7 @@ transformers' own forward is what all of it is compared with.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ FAMILIES = {
         34,
         changes={"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, **MIXTURE},
     ),
+    "bert-decoder": Family("BertConfig", SIZES, 14, tied=True, changes={"is_decoder": True}),  # its head has a bias
     "bert": Family("BertConfig", SIZES, 14, maker="AutoModel"),
     "bert-for-masked-lm": Family("BertConfig", SIZES, 13, maker="AutoModelForMaskedLM"),
     "modernbert": Family("ModernBertConfig", SIZES, 9, maker="AutoModelForMaskedLM", changes=LOCAL),
@@ -118,6 +119,15 @@ class Case:
         return self.model.task is Task.CAUSAL_LM
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two runtimes take turns here; their waiting threads would take each other's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def case(request: pytest.FixtureRequest, save_random: Callable[..., Path]) -> Case:
     family = FAMILIES[request.param]
@@ -128,7 +138,7 @@ def case(request: pytest.FixtureRequest, save_random: Callable[..., Path]) -> Ca
     graph = target.capture(model, PROFILE.runtime("onnxruntime").opset)
     target.write(model, PROFILE, folder / "onnx", graph)
     reference = auto.from_pretrained(folder, dtype=torch.float32)
-    return Case(family, folder, model, reference, graph, Session(folder / "onnx", 2))
+    return Case(family, folder, model, reference, graph, Session(folder / "onnx", 1))
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -156,7 +166,7 @@ def test_each_linear_layer_embedding_and_expert_is_found_with_its_shape(case: Ca
     found = {user: spec.shape for spec in layers.values() for user in spec.users if spec.kind != "embedding"}
     embedding = next(spec for spec in layers.values() if spec.kind == "embedding")
     assert embedding.shape == (VOCABULARY, 32) and embedding.segment == OUTER
-    assert (embedding.users[1:] == ("lm_head",)) is case.family.tied
+    assert len(embedding.users) == (2 if case.family.tied else 1)
     assert found == {name: shape for name, shape in wanted.items() if name not in embedding.users}
     assert len(layers) == case.family.layers
     assert len(case.model.structure.blocks) == 2
@@ -214,10 +224,10 @@ def test_what_gptq_left_in_the_store_is_what_the_exported_graph_computes(case: C
     assert {item.layer for item in done} == {
         name for name, spec in case.model.structure.layers.items() if spec.segment != OUTER and not spec.routed
     }
-    assert all(item.error_after is not None and item.error_after < 0.02 for item in done)
+    assert all(item.output_error is not None and item.output_error < 0.02 for item in done)
     for place, profile in enumerate((EXACT, PROFILE)):
         written = target.write(result.model, profile, tmp_path / str(place), case.graph)
-        session = Session(written.folder, 2)
+        session = Session(written.folder, 1)
         found = agreement(session, result.model, tokens(16, 32, seed=3), written.bound)
         assert found.agrees, found
         assert found.max_relative_difference < (1e-4 if profile is EXACT else written.bound)
@@ -237,7 +247,7 @@ def config_folder(folder: Path, config: str, architecture: str, **settings: Any)
         ("T5Config", "T5ForConditionalGeneration", {"num_layers": 2}, "encoder-decoder and multi-modal models"),
         ("LlavaConfig", "LlavaForConditionalGeneration", {}, "encoder-decoder and multi-modal models"),
         ("ViTConfig", "ViTModel", {"num_hidden_layers": 1}, "takes pixel_values, not token ids"),
-        ("JambaConfig", "JambaForCausalLM", {**GROUPED, "use_mamba_kernels": False}, "no list of like blocks"),
+        ("JambaConfig", "JambaForCausalLM", {**GROUPED, "attn_layer_offset": 1}, "no list of like blocks"),
         ("AlbertConfig", "AlbertModel", {**SIZES, "embedding_size": 16}, r"has 1 block\(s\) .* but 2 layers"),
         ("Llama4TextConfig", "Llama4ForCausalLM", GROUPED, "computes its experts by itself"),
     ],
@@ -267,14 +277,13 @@ def test_attention_that_the_onnx_target_does_not_know_is_refused(
         target.capture(model, 21)
 
 
-def test_a_mask_with_chunks_is_refused_by_the_onnx_target(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    if case.family.config != "LlamaConfig":
-        pytest.skip("one family is enough")
+def test_a_mask_with_chunks_is_refused_by_the_onnx_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compress.load(config_folder(tmp_path, "LlamaConfig", "LlamaForCausalLM", **GROUPED), weights=False)
     masks = transformers.masking_utils
     chunks = masks.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
     monkeypatch.setattr(masks, "causal_mask_function", chunks)
     with pytest.raises(UnsupportedError, match="a mask of another kind"):
-        target.capture(case.model, 21)
+        target.capture(model, 21)
 
 
 def test_an_architecture_is_named_in_the_config_or_guessed_from_its_type(tmp_path: Path) -> None:

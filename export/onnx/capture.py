@@ -18,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from compress import experts
 from compress.errors import UnsupportedError
@@ -36,23 +37,30 @@ def _placeholders(module: nn.Module, model: Model) -> Iterator[None]:
     names = {user: spec for spec in model.structure.layers.values() for user in spec.users}
     for name, child in module.named_modules():
         if name in names:
-            child.__dict__["_compress_layer"] = (name, names[name].shape)
+            child.__dict__["_compress_layer"] = name
         elif experts.is_experts(child):
             child.__dict__["_compress_experts"] = name
     saved: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, Conv1D)}
 
     def forward(self: nn.Module, values: Tensor) -> Tensor:
-        known = self.__dict__.get("_compress_layer")
-        if known is None:
+        spec = names.get(self.__dict__.get("_compress_layer", ""))
+        if spec is None:
             original: Tensor = next(f for c, f in saved.items() if isinstance(self, c))(self, values)
             return original
-        name, shape = known
+        name = self.__dict__["_compress_layer"]
         is_gather = isinstance(self, nn.Embedding)
-        size = (*values.shape, shape[1]) if is_gather else (*values.shape[:-1], shape[0])
-        op = "Embedding" if is_gather else "Linear"
-        return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{op}", (values,), {"layer": name}, dtype=torch.float32, shape=size, version=1
+        size = (*values.shape, spec.shape[1]) if is_gather else (*values.shape[:-1], spec.shape[0])
+        out = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{'Embedding' if is_gather else 'Linear'}",
+            (values,),
+            {"layer": name},
+            dtype=torch.float32,
+            shape=size,
+            version=1,
         )
+        lowered = spec.has_bias and name == spec.name  # with the layer; a tied head's own bias is a plain tensor
+        bias = None if lowered else getattr(self, "bias", None)
+        return out if bias is None else out + bias
 
     for cls in saved:
         cls.forward = forward
@@ -211,6 +219,8 @@ def _export(wrapper: nn.Module, inputs: Inputs, opset: int) -> bytes:
         raise
     except Exception as error:  # the tracer raises many kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if isinstance(error, GuardOnDataDependentSymNode):
+            reason = f"what it computes depends on the values it is given; {reason}"
         raise UnsupportedError(f"The model cannot be traced for ONNX ({type(error).__name__}: {reason}).") from error
     assert program is not None
     _strip(program.model)
@@ -233,15 +243,13 @@ def _strip(document: ir.Model) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's own chatter is not for our users."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """The exporter's own chatter is not for our users: what fails comes back as an exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    quiet = io.StringIO()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
