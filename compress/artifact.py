@@ -13,7 +13,7 @@ import torch
 
 from compress import data, hwprofiles, manifest, store
 from compress.errors import InputError, UsageError
-from compress.evaluate import Evaluation, evaluate
+from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate
 from compress.export import find as find_target
 from compress.export.onnx.runtime import Session
 from compress.hwprofiles import Profile
@@ -21,7 +21,7 @@ from compress.measure import BUDGET_S, measure, thread_count
 from compress.model import Model, Task, load
 from compress.pipeline import Result
 from compress.progress import Progress
-from compress.records import Speed, Verification
+from compress.records import Bounds, Speed, Verification
 from compress.run import verify_export
 from compress.workspace import Workspace, disk_errors
 
@@ -73,7 +73,7 @@ def verify(folder: str | Path) -> Verification:
     if "ids" not in kept:
         raise InputError(f"{folder}: the manifest has no tokens to verify with. Export it again.")
     ids = torch.tensor(kept["ids"], dtype=torch.int64)
-    found = verify_export(artifact.model(), artifact.deployable, artifact.profile, ids, float(kept["bound"]))
+    found = verify_export(artifact.model(), artifact.deployable, artifact.profile, ids, Bounds(**kept["bounds"]))
     recorded = tuple(kept.get("greedy_tokens", ()))
     if recorded == found.greedy_tokens:
         return found
@@ -110,8 +110,12 @@ def export(
             lowered = target.write(model, machine, space.folder / "onnx")
             progress.tick("Exporting", 1, 2)
             ids = torch.tensor(facts["verification"]["ids"], dtype=torch.int64)
-            found = verify_export(model, lowered.folder, machine, ids, lowered.bound)
-            checked = {"bound": lowered.bound, "ids": ids.tolist(), "greedy_tokens": list(found.greedy_tokens)}
+            found = verify_export(model, lowered.folder, machine, ids, lowered.bounds)
+            checked = {
+                "bounds": lowered.bounds.model_dump(),
+                "ids": ids.tolist(),
+                "greedy_tokens": list(found.greedy_tokens),
+            }
             facts = {**facts, "profile": machine.model_dump(mode="json"), "verification": checked}
             manifest.write(space.folder, facts, KEPT)
             progress.tick("Exporting", 2, 2)
@@ -130,8 +134,9 @@ def _of(result: Result | Artifact) -> tuple[Model, dict[str, Any]]:
     if isinstance(result, Artifact):
         drop = ("files", "schema_version", "versions")
         return result.model(), {key: value for key, value in result.facts.items() if key not in drop}
-    vocabulary = int(result.model.config.get_text_config().vocab_size)
-    ids = torch.randint(0, vocabulary, (2, 256), generator=torch.Generator().manual_seed(0))
+    length = min(256, result.model.longest)
+    shape = (-(-MIN_POSITIONS // length), length)
+    ids = torch.randint(0, result.model.vocabulary, shape, generator=torch.Generator().manual_seed(0))
     facts = {
         "source": result.source.source,
         "source_digest": result.source.digest,
@@ -192,14 +197,14 @@ def profile(
     """Paired latency of an artifact against its uncompressed model in the same runtime, measured here."""
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
     source = source_of(artifact, against)
-    vocabulary = int(source.config.get_text_config().vocab_size)
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
         return measure(
             Path(scratch),
             artifact.deployable,
             artifact.profile,
-            vocabulary=vocabulary,
+            vocabulary=source.vocabulary,
+            longest=source.longest,
             budget_s=budget_s,
             progress=progress or Progress(quiet=True),
         )

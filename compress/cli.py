@@ -185,8 +185,9 @@ def verify(artifact: ArtifactArg, as_json: JsonOpt = False, debug: DebugOpt = Fa
     word = "agrees" if found.agrees else "DOES NOT AGREE"
     text = (
         f"{artifact}: all files as written; {found.level} in {found.runtime} and {word} with the model "
-        f"({found.positions} positions, relative difference {found.max_relative_difference:.2g}, bound "
-        f"{found.bound:g}, same top token {found.top1_agreement:.1%}, where the margin decides {found.decided_agreement:.1%})."
+        f"({found.positions} positions, relative difference {found.max_relative_difference:.2g}, "
+        f"bound {found.bound:g}, same top token {found.top1_agreement:.1%}, "
+        f"where the margin decides {found.decided_agreement:.1%})."
     )
     show(found.model_dump(mode="json"), " ".join([text, *found.notes]), as_json)
     if not found.agrees:

@@ -137,7 +137,7 @@ def tokenize(documents: list[str] | list[list[int]], model: Model, source: str) 
                 "give token ids (.json lists, or .jsonl with 'ids')."
             )
         documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents]
-    vocabulary = int(model.config.get_text_config().vocab_size)
+    vocabulary = model.vocabulary
     for place, ids in enumerate(documents):
         worst = max((token for token in ids if isinstance(token, int)), default=0)
         if worst >= vocabulary:
@@ -238,5 +238,4 @@ def check_disjoint(calibration: Windows, quality: Windows) -> None:
 
 
 def _fitting(model: Model, length: int) -> int:
-    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", length) or length)
-    return min(length, limit)
+    return min(length, model.longest)

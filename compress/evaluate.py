@@ -7,6 +7,7 @@ logits is ever written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +21,7 @@ from compress import quality
 from compress.data import Windows
 from compress.model import Model, Task
 from compress.progress import Progress
-from compress.records import Quality, Verification
+from compress.records import Bounds, Quality, Verification
 from compress.skeleton import OUTER
 from compress.stream import BlockStream
 
@@ -119,36 +120,67 @@ EXACT_BOUND = 1e-3
 MIN_POSITIONS = 512
 
 
-def agreement(runner: Runner, compressed: Model, ids: Tensor, bound: float) -> Verification:
+def agreement(
+    runner: Runner, compressed: Model, ids: Tensor, bounds: Bounds, exact: Runner | None = None
+) -> Verification:
     """Compare a runtime with the in-memory model, teacher-forced (design §2, "Agreement").
 
-    Args: ids (N, length) int64 with N · length ≥ 512; bound: relative logit difference that the lowerings publish
-    (0: exact, then 1e-3).
+    Args: ids (N, length) int64 with N · length ≥ 512; bounds: what the export's lowerings publish; exact: the same
+    graph with the kernels' own rounding of activations off, which tells a wrong lowering from a coarse kernel.
     """
-    widest, scale, positions, same = 0.0, 0.0, 0, 0
-    margins, hits = [], []
+    shipped, alone = _Comparison(), _Comparison()
     for place, expected in enumerate(stream_logits(compressed, ids)):
-        found = torch.from_numpy(runner.logits(ids[place].numpy()[None])[0])
-        widest = max(widest, float((found - expected).abs().max()))
-        scale = max(scale, float(expected.abs().max()))
-        top = expected.topk(min(2, expected.shape[-1]), -1)
-        margins.append(top.values[:, 0] - top.values[:, -1])
-        hits.append(found.argmax(-1) == top.indices[:, 0])
-        positions += expected.shape[0]
-        same += int(hits[-1].sum())
-    decided = torch.cat(margins) > 2 * widest
-    agreed = torch.cat(hits)[decided]
-    relative = widest / (scale or 1.0)
-    allowed = max(bound, EXACT_BOUND)
-    share = float(agreed.float().mean()) if agreed.numel() else 1.0
+        one = ids[place].numpy()[None]
+        shipped.add(torch.from_numpy(runner.logits(one)[0]), expected)
+        if exact is not None:
+            alone.add(torch.from_numpy(exact.logits(one)[0]), expected)
+    limit, exact_limit = max(bounds.shipped, EXACT_BOUND), max(bounds.exact, EXACT_BOUND)
+    decided, share = shipped.decided()
+    agrees = shipped.relative <= limit and share == 1.0
+    if exact is not None:
+        agrees = agrees and alone.relative <= exact_limit and alone.decided()[1] == 1.0
     return Verification(
         level="ran",
         runtime=runner.name,
-        agrees=relative <= allowed and share == 1.0,
-        positions=positions,
-        max_relative_difference=relative,
-        bound=allowed,
-        top1_agreement=same / positions,
-        decided_positions=int(decided.sum()),
+        agrees=agrees,
+        positions=shipped.positions,
+        max_relative_difference=shipped.relative,
+        bound=limit,
+        exact_relative_difference=alone.relative if exact is not None else None,
+        exact_bound=exact_limit,
+        top1_agreement=shipped.same / shipped.positions,
+        decided_positions=decided,
         decided_agreement=share,
     )
+
+
+class _Comparison:
+    """Running figures of one runner against the model."""
+
+    def __init__(self) -> None:
+        self.widest, self.scale, self.positions, self.same = 0.0, 0.0, 0, 0
+        self._margins: list[Tensor] = []
+        self._hits: list[Tensor] = []
+
+    def add(self, found: Tensor, expected: Tensor) -> None:
+        """One window: both (length, vocabulary) float32."""
+        widest = float((found - expected).abs().max())
+        # a plain max would drop a NaN
+        self.widest = max(self.widest, widest if math.isfinite(widest) else math.inf)
+        self.scale = max(self.scale, float(expected.abs().max()))
+        top = expected.topk(min(2, expected.shape[-1]), -1)
+        self._margins.append(top.values[:, 0] - top.values[:, -1])
+        self._hits.append(found.argmax(-1) == top.indices[:, 0])
+        self.positions += expected.shape[0]
+        self.same += int(self._hits[-1].sum())
+
+    @property
+    def relative(self) -> float:
+        """Largest logit difference as a share of the largest logit; infinite where the runner put out NaN."""
+        return self.widest / (self.scale or 1.0)
+
+    def decided(self) -> tuple[int, float]:
+        """Positions whose margin exceeds twice the largest difference, and the share of them with the same top."""
+        clear = torch.cat(self._margins) > 2 * self.widest
+        hits = torch.cat(self._hits)[clear]
+        return int(clear.sum()), float(hits.float().mean()) if hits.numel() else 1.0

@@ -18,6 +18,8 @@ from compress.progress import Progress
 from compress.records import Footprint, Speed, Timing
 from compress.timing import pair, timing_record
 
+PROBE_PROMPT, PROBE_TOKENS = 128, 8
+
 BUDGET_S = 20.0
 """Seconds of timing per setting, all arms together."""
 
@@ -34,12 +36,13 @@ def deployable_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def footprint(folder: Path, threads: int) -> Footprint:
-    """Load time and peak memory, from a child process of its own.
+def footprint(folder: Path, threads: int, longest: int) -> Footprint:
+    """Load time and peak memory, from a child process of its own. longest: positions that the model has.
 
     Raises: InputError when the child does not finish.
     """
     command = [sys.executable, "-m", "compress.export.onnx.runtime", str(folder), "--threads", str(threads)]
+    command += ["--prompt", str(min(PROBE_PROMPT, longest - PROBE_TOKENS)), "--tokens", str(PROBE_TOKENS)]
     child = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if child.returncode != 0:
         last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
@@ -58,17 +61,19 @@ def measure(
     profile: Profile,
     *,
     vocabulary: int,
+    longest: int,
     seed: int = 0,
     budget_s: float = BUDGET_S,
     progress: Progress,
 ) -> Speed:
     """Paired timings over the profile's grid, and both footprints.
 
-    Args: two exported folders; vocabulary: random token ids are drawn below it.
+    Args: two exported folders; vocabulary: random token ids are drawn below it; longest: positions that the
+    model has, to which the grid's prompts are cut.
     """
     threads = thread_count(profile)
     arms = {"baseline": Session(baseline, threads), "variant": Session(variant, threads)}
-    settings = _settings(profile, arms["baseline"].is_decoder)
+    settings = _settings(profile, arms["baseline"].is_decoder, longest)
     timings = []
     for place, (phase, batch, prompt) in enumerate(settings):
         progress.tick("Timing settings", place, len(settings))
@@ -81,13 +86,19 @@ def measure(
         threads=threads,
         machine=hwprofiles.machine_summary(),
         timings=tuple(timings),
-        baseline=footprint(baseline, threads),
-        variant=footprint(variant, threads),
+        baseline=footprint(baseline, threads, longest),
+        variant=footprint(variant, threads, longest),
     )
 
 
-def _settings(profile: Profile, is_decoder: bool) -> list[tuple[Phase, int, int]]:
-    """Decode first, since it leads the verdict."""
+def _settings(profile: Profile, is_decoder: bool, longest: int) -> list[tuple[Phase, int, int]]:
+    """Decode first, since it leads the verdict. Prompts are cut to what the model can read; equal settings are one."""
+    wanted = _grid(profile, is_decoder)
+    cut = [(phase, batch, min(prompt, longest - (phase == "decode"))) for phase, batch, prompt in wanted]
+    return list(dict.fromkeys(cut))
+
+
+def _grid(profile: Profile, is_decoder: bool) -> list[tuple[Phase, int, int]]:
     if not is_decoder:
         return [("encode", batch, prompt) for batch, prompt in profile.grid.prefill]
     decode: list[tuple[Phase, int, int]] = [("decode", *cell) for cell in profile.grid.decode]

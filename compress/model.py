@@ -74,6 +74,16 @@ class Model:
         return Path(self.source).name or self.source
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model has positions for."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+
+    @property
     def source_bytes(self) -> int:
         """Bytes of the weight files as stored; from the shapes where there are no files."""
         if self.weights is not None:

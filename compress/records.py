@@ -90,6 +90,11 @@ class Speed(Record):
     baseline: Footprint
     variant: Footprint
 
+    def __str__(self) -> str:
+        from compress.report.parts import speed_text
+
+        return speed_text(self)
+
 
 class LayerResult(Record):
     """What one pass did to one layer."""
@@ -151,6 +156,14 @@ class Plan(Record):
     predicted_seconds: float
 
 
+class Bounds(Record):
+    """Largest relative logit differences that an export's lowerings publish: with the kernels as shipped, and with
+    their own rounding of activations switched off (0: exact arithmetic, then 1e-3 for float32 summation order)."""
+
+    shipped: float = 0.0
+    exact: float = 0.0
+
+
 class Verification(Record):
     """How far the artifact was checked here: `ran`, `built` or `checked` (design §2)."""
 
@@ -160,6 +173,10 @@ class Verification(Record):
     positions: int
     max_relative_difference: float
     bound: float
+    exact_relative_difference: float | None = Field(
+        default=None, description="the same graph with the kernels' own rounding of activations off: the lowering alone"
+    )
+    exact_bound: float = 0.0
     top1_agreement: float
     decided_positions: int = Field(description="positions whose margin exceeds twice the largest difference")
     decided_agreement: float

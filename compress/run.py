@@ -26,7 +26,7 @@ from compress.plan import make_plan
 from compress.progress import Progress
 from compress.quality import gates_met
 from compress.recipe import Recipe
-from compress.records import Plan, Report, RunCost, Speed, Verification
+from compress.records import Bounds, Plan, Report, RunCost, Speed, Verification
 from compress.report import to_html, to_markdown, verdict_sentence
 from compress.store import write_text
 from compress.workspace import Workspace, disk_errors, require_space
@@ -79,7 +79,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
             )
             compress_memory = peak_memory()
             lowered = _export_both(result, request.profile, space.folder, progress)
-            verification = verify_export(result.model, lowered.folder, request.profile, windows.ids, lowered.bound)
+            verification = verify_export(result.model, lowered.folder, request.profile, windows.ids, lowered.bounds)
             evaluation = _evaluate(space.folder, result, request.profile, windows, progress)
             speed = _measure(space.folder, request, model, progress)
             cost = RunCost(
@@ -152,15 +152,15 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     return lowered
 
 
-def verify_export(model: Model, folder: Path, profile: Profile, ids: torch.Tensor, bound: float) -> Verification:
+def verify_export(model: Model, folder: Path, profile: Profile, ids: torch.Tensor, bounds: Bounds) -> Verification:
     """Load an exported folder in its runtime, run it, and compare it with the in-memory model.
 
-    Args: ids (N, length) int64, at least 512 tokens; bound: what its lowerings publish.
+    Args: ids (N, length) int64, at least 512 tokens; bounds: what its lowerings publish.
     Raises: CompressError when the runtime does not load it.
     """
     session = Session(folder, thread_count(profile))
     rows = -(-MIN_POSITIONS // ids.shape[1])
-    found = agreement(session, model, ids[:rows], bound)
+    found = agreement(session, model, ids[:rows], bounds, Session(folder, thread_count(profile), exact=True))
     if not session.is_decoder:
         return found
     prompt = ids[0, : min(PROMPT_TOKENS, ids.shape[1])].tolist()
@@ -178,7 +178,8 @@ def _measure(folder: Path, request: Request, model: Model, progress: Progress) -
         folder / "baseline",
         folder / "onnx",
         request.profile,
-        vocabulary=int(model.config.get_text_config().vocab_size),
+        vocabulary=model.vocabulary,
+        longest=model.longest,
         seed=request.recipe.seed,
         budget_s=request.budget_s,
         progress=progress,
@@ -244,7 +245,7 @@ def _facts(
         "calibration": result.calibration.summary() if result.calibration else {},
         "quality_digest": windows.digest,
         "verification": {
-            "bound": verification.bound,
+            "bounds": {"shipped": verification.bound, "exact": verification.exact_bound},
             "ids": windows.ids[:rows].tolist(),
             "greedy_tokens": list(verification.greedy_tokens),
         },

@@ -152,7 +152,7 @@ def test_the_bound_is_wider_only_where_rounded_activations_meet_a_router(model: 
     for one, bound in ((model, 0.0), (rounded, lowering.ROUTING_BOUND)):
         specs = one.structure.layers
         choices = {name: target.plan_layer(spec, PROFILE) for name, spec in specs.items()}
-        assert lowering.bound(choices, specs) == bound
+        assert lowering.bounds(choices, specs).shipped == bound
 
 
 def test_turned_experts_with_biases_and_a_gate_of_their_own_agree(

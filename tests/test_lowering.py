@@ -21,6 +21,7 @@ from compress.formats import parse_format
 from compress.layer import ActSpec, LayerKind, LayerSpec
 from compress.model import Model
 from compress.pipeline import Pipeline
+from compress.records import Bounds
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 RUNTIME = PROFILE.runtime("onnxruntime")
@@ -71,10 +72,13 @@ def test_the_graph_computes_what_the_model_in_memory_does(
     lowered = target.write(made, PROFILE, tmp_path, graph)
     assert lowered.operators == operators
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
-    found = agreement(Session(tmp_path, 1), made, windows(), lowered.bound)
+    session, exact_kernels = Session(tmp_path, 1), Session(tmp_path, 1, exact=True)
+    found = agreement(session, made, windows(), lowered.bounds, exact_kernels)
     assert found.agrees, found
     assert found.positions >= 512
-    exact = not passes or all(choose(spec, RUNTIME).bound == 0 for spec in made.structure.layers.values())
+    assert found.exact_relative_difference is not None
+    assert "act_quant" in passes or found.exact_relative_difference < 1e-4
+    exact = not passes or all(choose(spec, RUNTIME).bounds.shipped == 0 for spec in made.structure.layers.values())
     assert not exact or found.max_relative_difference < 1e-3
 
 
@@ -182,3 +186,26 @@ def test_a_format_without_a_fast_kernel_is_named(model: Model) -> None:
     assert isinstance(found, Choice)
     assert (found.kernel, found.stored_bits) == ("works", 4) and "4-bit" in found.note
     assert replace(found, note="").operator == "MatMulNBits"
+
+
+def test_a_runner_that_disagrees_or_puts_out_nan_is_found(model: Model, graph: bytes, tmp_path: Path) -> None:
+    target.write(model, PROFILE, tmp_path, graph)
+    session = Session(tmp_path, 1)
+
+    class Wrong:
+        name = "wrong"
+
+        def __init__(self, change: Callable[[np.ndarray], np.ndarray]) -> None:
+            self.change = change
+
+        def logits(self, ids: np.ndarray) -> np.ndarray:
+            return self.change(session.logits(ids).copy())
+
+    def with_nan(values: np.ndarray) -> np.ndarray:
+        values[0, 5, 3] = np.nan
+        return values
+
+    assert agreement(session, model, windows(), Bounds()).agrees
+    for change in (lambda values: values * 1.01, lambda values: np.roll(values, 1, -1), with_nan):
+        assert not agreement(Wrong(change), model, windows(), Bounds()).agrees
+        assert not agreement(session, model, windows(), Bounds(), Wrong(change)).agrees

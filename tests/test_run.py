@@ -283,3 +283,40 @@ def test_too_little_disk_is_known_before_the_run(
     monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(ResourceError, match="0 MB free; this run needs about 1 MB"):
         workspace.require_space(tmp_path / "new", 1_000_000)
+
+
+def test_the_python_example_of_the_readme_runs(llama: Path, text_file: Path, tmp_path: Path) -> None:
+    model = compress.load(llama)
+    pipeline = compress.Pipeline.parse("gptq(format=int4(group=32))")
+    from compress.data import calibrate
+
+    result = pipeline.run(model, calibration=calibrate(model, text_file, samples=4, length=64))
+    artifact = compress.export(result, profile=PROFILE, out=tmp_path / "out")
+    text = str(compress.profile(artifact, against=model, budget_s=0.3))
+    assert "decode" in text and "speed-up" in text
+    assert compress.verify(tmp_path / "out").agrees
+    with pytest.raises(compress.CompressError, match="not the model that"):
+        compress.profile(artifact, against=compress.open_artifact(tmp_path / "out").model())
+
+
+def test_an_encoder_runs_from_end_to_end(tmp_path: Path, save_random: Callable[..., Path], text_file: Path) -> None:
+    from transformers import BertConfig
+
+    config = BertConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    folder = save_random("bert-run", config, "AutoModel")
+    ids = tmp_path / "ids.json"
+    maker = random.Random(0)
+    ids.write_text(json.dumps([[maker.randrange(256) for _ in range(40)] for _ in range(40)]))
+    given = arguments(folder, ids, tmp_path / "out", "encoder-int8")
+    given[given.index("--length") + 1] = 32
+    done = command(*given, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["operators"] == {"DynamicQuantizeMatMul": 12, "Gather": 1, "MatMul": 1}
+    assert {timing["phase"] for timing in report["speed"]["timings"]} == {"encode"}
+    assert report["artifact_quality"]["metrics"]["cosine"]["value"] > 0.98
+    refused = command("generate", tmp_path / "out", "--prompt", "1 2")
+    assert refused.returncode == 2 and "is an encoder" in refused.stderr

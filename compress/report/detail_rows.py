@@ -65,6 +65,7 @@ def _verification_table(found: Verification | None) -> Table:
         ("runtime", clean(found.runtime)),
         ("agrees", "yes" if found.agrees else "NO"),
         ("largest relative difference", f"{largest} (bound {bound})"),
+        *_exact_row(found),
         ("same top token", f"{fmt.percent(found.top1_agreement)} of {found.positions} positions"),
         ("same, where decided", f"{fmt.percent(found.decided_agreement)} of {found.decided_positions} positions"),
     ]
@@ -72,6 +73,13 @@ def _verification_table(found: Verification | None) -> Table:
         rows.append(("greedy tokens", fmt.listing([str(token) for token in found.greedy_tokens], limit=16)))
     rows += [("note", clean(note, limit=600)) for note in found.notes]
     return _facts_table("verification", "Verification", rows)
+
+
+def _exact_row(found: Verification) -> list[tuple[str, str]]:
+    if found.exact_relative_difference is None:
+        return []
+    largest, bound = fmt.told_apart(found.exact_relative_difference, found.exact_bound)
+    return [("the same without the kernels' rounding", f"{largest} (bound {bound})")]
 
 
 def _pass_table(passes: Sequence[PassResult]) -> Table:

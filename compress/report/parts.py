@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from typing import TYPE_CHECKING
 
 from compress.records import Quality, Speed
@@ -24,3 +25,13 @@ def show_speed(speed: Speed, console: Console) -> None:
         print_line(console, f"warning: {clean(text, limit=600)}", "yellow")
     print_table(console, speed_table(speed))
     print_table(console, footprint_table(speed))
+
+
+def speed_text(speed: Speed, width: int = 140) -> str:
+    """The same as plain text."""
+    from rich.console import Console
+
+    console = Console(file=StringIO(), width=width, no_color=True)
+    show_speed(speed, console)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()

@@ -13,10 +13,12 @@ from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
+from compress.records import Bounds
 
 INPUT = IntGrid(8, group="tensor", scheme="asymmetric")
-# The kernel rounds as our own decoder does; what remains is float32 summation order.
-BOUND = 0.02
+# The kernel rounds as our own decoder does; what remains are inputs that float32 summation order moves across the
+# middle between two points of their grid (benchmarks/agreement.py measures both figures of every lowering).
+BOUNDS = Bounds(shipped=0.05, exact=0.05)
 
 
 def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
@@ -36,7 +38,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
     rows, columns = spec.shape
     note = support.note if support.state != "fast" else ""
     size = rows * columns + rows * 4 + spec.bias_bytes
-    return Choice("DynamicQuantizeMatMul", support.state, __name__, size, note, bound=BOUND)
+    return Choice("DynamicQuantizeMatMul", support.state, __name__, size, note, bounds=BOUNDS)
 
 
 def _tensors(source: Source) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.lowering import Choice, Source
 from compress.layer import LayerKind, LayerSpec
+from compress.records import Bounds
 
 NOTE = "every expert computes every token (no kernel here picks experts), so time is that of all of them"
 # Where activations are rounded, a token near the edge between two experts may take the other one, whose output is
@@ -28,11 +29,13 @@ def noted(spec: LayerSpec, choice: Choice) -> Choice:
     return replace(choice, kernel="works", note="; ".join(filter(None, (NOTE, choice.note))))
 
 
-def bound(choices: Mapping[str, Choice], specs: Mapping[str, LayerSpec]) -> float:
-    """The loosest bound of a model's choices; wider where a rounded activation can change a route."""
-    loosest = max((choice.bound for choice in choices.values()), default=0.0)
-    routed = any(spec.kind is LayerKind.EXPERT for spec in specs.values())
-    return max(loosest, ROUTING_BOUND) if loosest and routed else loosest
+def bounds(choices: Mapping[str, Choice], specs: Mapping[str, LayerSpec]) -> Bounds:
+    """The loosest bounds of a model's choices; wider where a rounded activation can change a route."""
+    shipped = max((choice.bounds.shipped for choice in choices.values()), default=0.0)
+    exact = max((choice.bounds.exact for choice in choices.values()), default=0.0)
+    if any(spec.kind is LayerKind.EXPERT for spec in specs.values()):
+        shipped, exact = (max(found, ROUTING_BOUND) if found else 0.0 for found in (shipped, exact))
+    return Bounds(shipped=shipped, exact=exact)
 
 
 def lower(place: GraphBuilder, node: ir.Node, sources: Mapping[str, Source]) -> ir.Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -12,15 +12,15 @@ from compress.errors import UnsupportedError, UsageError
 from compress.export.onnx import LOWERINGS
 from compress.hwprofiles import Runtime
 from compress.layer import Layer, LayerSpec
-from compress.records import Kernel
+from compress.records import Bounds, Kernel
 
 
 @dataclass(frozen=True)
 class Choice:
     """A layer's way into the graph.
 
-    lowering: module path; stored_bytes: of all initializers it adds; bound: published bound on the relative logit
-    difference that its kernel may make against exact arithmetic (0: exact).
+    lowering: module path; stored_bytes: of all initializers it adds; bounds: published bounds on the relative
+    logit difference.
     """
 
     operator: str
@@ -31,7 +31,7 @@ class Choice:
     block: int = 0
     accuracy_level: int = 0
     stored_bits: int = 0
-    bound: float = 0.0
+    bounds: Bounds = field(default_factory=Bounds)
 
     @property
     def module(self) -> Any:

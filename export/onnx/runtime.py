@@ -25,21 +25,28 @@ class Session:
     in turn, or torch beside one, would fight for the cores. A trial on two cores: the baseline against itself spread
     over 0.83 to 1.51 before, 0.97 to 1.05 so.
 
-    Args: threads for one operator; provider as the profile names it.
+    Args: threads for one operator; exact: switch the kernels' own rounding of activations off (MatMulNBits at accuracy
+    level 0), slow but the graph's exact arithmetic; provider as the profile names it.
     Raises: UnsupportedError when onnxruntime is missing or places the graph elsewhere, InputError when the file does
     not load.
     """
 
-    def __init__(self, folder: Path, threads: int, provider: str = "CPUExecutionProvider") -> None:
+    def __init__(
+        self, folder: Path, threads: int, *, exact: bool = False, provider: str = "CPUExecutionProvider"
+    ) -> None:
         ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        graph: str | bytes = str(folder / "model.onnx")
+        if exact:
+            graph = _exact_graph(folder)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         started = time.perf_counter()
         try:
-            self.session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=[provider])
+            self.session = ort.InferenceSession(graph, options, providers=[provider])
         except Exception as error:  # onnxruntime raises its own kinds, which share no base but Exception
             raise InputError(f"onnxruntime {ort.__version__} cannot load {folder / 'model.onnx'} ({error}).") from error
         self.load_s = time.perf_counter() - started
@@ -88,6 +95,18 @@ class Session:
         """One timed call: ids (batch, length) after `past` cached tokens, all outputs computed."""
         feeds = self.feeds(ids, past)
         return lambda: self.session.run(None, feeds) and None
+
+
+def _exact_graph(folder: Path) -> bytes:
+    """The graph without its weights, every accuracy level at 0."""
+    import onnx
+
+    document = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    for node in document.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    return bytes(document.SerializeToString())
 
 
 def load_onnxruntime() -> Any:

@@ -20,6 +20,7 @@ from compress.export.onnx.lowering import Choice, Source, choose, require
 from compress.hwprofiles import Profile
 from compress.layer import LayerSpec
 from compress.model import Model
+from compress.records import Bounds
 
 RUNTIME = "onnxruntime"
 GRAPH, DATA = files.GRAPH, files.DATA
@@ -27,12 +28,12 @@ GRAPH, DATA = files.GRAPH, files.DATA
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was written: layers per operator, layers left in float, and the loosest bound of the lowerings used."""
+    """What was written: layers per operator, layers left in float, and the loosest bounds of the lowerings used."""
 
     folder: Path
     operators: dict[str, int]
     float_layers: tuple[str, ...]
-    bound: float
+    bounds: Bounds
 
 
 # `capture` is part of the target's interface
@@ -89,8 +90,8 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     files.write(model, folder)
     operators = Counter(choice.operator for choice in choices.values())
     plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
-    bound = experts.bound(choices, model.structure.layers)
-    return Lowered(folder, dict(sorted(operators.items())), plain, bound)
+    bounds = experts.bounds(choices, model.structure.layers)
+    return Lowered(folder, dict(sorted(operators.items())), plain, bounds)
 
 
 def _open_cache_inputs(graph: ir.Graph) -> None:
