@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
+
+
+class _Stop(BaseException):
+    """A signal outside `Progress.catching_signals`. Of a KeyboardInterrupt typer would make a silent exit code 130."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(given)
-    except KeyboardInterrupt:
-        return _fail(given, "Interrupted", "Stopped at once; what was finished is kept.", 130)
+    except _Stop as stop:
+        return _fail(given, "Interrupted", "Stopped at once.", 128 + stop.number)
 
 
 def _run(given: list[str]) -> int:
@@ -35,15 +46,24 @@ def _run(given: list[str]) -> int:
     except typer.Abort:
         return _fail(given, "Interrupted", "Stopped.", 130)
     except Interrupted as error:
-        again = " ".join(["compress", *given])
+        again = shlex.join(["compress", *given])
         return _fail(given, "Interrupted", f"{error} To resume, repeat: {again}", 128 + error.signal_number)
     except CompressError as error:
         return _fail(given, type(error).__name__, str(error), error.exit_code)
     except MemoryError:
         return _fail(given, ResourceError.__name__, "Out of memory. `compress plan` predicts what a run needs.", 6)
     except Exception as error:  # the last line of defence: a bug of ours
+        if _is_profile_error(error):
+            return _fail(given, "UsageError", str(error), 2)
         text = f"{type(error).__name__}: {error}. This is a bug of compress; --debug shows where."
         return _fail(given, "Bug", text, 1)
+
+
+def _is_profile_error(error: Exception) -> bool:
+    """hwprofiles imports nothing of ours, so its mistakes are none of our errors."""
+    from compress.hwprofiles import ProfileError
+
+    return isinstance(error, ProfileError)
 
 
 def _fail(given: Sequence[str], kind: str, message: str, code: int) -> int:
@@ -58,7 +78,14 @@ def _fail(given: Sequence[str], kind: str, message: str, code: int) -> int:
 
 def entry() -> None:
     """The console script."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     sys.exit(main())
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    """Unwind, so that temporary folders are removed."""
+    raise _Stop(number)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,19 @@ import torch
 
 from compress import data, hwprofiles, manifest, store
 from compress.errors import InputError, UsageError
-from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate
+from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate, verify_export
 from compress.export import find as find_target
-from compress.export.onnx.runtime import Session
 from compress.hwprofiles import Profile
-from compress.measure import BUDGET_S, measure, thread_count
+from compress.measure import BUDGET_S, deployable_bytes, measure, thread_count
 from compress.model import Model, Task, load
 from compress.pipeline import Result
+from compress.plan import check_storable
+from compress.profiles import as_profile
 from compress.progress import Progress
 from compress.records import Bounds, Speed, Verification
-from compress.run import verify_export
-from compress.workspace import Workspace, disk_errors
-
-KEPT = ("manifest.json", "model", "onnx")
+from compress.run import require_agreement
+from compress.target import Lowered, Session, Target
+from compress.workspace import Workspace, disk_errors, require_space
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,21 @@ class Artifact:
     @property
     def deployable(self) -> Path:
         """The folder that the runtime loads."""
-        return self.folder / "onnx"
+        return self.folder / self.target.FOLDER
 
     @property
     def profile(self) -> Profile:
-        """The profile it was made for, as the manifest holds it."""
-        return Profile.model_validate(self.facts["profile"])
+        """The profile it was made for, as the manifest holds it. Raises: InputError."""
+        try:
+            return Profile.model_validate(self.facts["profile"])
+        except (KeyError, ValueError) as error:
+            path = self.folder / manifest.NAME
+            raise InputError(f"{path} holds no valid profile ({error}). Run `compress run` again.") from error
+
+    @property
+    def target(self) -> Target:
+        """What wrote it."""
+        return find_target(self.profile.target)
 
     def model(self) -> Model:
         """The compressed model in the store."""
@@ -51,7 +60,7 @@ class Artifact:
 
     def session(self) -> Session:
         """The artifact in its runtime."""
-        return Session(self.deployable, thread_count(self.profile))
+        return self.target.session(self.deployable, thread_count(self.profile))
 
 
 def open_artifact(folder: str | Path) -> Artifact:
@@ -92,71 +101,69 @@ def export(
     """Write an artifact from a pipeline's result, or from the store of an earlier artifact, for a profile.
 
     Nothing is calibrated again. Args: profile: id, file or Profile (default: this machine's).
-    Raises: UsageError, UnsupportedError where the target cannot store what the model holds.
+    Raises: UsageError, UnsupportedError where the target cannot store what the model holds; ResourceError; InputError
+    with the artifact kept where it does not agree with its model.
     """
     progress = progress or Progress(quiet=True)
     result = open_artifact(result) if isinstance(result, str | Path) else result
     machine = as_profile(profile)
     target = find_target(machine.target)
     model, facts = _of(result)
+    specs = model.structure.layers
+    check_storable(specs, machine)
     space = Workspace(Path(out), overwrite)
-    try:
-        space.open({"store": model.digest, "profile": hwprofiles.digest(machine)})
+    needed = deployable_bytes(model.path) + target.predict_bytes(specs.values(), model, machine)
+    require_space(space.folder.absolute(), needed)
+    with space:
+        space.open(
+            {"store": model.digest, "profile": hwprofiles.digest(machine), "code": manifest.code_digest()},
+        )
         with disk_errors(space.folder):
-            for name in ("onnx", "model"):
+            for name in (target.FOLDER, "model"):
                 shutil.rmtree(space.folder / name, ignore_errors=True)
             shutil.copytree(model.path, space.folder / "model")
             progress.tick("Exporting", 0, 2)
-            lowered = target.write(model, machine, space.folder / "onnx")
+            lowered = target.write(model, machine, space.folder / target.FOLDER)
             progress.tick("Exporting", 1, 2)
-            ids = torch.tensor(facts["verification"]["ids"], dtype=torch.int64)
-            found = verify_export(model, lowered.folder, machine, ids, lowered.bounds)
-            checked = {
-                "bounds": lowered.bounds.model_dump(),
-                "ids": ids.tolist(),
-                "greedy_tokens": list(found.greedy_tokens),
-            }
-            facts = {**facts, "profile": machine.model_dump(mode="json"), "verification": checked}
-            manifest.write(space.folder, facts, KEPT)
+            found = _check(lowered, model, machine, facts)
+            kept = ("manifest.json", "model", target.FOLDER)
+            manifest.write(space.folder, {**facts, "profile": machine.model_dump(mode="json")}, kept)
             progress.tick("Exporting", 2, 2)
-            space.commit(KEPT)
-    finally:
-        space.close()
-    if not found.agrees:
-        raise InputError(
-            f"{out} was written, but does not agree with its model: relative difference "
-            f"{found.max_relative_difference:.2g} (bound {found.bound:g}). Please report this."
-        )
+            space.commit(kept)
+    require_agreement(Path(out), found)
     return open_artifact(out)
+
+
+def _check(lowered: Lowered, model: Model, machine: Profile, facts: dict[str, Any]) -> Verification:
+    """Verify what was written, and note in `facts` what `verify` will need."""
+    ids = torch.tensor(facts["verification"]["ids"], dtype=torch.int64)
+    found = verify_export(model, lowered.folder, machine, ids, lowered.bounds)
+    facts["verification"] = {
+        "bounds": {"shipped": found.bound, "exact": found.exact_bound},
+        "ids": ids.tolist(),
+        "greedy_tokens": list(found.greedy_tokens),
+    }
+    return found
 
 
 def _of(result: Result | Artifact) -> tuple[Model, dict[str, Any]]:
     if isinstance(result, Artifact):
-        drop = ("files", "schema_version", "versions")
+        drop = ("files", "schema_version", "versions", "metrics")  # measured on what was exported before
         return result.model(), {key: value for key, value in result.facts.items() if key not in drop}
     length = min(256, result.model.longest)
     shape = (-(-MIN_POSITIONS // length), length)
     ids = torch.randint(0, result.model.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    calibration = result.calibration
     facts = {
         "source": result.source.source,
         "source_digest": result.source.digest,
         "task": str(result.source.task),
         "recipe": {"name": "", "passes": str(result.pipeline)},
-        "seed": 0,
-        "calibration": result.calibration.summary() if result.calibration else {},
+        "seed": calibration.seed if calibration else 0,
+        "calibration": calibration.summary() if calibration else {},
         "verification": {"ids": ids.tolist()},
     }
     return result.model, facts
-
-
-def as_profile(profile: str | Profile | None) -> Profile:
-    """A profile from an id, a file, or this machine. Raises: UsageError for what is no profile."""
-    if isinstance(profile, Profile):
-        return profile
-    try:
-        return hwprofiles.detect() if profile is None else hwprofiles.load(profile)
-    except hwprofiles.ProfileError as error:
-        raise UsageError(str(error)) from error
 
 
 def source_of(artifact: Artifact, against: Model | str | Path | None) -> Model:
@@ -211,14 +218,16 @@ def profile(
 
 
 def _baseline(source: Model, machine: Profile, folder: Path) -> Session:
-    find_target(machine.target).write(source, machine, folder)
-    return Session(folder, thread_count(machine))
+    target = find_target(machine.target)
+    target.write(source, machine, folder)
+    return target.session(folder, thread_count(machine))
 
 
 def generate(folder: str | Path, prompt: str, *, tokens: int = 64) -> str:
     """The prompt continued greedily by the artifact in its runtime.
 
-    Raises: UsageError for an encoder, or a prompt in text where the artifact has no tokenizer.
+    Ends where the model has no more positions. Raises: UsageError for an encoder, a prompt in text where the artifact
+    has no tokenizer, a token outside the vocabulary, or a prompt that fills all positions.
     """
     artifact = open_artifact(folder)
     model = artifact.model()
@@ -228,7 +237,7 @@ def generate(folder: str | Path, prompt: str, *, tokens: int = 64) -> str:
     ids = _prompt_ids(tokenizer, prompt, model)
     stop = model.config.get_text_config().eos_token_id
     stops = [] if stop is None else ([int(item) for item in stop] if isinstance(stop, list) else [int(stop)])
-    made = artifact.session().greedy(ids, tokens, stops)
+    made = artifact.session().greedy(ids, min(tokens, model.longest - len(ids)), stops)
     whole = ids + [token for token in made if token not in stops]
     return str(tokenizer.decode(whole)) if tokenizer else " ".join(str(token) for token in whole)
 
@@ -242,4 +251,8 @@ def _prompt_ids(tokenizer: Any, prompt: str, model: Model) -> list[int]:
         raise UsageError(f"{model.source} has no tokenizer: give the prompt as token ids, such as '1 403 407'.")
     if not ids:
         raise UsageError("The prompt is empty. Give at least one token.")
+    if max(ids) >= model.vocabulary:
+        raise UsageError(f"The prompt holds token {max(ids)}, but the vocabulary has {model.vocabulary} (ids from 0).")
+    if len(ids) >= model.longest:
+        raise UsageError(f"The prompt has {len(ids)} tokens; the model has positions for {model.longest} in all.")
     return ids

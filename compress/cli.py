@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress import __version__, cli_info
-from compress.cli_info import as_profile, show
+from compress import __version__, cli_artifact, cli_info
+from compress.cli_info import console, show
 from compress.cli_options import (
-    AgainstOpt,
     ArtifactArg,
     BudgetOpt,
     DataOpt,
@@ -31,7 +29,7 @@ from compress.cli_options import (
     SamplesOpt,
     SeedOpt,
 )
-from compress.errors import InputError, UsageError
+from compress.errors import UsageError
 from compress.progress import Progress
 
 if TYPE_CHECKING:
@@ -85,6 +83,7 @@ def run(
 ) -> int:
     """Compress MODEL: passes, export, verification, quality, speed, report."""
     from compress.measure import BUDGET_S
+    from compress.profiles import as_profile
     from compress.run import Request
     from compress.run import run as run_request
 
@@ -140,7 +139,8 @@ def plan(
 ) -> int:
     """What a run would touch, store and cost; reads config.json only, so the weights need not be there."""
     from compress.model import load
-    from compress.plan import make_plan
+    from compress.plan import make_plan, refusal
+    from compress.profiles import as_profile
     from compress.report.plan_table import show_plan
 
     chosen = _recipe(recipe, passes, samples, quality_samples, length, None)
@@ -148,8 +148,9 @@ def plan(
     if as_json:
         print(made.model_dump_json(indent=1))
     else:
-        show_plan(made, _console())
-    return 4 if made.refusals else 0
+        show_plan(made, console())
+    error = refusal(made) if made.refusals else None
+    return error.exit_code if error else 0
 
 
 @app.command()
@@ -164,6 +165,7 @@ def export(
 ) -> int:
     """Export an artifact's model for another profile, without calibrating again."""
     from compress.artifact import export as export_artifact
+    from compress.profiles import as_profile
 
     progress = Progress(quiet)
     with progress.catching_signals():
@@ -176,87 +178,10 @@ def export(
     return 0
 
 
-@app.command()
-def verify(artifact: ArtifactArg, as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
-    """Check every file of an artifact, run it here, and compare it with its model."""
-    from compress.artifact import verify as verify_artifact
-
-    found = verify_artifact(artifact)
-    word = "agrees" if found.agrees else "DOES NOT AGREE"
-    text = (
-        f"{artifact}: all files as written; {found.level} in {found.runtime} and {word} with the model "
-        f"({found.positions} positions, relative difference {found.max_relative_difference:.2g}, "
-        f"bound {found.bound:g}, same top token {found.top1_agreement:.1%}, "
-        f"where the margin decides {found.decided_agreement:.1%})."
-    )
-    show(found.model_dump(mode="json"), " ".join([text, *found.notes]), as_json)
-    if not found.agrees:
-        raise InputError(f"{artifact} does not agree with its model on this machine. Do not use it here.")
-    return 0
-
-
-@app.command("eval")
-def evaluate(
-    artifact: ArtifactArg,
-    data: Annotated[str, typer.Option("--data", "-d", help="Text or token ids to judge by.")],
-    model: AgainstOpt = None,
-    quality_samples: QualitySamplesOpt = None,
-    length: LengthOpt = None,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
-    debug: DebugOpt = False,
-) -> int:
-    """Quality of an artifact on other data, beside its uncompressed model."""
-    from compress.artifact import evaluate_artifact
-    from compress.report.parts import show_quality
-
-    found = evaluate_artifact(
-        artifact, data, against=model, samples=quality_samples, length=length or 512, progress=Progress(quiet)
-    )
-    parts = {"baseline": found.baseline, "artifact": found.artifact, "memory": found.memory}
-    if as_json:
-        print(json.dumps({name: part.model_dump(mode="json") for name, part in parts.items()}))
-    else:
-        show_quality(found.baseline, found.artifact, found.memory, _console())
-    return 0
-
-
-@app.command()
-def profile(
-    artifact: ArtifactArg,
-    model: AgainstOpt = None,
-    budget: BudgetOpt = None,
-    as_json: JsonOpt = False,
-    quiet: QuietOpt = False,
-    debug: DebugOpt = False,
-) -> int:
-    """Latency, load time and memory of an artifact against its uncompressed model, measured here."""
-    from compress.artifact import profile as profile_artifact
-    from compress.measure import BUDGET_S
-    from compress.report.parts import show_speed
-
-    found = profile_artifact(artifact, against=model, budget_s=budget or BUDGET_S, progress=Progress(quiet))
-    if as_json:
-        print(found.model_dump_json(indent=1))
-    else:
-        show_speed(found, _console())
-    return 0
-
-
-@app.command()
-def generate(
-    artifact: ArtifactArg,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text, or token ids where the artifact has no tokenizer.")],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 64,
-    as_json: JsonOpt = False,
-    debug: DebugOpt = False,
-) -> int:
-    """Continue a prompt greedily with the artifact in its runtime."""
-    from compress.artifact import generate as generate_text
-
-    text = generate_text(artifact, prompt, tokens=tokens)
-    show({"text": text}, text, as_json)
-    return 0
+app.command()(cli_artifact.verify)
+app.command("eval")(cli_artifact.evaluate)
+app.command()(cli_artifact.profile)
+app.command()(cli_artifact.generate)
 
 
 def _recipe(
@@ -291,19 +216,14 @@ def _device(name: str) -> str:
     return name
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
 def _finish(report: Report, out: Path, as_json: bool) -> int:
     """Print a report; 3 where a gate was not met."""
+    from compress.export import find
     from compress.report import to_terminal
 
     if as_json:
         print(report.model_dump_json(indent=1))
     else:
-        to_terminal(report, _console())
-        print(f"\n{out / 'report.html'} has the whole report; {out / 'onnx'} is the artifact.")
+        to_terminal(report, console())
+        print(f"\n{out / 'report.html'} has the whole report; {out / find(report.target).FOLDER} is the artifact.")
     return 0 if all(gate.met for gate in report.gates) else 3

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress.cli_options import DebugOpt, JsonOpt
-from compress.errors import UsageError
 
 if TYPE_CHECKING:
-    from compress.hwprofiles import Profile
+    from rich.console import Console
 
 hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show, detect.")
 
@@ -53,8 +52,10 @@ def hardwareshow(
     name: Annotated[str, typer.Argument(help="Profile id or file.")], as_json: JsonOpt = False, debug: DebugOpt = False
 ) -> int:
     """One profile: memory, peaks, and which formats run on which kernel."""
-    found = as_profile(name)
     from compress.describe import describe_profile
+    from compress.profiles import as_profile
+
+    found = as_profile(name)
 
     show(found.model_dump(mode="json"), describe_profile(found), as_json)
     return 0
@@ -64,6 +65,7 @@ def hardwareshow(
 def hardware_detect(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
     """What this machine is, and the profile that fits it."""
     from compress import hwprofiles
+    from compress.profiles import as_profile
 
     found, facts = as_profile(None), hwprofiles.machine_summary()
     lines = [f"{key}: {value}" for key, value in facts.items()]
@@ -71,16 +73,18 @@ def hardware_detect(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
     return 0
 
 
-def as_profile(name: str | None) -> Profile:
-    """A profile by id or file, or this machine's. Raises: UsageError."""
-    from compress import hwprofiles
-
-    try:
-        return hwprofiles.detect() if name is None else hwprofiles.load(name)
-    except hwprofiles.ProfileError as error:
-        raise UsageError(str(error)) from error
-
-
 def show(content: Any, text: str, as_json: bool) -> None:
-    """Print a result for people or as JSON."""
-    print(json.dumps(content) if as_json else text)
+    """Print a result for people, or as one JSON object; a record prints its own."""
+    if not as_json:
+        print(text)
+    elif hasattr(content, "model_dump_json"):
+        print(content.model_dump_json())
+    else:
+        print(json.dumps(content))
+
+
+def console() -> Console:
+    """Where tables are printed."""
+    from rich.console import Console
+
+    return Console()

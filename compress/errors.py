@@ -23,12 +23,6 @@ class UsageError(CompressError):
     exit_code: ClassVar[int] = 2
 
 
-class GateError(CompressError):
-    """A quality or speed gate was not met; the result is kept."""
-
-    exit_code: ClassVar[int] = 3
-
-
 class UnsupportedError(CompressError):
     """A missing extra, or something that this target, machine or model family cannot do."""
 

@@ -23,8 +23,8 @@ SIDE_FILES = (
 )
 
 
-def locate(source: str, revision: str | None) -> Path:
-    """A folder given by path, or fetched by hub id. Raises: UsageError."""
+def locate(source: str, revision: str | None, weights: bool = True) -> Path:
+    """A folder given by path, or fetched by hub id (weights=False: without its weights). Raises: UsageError."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -32,20 +32,20 @@ def locate(source: str, revision: str | None) -> Path:
         raise UsageError(f"{source} is a file. Give the folder that holds config.json and *.safetensors.")
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UsageError(f"No such folder: {source}. Give a folder that save_pretrained wrote, or a hub id 'org/name'.")
-    return _download(source, revision)
+    return _download(source, revision, weights)
 
 
-def _download(source: str, revision: str | None) -> Path:
+def _download(source: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", *SIDE_FILES]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    patterns = ["config.json", *SIDE_FILES]
+    patterns += ["*.safetensors", "model.safetensors.index.json"] if weights else []
+    try:  # a pattern's star also matches a slash; only files at the top count
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"'{source}' is no folder here, and could not be fetched from the hub ({reason}). "
+            f"'{source}' is no folder here, and could not be fetched from the hub ({first_line(error)}). "
             "Check the name and the network, or give a local folder."
         ) from error
 
@@ -66,8 +66,9 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file} asks for code of its own to be run ('{where}'). That is not done. Supported are the "
             "architectures that transformers ships; remove the key if the model is one of them."
         )
-    if "quantization_config" in raw:
-        method = str(dict(raw["quantization_config"]).get("quant_method", "unknown"))
+    quantized = raw.get("quantization_config")
+    if quantized is not None:
+        method = str(quantized.get("quant_method", "unknown")) if isinstance(quantized, dict) else "unknown"
         raise UnsupportedError(f"{path} is already quantized ({method}). Start from the uncompressed model.")
     return raw
 
@@ -87,12 +88,17 @@ def parse_config(path: Path, raw: dict[str, Any]) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+    except Exception as error:  # config classes check their fields with errors of many kinds
         kind = raw.get("model_type", "missing")
         raise InputError(
             f"{path / 'config.json'}: model_type '{kind}' cannot be built by this transformers "
-            f"({str(error).splitlines()[0]}). Check the file, or update transformers."
+            f"({first_line(error)}). Check the file, or update transformers."
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_tokenizer(path: Path) -> Any:

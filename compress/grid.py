@@ -24,16 +24,19 @@ def to_groups(weight: Tensor, group: int) -> Tensor:
     return padded.reshape(out, -1, group)
 
 
-def fit_range(groups: Tensor, bits: int, scheme: str, shrink: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and zero point per group, from the groups' extremes times `shrink`.
+def fit_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point per group, from the groups' extremes.
 
     Args: groups (…, group) float32; scheme `symmetric` (scale = max|w| / (2^bits − 1) · 2, zero in the middle),
     `signed` (the largest magnitude lands on code 0, so the scale may be negative; Intel auto-round's full range),
     `asymmetric` (extremes widened to hold zero, integer zero point).
     Returns: scale (…) float32, never 0; zero (…) float32 with whole values.
     """
+    return _range(groups.amin(-1), groups.amax(-1), bits, scheme)
+
+
+def _range(low: Tensor, high: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
     top, middle = float(2**bits - 1), float(2 ** (bits - 1))
-    low, high = groups.amin(-1) * shrink, groups.amax(-1) * shrink
     if scheme == "asymmetric":
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         scale = _nonzero((high - low) / top)
@@ -63,10 +66,11 @@ def search_range(groups: Tensor, bits: int, scheme: str, importance: Tensor | No
 
 
 def _search_rows(groups: Tensor, bits: int, scheme: str, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    scale, zero = _stored(*fit_range(groups, bits, scheme))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale, zero = _stored(*_range(low, high, bits, scheme))
     best = range_error(groups, scale, zero, bits, importance)
     for step in range(1, CLIP_STEPS + 1):
-        tried_scale, tried_zero = _stored(*fit_range(groups, bits, scheme, 1.0 - step / 100))
+        tried_scale, tried_zero = _stored(*_range(low * (1 - step / 100), high * (1 - step / 100), bits, scheme))
         error = range_error(groups, tried_scale, tried_zero, bits, importance)
         better = error < best
         best = torch.where(better, error, best)

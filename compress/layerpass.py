@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
+from compress.collect import LayerStats
 from compress.errors import UsageError, nearest
 from compress.formats import parse_format
 from compress.formats.base import Format
 from compress.formats.int_grid import IntGrid
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.spec import Call, parse_call
-from compress.stream import LayerStats
 
 
 class Stat(StrEnum):
@@ -30,6 +30,9 @@ def _as_format(value: Any) -> Any:
 
 
 FormatField = Annotated[Format, BeforeValidator(_as_format)]
+
+_PATTERNS = ("targets", "ignore", "overrides")
+_SHORTHANDS = {"bits": "bits", "group_size": "group"}  # setting → field of the integer grid
 
 
 class LayerPass(BaseModel, ABC):
@@ -52,6 +55,18 @@ class LayerPass(BaseModel, ABC):
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_overrides(self) -> Self:
+        for pattern, settings in self.overrides.items():
+            nested = sorted(set(settings) & set(_PATTERNS))
+            if nested:
+                raise UsageError(f"{self.name}: overrides of '{pattern}' may not set {nested[0]}. Move it to the pass.")
+            try:
+                self.with_settings(settings)
+            except UsageError as error:
+                raise UsageError(f"In the overrides of '{pattern}': {error}") from error
+        return self
 
     @abstractmethod
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
@@ -77,10 +92,11 @@ class LayerPass(BaseModel, ABC):
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """The same pass with some settings changed and no patterns, for an override."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        for name in ("targets", "ignore", "overrides"):
-            given.pop(name, None)
-        return self.build({**given, **settings})
+        return self.build({**self._inherited(settings), **settings})
+
+    def _inherited(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What was given to this pass and still counts beside an override's settings."""
+        return {name: getattr(self, name) for name in self.model_fields_set - set(_PATTERNS)}
 
     def call(self) -> Call:
         """The pass as parsed text: the settings that were given, its own first, then the patterns."""
@@ -111,17 +127,36 @@ class QuantPass(LayerPass, ABC):
 
     @model_validator(mode="after")
     def _check_grid(self) -> Self:
-        self.resolved_format()
+        resolved = self.resolved_format()
+        for name in _SHORTHANDS:
+            value = getattr(self, name)
+            if "format" in self.model_fields_set and self._shortened(self.format, {name: value}) != self.format:
+                raise UsageError(
+                    f"{self.name}: format={self.format} and {name}={value} contradict each other. Keep one of them, or "
+                    f"write format={resolved}."
+                )
         return self
+
+    def _inherited(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What is given last counts: an override's format drops our shorthands, its shorthand changes our format."""
+        given = super()._inherited(settings)
+        short = {name: settings[name] for name in _SHORTHANDS if name in settings}
+        if "format" in settings or (short and "format" in given):
+            given = {name: value for name, value in given.items() if name not in _SHORTHANDS}
+        if short and "format" in given and "format" not in settings:
+            typed = self.build(short)  # checks the values before they reach the grid
+            given["format"] = self._shortened(self.format, {name: getattr(typed, name) for name in short})
+        return given
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return replace(spec, format=self.resolved_format())
 
     def resolved_format(self) -> Format:
         """`format` with the shorthands applied."""
-        if self.bits is None and self.group_size is None:
-            return self.format
-        if not isinstance(self.format, IntGrid):
-            raise UsageError(f"{self.name}: bits and group_size are shorthand for integer formats, not {self.format}.")
-        grid = self.format if self.bits is None else replace(self.format, bits=self.bits)
-        return grid if self.group_size is None else replace(grid, group=self.group_size)
+        return self._shortened(self.format, {name: getattr(self, name) for name in _SHORTHANDS})
+
+    def _shortened(self, form: Format, short: Mapping[str, int | None]) -> Format:
+        changes: dict[str, Any] = {_SHORTHANDS[name]: value for name, value in short.items() if value is not None}
+        if changes and not isinstance(form, IntGrid):
+            raise UsageError(f"{self.name}: bits and group_size are shorthand for integer formats, not {form}.")
+        return replace(form, **changes) if isinstance(form, IntGrid) else form

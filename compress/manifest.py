@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def code_digest() -> str:
+    """Digest of this package's own source files: a changed pass must not resume what an older one began."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for folder, inner, names in os.walk(root, followlinks=True):  # a checkout links some folders in
+        inner.sort()
+        for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def describe_files(folder: Path, keep: Collection[str] | None = None) -> dict[str, dict[str, str | int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -19,7 +19,7 @@ KINDS = ("embedding", "expert", "head", "linear")
 class Resolution:
     """The pipeline laid over a model.
 
-    structure: the model's, with tied weights parted where a pass names one user alone; passes: per layer, in order,
+    structure: the model's, with tied weights parted where a pass treats users unlike; passes: per layer, in order,
     (index in the pipeline, the pass with its overrides); matches: per pass, pattern → layers; skipped: per pass,
     layer → reason; untied: layers that got a weight of their own.
     """
@@ -55,7 +55,7 @@ def resolve(passes: Sequence[LayerPass], structure: Structure) -> Resolution:
         chosen, left_out, count = _select(item, structure)
         for name in chosen:
             _check_part(item, assigned[name], name)
-            assigned[name].append((index, _with_overrides(item, structure.layers[name], structure)))
+            assigned[name].append((index, _with_overrides(item, structure.layers[name], name, structure)))
         counts.append(count)
         skipped.append(left_out)
     done = {name: tuple(items) for name, items in assigned.items()}
@@ -84,67 +84,94 @@ def _require(pattern: str, hits: dict[str, set[str]], item: LayerPass, where: st
 
 
 def _part_ties(passes: Sequence[LayerPass], structure: Structure) -> tuple[Structure, tuple[str, ...]]:
-    """Give users of a tied weight that a pass names alone a layer of their own."""
-    parted: dict[str, set[str]] = {}
-    for item in passes:
-        named: dict[str, set[str]] = {}
-        for pattern in item.targets:
-            for name, users in _hits(pattern, structure).items():
-                named.setdefault(name, set()).update(users)
-        for name, users in named.items():
-            if users != set(structure.layers[name].users):
-                # the first user keeps the stored weight; whoever is apart from it gets a copy
-                others = set(structure.layers[name].users) - {name}
-                parted.setdefault(name, set()).update(users - {name} if users - {name} else others)
-    if not parted:
-        return structure, ()
+    """Give users of a tied weight that a pass treats unlike its first user a layer of their own."""
     layers: dict[str, LayerSpec] = {}
+    untied: list[str] = []
     for name, spec in structure.layers.items():
-        apart = [user for user in spec.users if user in parted.get(name, ())]
-        layers[name] = replace(spec, users=tuple(user for user in spec.users if user not in apart))
-        for user in apart:
-            layers[user] = replace(spec, name=user, kind=LayerKind.LINEAR, users=(user,))
-    return replace(structure, layers=layers), tuple(user for users in parted.values() for user in sorted(users))
+        first, *apart = _alike(passes, spec, structure)  # the first user's group keeps the stored weight
+        layers[name] = replace(spec, users=first)
+        for users in apart:
+            layers[users[0]] = replace(spec, name=users[0], kind=LayerKind.LINEAR, users=users)
+            untied.append(users[0])
+    return (replace(structure, layers=layers), tuple(untied)) if untied else (structure, ())
+
+
+def _alike(passes: Sequence[LayerPass], spec: LayerSpec, structure: Structure) -> list[tuple[str, ...]]:
+    """The users of a layer in groups that every pass treats alike, the first user's group first."""
+    if len(spec.users) == 1:
+        return [spec.users]
+    treatments = [_treatments(item, spec, structure) for item in passes]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for user in spec.users:
+        groups.setdefault(tuple(texts[user] for texts in treatments), []).append(user)
+    return [tuple(users) for users in groups.values()]
+
+
+def _treatments(item: LayerPass, spec: LayerSpec, structure: Structure) -> dict[str, str]:
+    """User → the pass with this user's overrides as text, empty where it leaves the user alone."""
+    texts = {
+        user: str(_with_overrides(item, spec, user, structure)) if _chooses(item, spec, user, structure) else ""
+        for user in spec.users
+    }
+    # GPTQ on an embedding: the stored weight stays as it is, and so do the users that are not singled out
+    untreated = texts[spec.name] if spec.kind not in item.kinds else ""
+    return {user: "" if text == untreated else text for user, text in texts.items()}
+
+
+def _chooses(item: LayerPass, spec: LayerSpec, user: str, structure: Structure) -> bool:
+    """Whether targets or the default name this user, and ignore does not."""
+    is_target = _names(item.targets, spec, user, structure) if item.targets else _is_default(spec)
+    return is_target and not _names(item.ignore, spec, user, structure)
+
+
+def _names(patterns: Iterable[str], spec: LayerSpec, user: str, structure: Structure) -> bool:
+    return any(matches(pattern, user, structure.user_kind(spec, user)) for pattern in patterns)
 
 
 def _select(item: LayerPass, structure: Structure) -> tuple[list[str], dict[str, str], dict[str, int]]:
     counts: dict[str, int] = {}
-    chosen = set(_default_targets(structure)) if not item.targets else set()
-    for pattern in item.targets:
-        hits = _hits(pattern, structure)
-        _require(pattern, hits, item, "targets", structure)
-        counts[pattern] = len(hits)
-        chosen |= set(hits)
-    for pattern in item.ignore:
-        hits = _hits(pattern, structure)
-        _require(pattern, hits, item, "ignore", structure)
-        counts[f"ignore {pattern}"] = len(hits)
-        chosen -= set(hits)
-    for pattern in item.overrides:
-        hits = _hits(pattern, structure)
-        _require(pattern, hits, item, "overrides", structure)
-        counts[f"override {pattern}"] = len(hits)
-    skipped = {
-        name: _reason(item, structure.layers[name], structure) for name in structure.layers if name not in chosen
-    }
-    for name in sorted(chosen):
-        if structure.layers[name].kind not in item.kinds:
-            chosen.discard(name)
-            skipped[name] = f"{item.name} does not treat {structure.layers[name].kind} layers"
+    for where, patterns in (("targets", item.targets), ("ignore", item.ignore)):
+        for pattern in patterns:
+            hits = _hits(pattern, structure)
+            _require(pattern, hits, item, where, structure)
+            counts[pattern if where == "targets" else f"ignore {pattern}"] = len(hits)
+    chosen: list[str] = []
+    skipped: dict[str, str] = {}
+    for name, spec in structure.layers.items():
+        if not any(_chooses(item, spec, user, structure) for user in spec.users):
+            skipped[name] = _reason(item, spec, structure)
+        elif spec.kind not in item.kinds:
+            skipped[name] = f"{item.name} does not treat {spec.kind} layers"
+        else:
+            chosen.append(name)
     if not chosen:
         raise UsageError(f"{item}: no layer is left for this pass. First reason: {next(iter(skipped.values()))}.")
+    for pattern in item.overrides:
+        counts[f"override {pattern}"] = _count_override(pattern, chosen, item, structure)
     if not item.targets:
         counts["default"] = len(chosen)
-    return [name for name in structure.layers if name in chosen], skipped, counts
+    return chosen, skipped, counts
 
 
-def _default_targets(structure: Structure) -> list[str]:
+def _count_override(pattern: str, chosen: list[str], item: LayerPass, structure: Structure) -> int:
+    """Chosen layers that an override names. Raises: UsageError for none, since it would do nothing."""
+    hits = _hits(pattern, structure)
+    _require(pattern, hits, item, "overrides", structure)
+    if not hits.keys() & set(chosen):
+        raise UsageError(
+            f"{item.name}: the pattern '{pattern}' in overrides names only layers that this pass leaves alone, such as "
+            f"'{next(iter(hits))}'. Name them in targets, or change the pattern."
+        )
+    return len(hits.keys() & set(chosen))
+
+
+def _is_default(spec: LayerSpec) -> bool:
     """Every linear layer and expert inside the blocks, routers left out."""
-    return [name for name, spec in structure.layers.items() if spec.segment >= 0 and not spec.routed]
+    return spec.segment >= 0 and not spec.routed
 
 
 def _reason(item: LayerPass, spec: LayerSpec, structure: Structure) -> str:
-    if any(matches(p, user, structure.user_kind(spec, user)) for p in item.ignore for user in spec.users):
+    if any(_names(item.ignore, spec, user, structure) for user in spec.users):
         return "named by ignore"
     if item.targets:
         return "not named by targets"
@@ -153,12 +180,13 @@ def _reason(item: LayerPass, spec: LayerSpec, structure: Structure) -> str:
     return "outside the blocks; only a pass that names it touches it"
 
 
-def _with_overrides(item: LayerPass, spec: LayerSpec, structure: Structure) -> LayerPass:
-    settings: dict[str, object] = {}
+def _with_overrides(item: LayerPass, spec: LayerSpec, user: str, structure: Structure) -> LayerPass:
+    """The pass for one user; of two overrides that name it, the later one counts."""
+    found = item.with_settings({})
     for pattern, values in item.overrides.items():
-        if any(matches(pattern, user, structure.user_kind(spec, user)) for user in spec.users):
-            settings |= values
-    return item.with_settings(settings)
+        if _names((pattern,), spec, user, structure):
+            found = found.with_settings(values)
+    return found
 
 
 def _check_part(item: LayerPass, before: list[tuple[int, LayerPass]], name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +11,11 @@ import numpy as np
 
 from compress import hwprofiles
 from compress.errors import InputError
-from compress.export.onnx.runtime import Session
+from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.progress import Progress
 from compress.records import Footprint, Speed, Timing
+from compress.target import Session, Target
 from compress.timing import pair, timing_record
 
 PROBE_PROMPT, PROBE_TOKENS = 128, 8
@@ -36,13 +36,13 @@ def deployable_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def footprint(folder: Path, threads: int, longest: int) -> Footprint:
+def footprint(target: Target, folder: Path, threads: int, longest: int) -> Footprint:
     """Load time and peak memory, from a child process of its own. longest: positions that the model has.
 
     Raises: InputError when the child does not finish.
     """
-    command = [sys.executable, "-m", "compress.export.onnx.runtime", str(folder), "--threads", str(threads)]
-    command += ["--prompt", str(min(PROBE_PROMPT, longest - PROBE_TOKENS)), "--tokens", str(PROBE_TOKENS)]
+    prompt = max(1, min(PROBE_PROMPT, longest - PROBE_TOKENS))
+    command = target.probe_command(folder, threads, prompt, PROBE_TOKENS)
     child = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if child.returncode != 0:
         last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
@@ -72,7 +72,8 @@ def measure(
     model has, to which the grid's prompts are cut.
     """
     threads = thread_count(profile)
-    arms = {"baseline": Session(baseline, threads), "variant": Session(variant, threads)}
+    target = find_target(profile.target)
+    arms = {"baseline": target.session(baseline, threads), "variant": target.session(variant, threads)}
     settings = _settings(profile, arms["baseline"].is_decoder, longest)
     timings = []
     for place, (phase, batch, prompt) in enumerate(settings):
@@ -86,8 +87,8 @@ def measure(
         threads=threads,
         machine=hwprofiles.machine_summary(),
         timings=tuple(timings),
-        baseline=footprint(baseline, threads, longest),
-        variant=footprint(variant, threads, longest),
+        baseline=footprint(target, baseline, threads, longest),
+        variant=footprint(target, variant, threads, longest),
     )
 
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from compress import experts, skeleton
-from compress.errors import UnsupportedError, UsageError
-from compress.folder import SIDE_FILES, load_tokenizer, locate, parse_config, read_config
+from compress.errors import CompressError, InputError, UnsupportedError, UsageError
+from compress.folder import SIDE_FILES, first_line, load_tokenizer, locate, parse_config, read_config
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.skeleton import Structure
 from compress.weights import Checkpoint, digest_files, find_files, index_checkpoint
 
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 SUPPORTED = "Supported: decoder language models and BERT-type encoders."
 
 
@@ -63,6 +64,7 @@ class Model:
     digest: str
     raw_config: dict[str, Any] = field(default_factory=dict, repr=False)
     source_digest: str = ""
+    warnings: tuple[str, ...] = ()
 
     def skeleton(self, attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
         """A fresh module tree with parameters on `meta`. Args: see `skeleton.build`."""
@@ -156,7 +158,9 @@ def maker(task: Task, raw: Mapping[str, Any]) -> Callable[..., Any]:
 
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or [""]
-    return str(names[0])
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise InputError(f"config.json: architectures={names!r} is not a list of names. Fetch or save it again.")
+    return names[0]
 
 
 def config_dtype(config: Any) -> torch.dtype:
@@ -171,7 +175,7 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     Args: revision: hub commit or branch; weights=False reads only config.json (for `plan`).
     Raises: UsageError (no such folder), InputError (malformed, unsafe), UnsupportedError (model family).
     """
-    path = locate(str(source), revision)
+    path = locate(str(source), revision, weights)
     raw = read_config(path)
     config = parse_config(path, raw)
     task = _task(config, raw)
@@ -183,7 +187,16 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     files = find_files(path)
     checkpoint = index_checkpoint(files, module, structure.aliases)
     structure = replace(structure, layers={k: _with_dtype(v, checkpoint) for k, v in structure.layers.items()})
-    return Model(str(source), path, task, config, structure, checkpoint, digest_files(files), raw)
+    made = Model(str(source), path, task, config, structure, checkpoint, digest_files(files), raw)
+    return replace(made, warnings=_unused(checkpoint))
+
+
+def _unused(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A remark on stored tensors that the module has no place for; what is recomputed (buffers) is no loss."""
+    lost = [name for name in checkpoint.unused if not name.endswith(("inv_freq", "position_ids", "masked_bias"))]
+    if not lost:
+        return ()
+    return (f"{len(lost)} tensor(s) of the checkpoint belong to no part of this model and are left out: {lost[0]} …",)
 
 
 def _build(config: Any, make: Callable[..., Any], raw: Mapping[str, Any]) -> nn.Module:
@@ -191,9 +204,12 @@ def _build(config: Any, make: Callable[..., Any], raw: Mapping[str, Any]) -> nn.
     name = _architecture(raw) or config.model_type
     try:
         module = skeleton.build(config, make)
+    except CompressError:
+        raise
     except (ValueError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedError(f"{name}: transformers cannot build this model ({reason}).") from error
+        raise UnsupportedError(f"{name}: transformers cannot build this model ({first_line(error)}).") from error
+    except Exception as error:  # a config's values fail in many ways once a module is built of them
+        raise InputError(f"{name}: no module can be built of config.json ({first_line(error)}). Check it.") from error
     taken = getattr(module, "main_input_name", "input_ids")
     if taken != "input_ids":
         raise UnsupportedError(f"{name} takes {taken}, not token ids. {SUPPORTED}")
@@ -213,6 +229,10 @@ def _task(config: Any, raw: dict[str, Any]) -> Task:
     if getattr(config, "is_encoder_decoder", False) or "vision_config" in raw or "audio_config" in raw:
         name = architecture or config.model_type
         raise UnsupportedError(f"{name}: encoder-decoder and multi-modal models are not supported. {SUPPORTED}")
+    if architecture.endswith(HEADS):
+        raise UnsupportedError(
+            f"{architecture}: its task head would be lost, which this version cannot carry. {SUPPORTED}"
+        )
     if architecture:
         return Task.CAUSAL_LM if architecture == CAUSAL.get(config.model_type) else Task.ENCODER
     is_decoder = config.model_type in CAUSAL and config.model_type not in MASKED

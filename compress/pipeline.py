@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress import store
+from compress.collect import LayerStats
 from compress.data import Calibration, calibrate
 from compress.errors import InputError, UsageError
 from compress.hessian import weighted_error
@@ -31,7 +32,7 @@ from compress.progress import Progress
 from compress.records import LayerResult, PassResult
 from compress.skeleton import OUTER
 from compress.spec import Call, parse_pipeline
-from compress.stream import BlockStream, LayerStats
+from compress.stream import BlockStream
 from compress.workspace import Journal, disk_errors
 
 Found = tuple[int, LayerResult]
@@ -99,15 +100,15 @@ class Pipeline:
         written (a temporary one by default); journal: finished blocks of an earlier try; device: where passes compute.
         Raises: UsageError, InputError, ResourceError, Interrupted.
         """
-        keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
-        target = Path(keeper.name) if keeper else folder
-        assert target is not None
         if isinstance(calibration, str | Path):
             calibration = calibrate(model, calibration)
         if self.needs_data and calibration is None:
             raise UsageError(f"{self}: needs calibration data. Give --data FILE (in Python: calibration=FILE).")
         resolution = self.resolve(model)
         laid = replace(model, structure=resolution.structure)
+        keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
+        target = Path(keeper.name) if keeper else folder
+        assert target is not None
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
             walk = _Walk(self, laid, resolution, calibration if self.needs_data else None, target, journal, device)
@@ -149,7 +150,7 @@ class _Walk:
         self.device = device
         self.stream: BlockStream | None = None
         if calibration is not None:
-            self.stream = BlockStream(model, calibration.batches(), device=device, spill=folder.parent)
+            self.stream = BlockStream(model, calibration.batches(), device=device, spill=folder)
         self.results: list[Found] = []
 
     def run(self, progress: Progress) -> list[Found]:
@@ -163,8 +164,6 @@ class _Walk:
         for index in range(count):
             self._block(index)
             progress.tick("Compressing blocks", index + 1, count)
-        if self.stream is not None:
-            self.stream.outer = outer
         found += self._apply_all(outer, late)
         store.write_segment(self.folder, OUTER, outer, self.model.plain(OUTER))
         return found + self.results

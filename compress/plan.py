@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.layer import LayerKind, LayerSpec
 from compress.matching import Resolution
+from compress.memory import allowed_memory
 from compress.model import Model
 from compress.pipeline import Pipeline, describe, planned
 from compress.predict import Sizes, artifact_bytes, disk_bytes, model_bytes, peak_memory, seconds
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer
+from compress.target import Choice, Refusal
+
+Choices = Mapping[str, Choice | Refusal]
 
 
 def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline | None = None) -> Plan:
@@ -29,26 +36,75 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data)
     artifact = artifact_bytes(target, specs.values(), model, profile)
+    stored = model_bytes(specs.values(), model)
+    memory = peak_memory(sizes, artifact, stored)
+    own = memory - sizes.source - stored  # pages of mapped files are given back where memory is short
+    refused = [choice for choice in choices.values() if isinstance(choice, Refusal)]
     return Plan(
         model=model.source,
         profile=profile.id,
         recipe=str(pipeline),
         layers=layers,
-        matches={str(item): dict(count) for item, count in zip(pipeline.passes, resolution.matches, strict=True)},
-        warnings=_warnings(layers, resolution),
+        matches=_matches([str(item) for item in pipeline.passes], resolution.matches),
+        warnings=(*model.warnings, *_warnings(layers, resolution), *_too_large(own)),
         refusals=_refusals(choices),
+        refused_settings=bool(refused) and all(choice.usage for choice in refused),
         source_bytes=model.source_bytes,
         predicted_artifact_bytes=artifact,
-        predicted_model_bytes=model_bytes(specs.values(), model),
-        predicted_peak_memory_bytes=peak_memory(sizes, artifact),
+        predicted_model_bytes=stored,
+        predicted_peak_memory_bytes=memory,
         predicted_disk_bytes=disk_bytes(sizes, specs.values(), model, artifact),
         predicted_seconds=seconds(sizes, profile),
     )
 
 
-def _row(name: str, spec: LayerSpec, choice: Any, resolution: Resolution) -> PlannedLayer:
+def refusal(plan: Plan) -> CompressError | None:
+    """The error that a run of this plan stops with: UsageError where other settings would do, else UnsupportedError
+    where the target cannot store what the recipe makes; ResourceError for more memory than there is."""
+    if plan.refusals:
+        kind = UsageError if plan.refused_settings else UnsupportedError
+        reasons = " ".join(reason + "." for reason in plan.refusals)
+        return kind(f"The recipe cannot be exported for profile {plan.profile}. {reasons}")
+    own = plan.predicted_peak_memory_bytes - plan.source_bytes - plan.predicted_model_bytes
+    return next((ResourceError(text) for text in _too_large(own)), None)
+
+
+def check_storable(specs: Mapping[str, LayerSpec], profile: Profile) -> None:
+    """Raises: UsageError or UnsupportedError naming what the profile's target cannot store."""
+    target = find_target(profile.target)
+    refused = {name: target.plan_layer(spec, profile) for name, spec in specs.items()}
+    reasons = _refusals(refused)
+    if not reasons:
+        return
+    settings = all(choice.usage for choice in refused.values() if isinstance(choice, Refusal))
+    kind = UsageError if settings else UnsupportedError
+    raise kind(f"The model cannot be exported for profile {profile.id}. {' '.join(text + '.' for text in reasons)}")
+
+
+def _too_large(predicted: int) -> tuple[str, ...]:
+    allowed = allowed_memory()
+    if allowed is None or predicted <= allowed:
+        return ()
+    return (
+        f"A run needs about {predicted / 1e9:.1f} GB of memory (predicted), but this machine has "
+        f"{allowed / 1e9:.1f} GB. Give fewer or shorter windows (--samples, --length), or use a larger machine.",
+    )
+
+
+def _matches(texts: Sequence[str], counts: Sequence[Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Layers per pattern by pass; passes of the same text are told apart by their number."""
+    often, found = Counter(texts), {}
+    for number, (text, count) in enumerate(zip(texts, counts, strict=True), 1):
+        found[f"{text} (pass {number})" if often[text] > 1 else text] = dict(count)
+    return found
+
+
+def _row(name: str, spec: LayerSpec, choice: Choice | Refusal, resolution: Resolution) -> PlannedLayer:
+    if isinstance(choice, Refusal):
+        stored: dict[str, Any] = {"operator": "", "kernel": "no", "note": choice.reason, "stored_bytes": 0}
+    else:
+        stored = {key: getattr(choice, key) for key in ("operator", "kernel", "note", "stored_bytes")}
     touched = tuple(str(resolution_pass) for _, resolution_pass in resolution.passes[name])
-    refused = hasattr(choice, "reason")
     return PlannedLayer(
         layer=name,
         users=spec.users,
@@ -57,18 +113,15 @@ def _row(name: str, spec: LayerSpec, choice: Any, resolution: Resolution) -> Pla
         passes=touched,
         reason="" if touched else next((skip[name] for skip in resolution.skipped if name in skip), ""),
         format=describe(spec),
-        operator="" if refused else choice.operator,
-        kernel="no" if refused else choice.kernel,
-        note=choice.reason if refused else choice.note,
-        stored_bytes=0 if refused else choice.stored_bytes,
+        **stored,
     )
 
 
-def _refusals(choices: dict[str, Any]) -> tuple[str, ...]:
+def _refusals(choices: Choices) -> tuple[str, ...]:
     """One sentence per reason, with the layers it concerns."""
     grouped: dict[str, list[str]] = {}
     for name, choice in choices.items():
-        if hasattr(choice, "reason"):
+        if isinstance(choice, Refusal):
             grouped.setdefault(choice.reason, []).append(name)
     return tuple(f"{len(names)} layer(s), first {names[0]}: {reason}" for reason, names in grouped.items())
 
@@ -90,6 +143,6 @@ def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution) -> tuple
     whole = sum(row.stored_bytes for row in layers) or 1
     left = [row for row in layers if not row.passes and row.kind != str(LayerKind.EXPERT)]
     share = sum(row.stored_bytes for row in left) / whole
-    if share > 0.25:
+    if share > 0.25 and not any(row.kernel == "no" for row in layers):  # a refused layer's bytes are not known
         found.append(f"{len(left)} layer(s) that no pass touches take {share:.0%} of the artifact: {left[0].layer} …")
     return tuple(found)

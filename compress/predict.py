@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.hwprofiles import Profile
-from compress.layer import LayerSpec
+from compress.layer import LayerKind, LayerSpec
 from compress.model import Model
 from compress.recipe import Recipe
 
@@ -30,6 +30,7 @@ class Sizes:
     outer: int
     activations: int
     largest_inputs: int
+    statistics: int
     block_weights: int
     tokens: int
     quality_tokens: int
@@ -58,6 +59,7 @@ class Sizes:
             outer=per_segment.get(-1, 0),
             activations=tokens * hidden * 4,
             largest_inputs=max(inner, default=0),
+            statistics=_statistics(specs) if needs_data else 0,
             block_weights=sum(blocks.values()) // 4,
             tokens=tokens,
             quality_tokens=quality,
@@ -65,6 +67,14 @@ class Sizes:
             vocabulary=int(config.vocab_size),
             window=recipe.quality.length,
         )
+
+
+def _statistics(specs: Iterable[LayerSpec]) -> int:
+    """Second moments of one block: of its widest input with the working copies of a solve, and of every expert's."""
+    specs = [spec for spec in specs if spec.segment >= 0]
+    widest = max((spec.shape[1] for spec in specs), default=0)
+    first = [spec for spec in specs if spec.segment == 0 and spec.kind is LayerKind.EXPERT]
+    return 6 * widest**2 * 4 + sum(spec.shape[1] ** 2 * 4 for spec in first)
 
 
 def artifact_bytes(target: Any, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
@@ -81,17 +91,19 @@ def model_bytes(specs: Iterable[LayerSpec], model: Model) -> int:
     return total
 
 
-def peak_memory(sizes: Sizes, artifact: int) -> int:
-    """The larger of the passes' peak (a block, its working copies, statistics, activations) and the evaluation's
-    (two sessions, both streams, logits of one window for four models)."""
-    from compress.stream import SPILL_BYTES
+def peak_memory(sizes: Sizes, artifact: int, stored: int) -> int:
+    """Resident memory of the whole process when the evaluation has everything open: what the passes left behind, the
+    mapped files of the source and the store, both sessions, both streams, and the logits of one window for four models.
 
-    statistics = 6 * sizes.largest_inputs**2 * 4
-    passes = 3 * sizes.largest_block + sizes.outer + statistics + min(sizes.activations, SPILL_BYTES)
+    Args: artifact, stored: predicted bytes of the deployable folder and of `model/`.
+    """
+    from compress.activations import SPILL_BYTES
+
+    passes = 3 * sizes.largest_block + sizes.statistics + min(sizes.activations, SPILL_BYTES)
+    sessions = int(1.1 * sizes.float_weights) + int(1.7 * artifact)
+    streams = 3 * sizes.outer + 2 * min(sizes.hidden_bytes, SPILL_BYTES)
     logits = 6 * sizes.window * sizes.vocabulary * 4
-    sessions = int(1.3 * sizes.float_weights) + int(1.6 * artifact)
-    streams = 2 * (sizes.hidden_bytes + sizes.outer)
-    return BASE_MEMORY + max(passes, sessions + streams + logits)
+    return BASE_MEMORY + passes + sizes.source + stored + sessions + streams + logits
 
 
 def disk_bytes(sizes: Sizes, specs: Iterable[LayerSpec], model: Model, artifact: int) -> int:

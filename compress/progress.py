@@ -69,11 +69,15 @@ class Progress:
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a stop at the next `tick`; the second stops at once."""
+        """The first SIGINT or SIGTERM asks for a stop at the next `tick`; the second stops at once.
+
+        Raises: Interrupted, with the second signal's number. Inside it is a KeyboardInterrupt, which no
+        `except Exception` takes for a failure; it must not get out, for typer makes a plain exit code 130 of it.
+        """
 
         def ask(number: int, _frame: FrameType | None) -> None:
             if self.signal_number is not None:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(number)
             self.signal_number = number
             self._close()
             if not self.quiet:
@@ -82,6 +86,9 @@ class Progress:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except KeyboardInterrupt as error:
+            number = next((item for item in error.args if isinstance(item, int)), signal.SIGINT)
+            raise Interrupted("Stopped at once; what was finished is kept.", number) from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

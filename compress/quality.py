@@ -6,7 +6,7 @@ pass), because tokens of a window are correlated: intervals are clustered by win
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,16 @@ Better = Literal["lower", "higher"]
 
 CHUNK_ROWS = 128
 CHUNK_ELEMENTS = 1 << 22  # 32 MiB per float64 buffer, so 128k-word vocabularies go 32 rows at a time
+METRICS: dict[str, dict[str, tuple[str, Better]]] = {  # task → metric → its unit and which way is better
+    "causal-lm": {
+        "perplexity": ("1", "lower"),
+        "nll": ("nats/token", "lower"),
+        "kl": ("nats/token", "lower"),
+        "top1_agreement": ("fraction", "higher"),
+        "nll_change": ("nats/token", "lower"),
+    },
+    "encoder": {"cosine": ("1", "higher"), "nearest_neighbour_agreement": ("fraction", "higher")},
+}
 FEWEST_NEIGHBOURS = 3  # of two samples each is the other's nearest, whatever the vectors
 
 
@@ -83,21 +93,14 @@ def summarize(scores: Sequence[WindowScore], subject: Subject, where: str, proto
     """
     tokens = _column(scores, "tokens")
     nll, nll_interval = cluster_interval(_column(scores, "nll"), tokens)
-
-    def metric(value: float, interval: Interval | None, unit: str, better: Better = "lower") -> Metric:
-        return Metric(value=value, interval=interval, samples=len(scores), unit=unit, protocol=protocol, better=better)
-
-    metrics = {
-        "perplexity": metric(_exp(nll), transform(nll_interval, _exp), "1"),
-        "nll": metric(nll, nll_interval, "nats/token"),
-    }
+    found = {"perplexity": (_exp(nll), transform(nll_interval, _exp)), "nll": (nll, nll_interval)}
     if subject == "compressed" and any(score.kl is not None for score in scores):
         kl, kl_interval = cluster_interval(_column(scores, "kl"), tokens)
         top1, top1_interval = cluster_interval(_column(scores, "agreed"), tokens)
-        change = paired_difference(_column(scores, "nll"), _column(scores, "reference_nll"), tokens)
-        metrics["kl"] = metric(kl, transform(kl_interval, _not_negative), "nats/token")
-        metrics["top1_agreement"] = metric(top1, transform(top1_interval, _fraction), "fraction", "higher")
-        metrics["nll_change"] = metric(*change, "nats/token")
+        found["kl"] = kl, transform(kl_interval, _not_negative)
+        found["top1_agreement"] = top1, transform(top1_interval, _fraction)
+        found["nll_change"] = paired_difference(_column(scores, "nll"), _column(scores, "reference_nll"), tokens)
+    metrics = {name: _metric("causal-lm", name, *figures, len(scores), protocol) for name, figures in found.items()}
     return Quality(subject=subject, where=where, metrics=metrics, data_digest=data_digest)
 
 
@@ -135,21 +138,28 @@ def summarize_embeddings(
 ) -> Quality:
     """cosine and nearest_neighbour_agreement, every sample a cluster of its own."""
     found = {
-        "cosine": (scores.cosines, "1", _cosine_range),
-        "nearest_neighbour_agreement": (scores.agreed, "fraction", _fraction),
+        "cosine": (scores.cosines, _cosine_range),
+        "nearest_neighbour_agreement": (scores.agreed, _fraction),
     }
     metrics = {}
-    for name, (values, unit, within) in found.items():
+    for name, (values, within) in found.items():
         value, interval = cluster_interval(values, np.ones(len(values)))
-        metrics[name] = Metric(
-            value=value,
-            interval=transform(interval, within),
-            samples=len(values),
-            unit=unit,
-            protocol=protocol,
-            better="higher",
-        )
+        metrics[name] = _metric("encoder", name, value, transform(interval, within), len(values), protocol)
     return Quality(subject=subject, where=where, metrics=metrics, data_digest=data_digest)
+
+
+def _metric(task: str, name: str, value: float, interval: Interval | None, samples: int, protocol: str) -> Metric:
+    unit, better = METRICS[task][name]
+    return Metric(value=value, interval=interval, samples=samples, unit=unit, protocol=protocol, better=better)
+
+
+def check_gates(names: Iterable[str], task: str) -> None:
+    """Raises: UsageError for a gate on a metric that this kind of model does not have. Called before the work."""
+    for name in names:
+        if name not in METRICS[task]:
+            raise UsageError(
+                f"There is no quality gate '{name}' for a model of kind {task}.{nearest(name, METRICS[task])}"
+            )
 
 
 def gates_met(quality: Quality, gates: Mapping[str, float]) -> tuple[Gate, ...]:

@@ -148,6 +148,7 @@ class Plan(Record):
     matches: dict[str, dict[str, int]]
     warnings: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
+    refused_settings: bool = Field(default=False, description="another setting of the recipe would be stored")
     source_bytes: int
     predicted_artifact_bytes: int
     predicted_model_bytes: int
@@ -177,6 +178,9 @@ class Verification(Record):
         default=None, description="the same graph with the kernels' own rounding of activations off: the lowering alone"
     )
     exact_bound: float = 0.0
+    exact_top1_agreement: float | None = Field(
+        default=None, description="share of positions whose margin exceeds the exact bound, same top token"
+    )
     top1_agreement: float
     decided_positions: int = Field(description="positions whose margin exceeds twice the largest difference")
     decided_agreement: float

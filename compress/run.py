@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,27 +15,27 @@ import torch
 
 from compress import data, hwprofiles, manifest
 from compress.data import Calibration, Windows
-from compress.errors import UnsupportedError, UsageError
-from compress.evaluate import MIN_POSITIONS, Evaluation, agreement, evaluate
+from compress.errors import InputError, UsageError
+from compress.evaluate import Evaluation, evaluate, verification_ids, verify_export
 from compress.export import find as find_target
-from compress.export.onnx.runtime import Session, peak_memory
 from compress.hwprofiles import Profile
 from compress.measure import BUDGET_S, deployable_bytes, measure, thread_count
+from compress.memory import peak_memory
 from compress.model import Model, load
 from compress.pipeline import Pipeline, Result
-from compress.plan import make_plan
+from compress.plan import make_plan, refusal
 from compress.progress import Progress
-from compress.quality import gates_met
+from compress.quality import check_gates, gates_met
 from compress.recipe import Recipe
-from compress.records import Bounds, Plan, Report, RunCost, Speed, Verification
+from compress.records import Plan, Report, RunCost, Speed, Verification
 from compress.report import to_html, to_markdown, verdict_sentence
 from compress.store import write_text
+from compress.target import Lowered
 from compress.workspace import Workspace, disk_errors, require_space
 
-KEPT = ("manifest.json", "model", "onnx", "report.html", "report.json", "report.md")
+KEPT = ("manifest.json", "model", "report.html", "report.json", "report.md")
+"""What an artifact holds beside its target's folder."""
 QUALITY_SAMPLES = 128
-GREEDY_TOKENS = 64
-PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     """Load, plan, calibrate, compress, export, verify, evaluate, measure, report.
 
     Returns the report; the artifact is at `request.out`. Raises: any CompressError; nothing half-written is left there.
+    InputError with the result kept where the artifact does not agree with its model.
     """
     progress = progress or Progress(quiet=True)
     started = time.monotonic()
@@ -63,9 +65,9 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     pipeline = Pipeline.parse(request.recipe.passes)
     plan = make_plan(model, request.recipe, request.profile, pipeline)
     refuse(plan)
+    check_gates(request.recipe.quality.gates, model.task)
     calibration, windows = _data(model, request)
-    space = Workspace(request.out, request.overwrite)
-    try:
+    with Workspace(request.out, request.overwrite) as space:
         journal = space.open(_fingerprint(model, request, calibration, windows))
         with disk_errors(space.folder):
             require_space(space.folder, plan.predicted_disk_bytes)
@@ -88,19 +90,30 @@ def run(request: Request, progress: Progress | None = None) -> Report:
                 peak_memory_bytes=peak_memory(),
             )
             report = _report(request, model, plan, result, lowered, verification, evaluation, speed, cost)
-            _write(space.folder, report, _facts(request, model, result, windows, verification))
-            space.commit(KEPT)
-    finally:
-        space.close()
+            kept = (*KEPT, find_target(request.profile.target).FOLDER)
+            _write(space.folder, report, _facts(request, model, result, windows, report), kept)
+            space.commit(kept)
+    require_agreement(request.out, verification)
     return report
 
 
 def refuse(plan: Plan) -> None:
-    """Raises: UsageError or UnsupportedError where the target cannot store what the recipe makes."""
-    if not plan.refusals:
+    """Raises: UsageError, UnsupportedError or ResourceError for a plan that cannot be carried out (see `refusal`)."""
+    error = refusal(plan)
+    if error is not None:
+        raise error
+
+
+def require_agreement(out: Path, found: Verification) -> None:
+    """Raises: InputError where a finished artifact does not compute what its model does."""
+    if found.agrees:
         return
-    kind = UsageError if any("group" in reason for reason in plan.refusals) else UnsupportedError
-    raise kind(f"The recipe cannot be exported for profile {plan.profile}. {' '.join(r + '.' for r in plan.refusals)}")
+    exact = found.exact_relative_difference
+    alone = "" if exact is None else f", {exact:.2g} without the kernels' own rounding (bound {found.exact_bound:g})"
+    raise InputError(
+        f"{out} was written and is kept, but must not be used: it does not agree with its model in {found.runtime}. "
+        f"Relative difference {found.max_relative_difference:.2g} (bound {found.bound:g}){alone}. Please report this."
+    )
 
 
 def _data(model: Model, request: Request) -> tuple[Calibration | None, Windows]:
@@ -110,7 +123,13 @@ def _data(model: Model, request: Request) -> tuple[Calibration | None, Windows]:
     samples = qual.samples or QUALITY_SAMPLES
     if request.data and not (cal.data or qual.data):
         return data.split(
-            model, request.data, samples=cal.samples, quality_samples=samples, length=cal.length, seed=seed
+            model,
+            request.data,
+            samples=cal.samples,
+            quality_samples=samples,
+            length=cal.length,
+            quality_length=qual.length,
+            seed=seed,
         )
     calibration_file, quality_file = cal.data or request.data, qual.data or request.data
     if quality_file is None:
@@ -133,50 +152,37 @@ def _fingerprint(model: Model, request: Request, calibration: Calibration | None
         "quality": windows.digest,
         "device": request.device,
         "threads": str(torch.get_num_threads()),
+        "code": manifest.code_digest(),
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.versions().items()),
     }
 
 
-def _export_both(result: Result, profile: Profile, folder: Path, progress: Progress) -> Any:
-    """The artifact in `onnx/` and the baseline in `baseline/`, from one capture."""
+def _export_both(result: Result, profile: Profile, folder: Path, progress: Progress) -> Lowered:
+    """The artifact in its target's folder and the baseline in `baseline/`, from one capture."""
     target = find_target(profile.target)
-    for name in ("onnx", "baseline"):
+    for name in (target.FOLDER, "baseline"):
         shutil.rmtree(folder / name, ignore_errors=True)
     progress.tick("Exporting", 0, 3)
-    graph: bytes = target.capture(result.model, profile.runtime(target.RUNTIME).opset)
+    graph = target.capture(result.model, profile.runtime(target.RUNTIME).opset)
     progress.tick("Exporting", 1, 3)
     target.write(result.source, profile, folder / "baseline", graph)
     progress.tick("Exporting", 2, 3)
-    lowered = target.write(result.model, profile, folder / "onnx", graph)
+    lowered = target.write(result.model, profile, folder / target.FOLDER, graph)
     progress.tick("Exporting", 3, 3)
     return lowered
 
 
-def verify_export(model: Model, folder: Path, profile: Profile, ids: torch.Tensor, bounds: Bounds) -> Verification:
-    """Load an exported folder in its runtime, run it, and compare it with the in-memory model.
-
-    Args: ids (N, length) int64, at least 512 tokens; bounds: what its lowerings publish.
-    Raises: CompressError when the runtime does not load it.
-    """
-    session = Session(folder, thread_count(profile))
-    rows = -(-MIN_POSITIONS // ids.shape[1])
-    found = agreement(session, model, ids[:rows], bounds, Session(folder, thread_count(profile), exact=True))
-    if not session.is_decoder:
-        return found
-    prompt = ids[0, : min(PROMPT_TOKENS, ids.shape[1])].tolist()
-    return found.model_copy(update={"greedy_tokens": tuple(session.greedy(prompt, GREEDY_TOKENS))})
-
-
 def _evaluate(folder: Path, result: Result, profile: Profile, windows: Windows, progress: Progress) -> Evaluation:
-    threads = thread_count(profile)
-    baseline, artifact = Session(folder / "baseline", threads), Session(folder / "onnx", threads)
+    target, threads = find_target(profile.target), thread_count(profile)
+    baseline = target.session(folder / "baseline", threads)
+    artifact = target.session(folder / target.FOLDER, threads)
     return evaluate(baseline, artifact, result.source, result.model, windows, progress)
 
 
 def _measure(folder: Path, request: Request, model: Model, progress: Progress) -> Speed:
     return measure(
         folder / "baseline",
-        folder / "onnx",
+        folder / find_target(request.profile.target).FOLDER,
         request.profile,
         vocabulary=model.vocabulary,
         longest=model.longest,
@@ -191,7 +197,7 @@ def _report(
     model: Model,
     plan: Plan,
     result: Result,
-    lowered: Any,
+    lowered: Lowered,
     verification: Verification,
     evaluation: Evaluation,
     speed: Speed,
@@ -230,11 +236,10 @@ def _report(
     )
 
 
-def _facts(
-    request: Request, model: Model, result: Result, windows: Windows, verification: Verification
-) -> dict[str, Any]:
+def _facts(request: Request, model: Model, result: Result, windows: Windows, report: Report) -> dict[str, Any]:
     """What the manifest records beside the files."""
-    rows = -(-MIN_POSITIONS // windows.ids.shape[1])
+    verification = report.verification
+    assert verification is not None
     return {
         "source": request.model,
         "source_digest": model.digest,
@@ -246,14 +251,25 @@ def _facts(
         "quality_digest": windows.digest,
         "verification": {
             "bounds": {"shipped": verification.bound, "exact": verification.exact_bound},
-            "ids": windows.ids[:rows].tolist(),
+            "ids": verification_ids(model, windows.ids).tolist(),
             "greedy_tokens": list(verification.greedy_tokens),
         },
+        "metrics": _metrics(report),
     }
 
 
-def _write(folder: Path, report: Report, facts: Mapping[str, Any]) -> None:
+def _metrics(report: Report) -> dict[str, Any]:
+    """The figures that lead the report, JSON-able: quality by metric, speed-up by setting, bytes."""
+    of = {"baseline": report.baseline_quality, "artifact": report.artifact_quality, "memory": report.memory_quality}
+    # through JSON text, where not-a-number is a string
+    quality = {name: json.loads(found.model_dump_json())["metrics"] for name, found in of.items() if found}
+    timings = report.speed.timings if report.speed else ()
+    speed = {each.name: {"speedup": each.speedup, "verdict": each.verdict} for each in timings}
+    return {"quality": quality, "speed": speed, "artifact_bytes": report.artifact_bytes}
+
+
+def _write(folder: Path, report: Report, facts: Mapping[str, Any], kept: tuple[str, ...]) -> None:
     write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
     write_text(folder / "report.md", to_markdown(report))
     write_text(folder / "report.html", to_html(report))
-    manifest.write(folder, facts, KEPT)
+    manifest.write(folder, facts, kept)

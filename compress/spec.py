@@ -150,20 +150,32 @@ class _Reader:
         kwargs[key] = self.value()
 
     def value(self) -> Any:
-        kind, found = self.peek()
-        if kind == "text":
-            self.position += 1
-            return json.loads(found)
+        if self.peek()[0] == "text":
+            return self.literal('a text with escapes as in JSON (\\" \\\\ \\n \\u00e9)')
         if self.accept("["):
             return self.sequence()
         if self.accept("{"):
             return self.mapping()
+        if self.is_number():
+            return self.literal("a number as in JSON (4, -1, 0.5, 1e-3)")
         word = self.word()
         if self.accept("("):
             return self.arguments(word)
-        if word in _CONSTANTS:
-            return _CONSTANTS[word]
-        return json.loads(word) if _NUMBER.match(word) and not word.startswith((".", "+")) else word
+        return _CONSTANTS.get(word, word)
+
+    def is_number(self) -> bool:
+        """`.5` and `+5` are words, which settings of type number read by themselves."""
+        kind, found = self.peek()
+        return kind == "word" and _NUMBER.match(found) is not None and not found.startswith((".", "+"))
+
+    def literal(self, wanted: str) -> Any:
+        """A token in JSON's own form."""
+        try:
+            value = json.loads(self.peek()[1])
+        except ValueError as error:  # 04, 1., a bad escape
+            raise self.error(wanted) from error
+        self.position += 1
+        return value
 
     def sequence(self) -> list[Any]:
         items = []
@@ -174,9 +186,13 @@ class _Reader:
         return items
 
     def mapping(self) -> dict[str, Any]:
-        items = {}
+        items: dict[Any, Any] = {}
         while not self.accept("}"):
+            if self.peek()[1] in ("[", "{"):
+                raise self.error("a name")
             key = self.value()
+            if isinstance(key, Call) or key in items:
+                raise UsageError(f"Cannot read '{self.text}': {print_value(key)} is no name, or is given twice.")
             self.expect(":")
             items[key] = self.value()
             if self.peek()[1] != "}":

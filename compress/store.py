@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.errors import InputError
+from compress.errors import InputError, ResourceError
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
@@ -47,26 +50,50 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file: beside it first, synced, then renamed, so that it is complete or absent."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file: beside it, then synced and renamed, so that it is complete or absent."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf8")
-    sync_file(beside)
-    beside.replace(path)
+    try:
+        yield beside
+        sync_file(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)  # on a full disk it takes the room that a next try needs
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, complete or absent."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf8")
 
 
 def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
-    """Write one segment's file, complete or absent."""
+    """Write one segment's file, complete or absent. Raises: OSError for a full disk and the like."""
     tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
     for layer in layers.values():
         tensors |= _layer_tensors(layer)
     header = json.dumps({"schema": SCHEMA, "layers": [_describe(layer) for layer in layers.values()]}, sort_keys=True)
+    for stale in folder.glob(".tmp*"):  # the library's own scratch file, where a run was killed while it wrote
+        stale.unlink()
     path = folder / segment_file(segment)
-    beside = path.with_name(path.name + ".tmp")
-    save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
-    beside.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
-    sync_file(beside)
-    beside.replace(path)
+    with whole_file(path) as beside, _disk_failures(path):
+        save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
+        beside.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
+
+
+@contextmanager
+def _disk_failures(path: Path) -> Iterator[None]:
+    """The library's errors while it writes, as the OSError that they hold only as text: 'I/O … (os error 28)'."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise ResourceError(f"{path} could not be written ({error}). Look at its disk, then repeat.") from error
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _umask() -> int:

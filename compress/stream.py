@@ -1,42 +1,32 @@
 """The forward stream: batches of token windows pass through a model one block at a time (design §3).
 
-Memory is one block plus the activations, which go to a memory-mapped file above `SPILL_BYTES`.
+Memory is one block plus the activations, which go to a mapped file above a limit (compress/activations.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress import experts, hessian, skeleton
+from compress import experts, skeleton
+from compress.activations import allocate
+from compress.collect import Collector, LayerStats
 from compress.errors import InputError, UnsupportedError
-from compress.layer import Layer, LayerKind, LayerSpec
+from compress.layer import Layer, LayerKind
 from compress.model import Model
 from compress.skeleton import OUTER
-from compress.stub import Call, Stub, shortened
-
-SPILL_BYTES = 128 * 2**20
-
-
-@dataclass
-class LayerStats:
-    """What a pass may ask for about a layer's input. hessian: (in, in) float32, mean of x xᵀ; tokens: rows seen."""
-
-    hessian: Tensor | None = None
-    tokens: int = 0
+from compress.stub import Call, Stub, same_arguments, shortened
 
 
 class BlockStream:
     """Windows on their way through a model.
 
-    Args: model: whose outer tensors and config are used; batches: (B, T) int64 ids each; spill: folder for
-    activations that do not fit in memory, or None to keep them there.
+    Args: model: whose outer tensors and config are used; batches: (B, T) int64 ids each; device: where blocks run;
+    spill: folder for activations above the limit (None: the system's temporary folder).
     """
 
     def __init__(self, model: Model, batches: Sequence[Tensor], *, device: str = "cpu", spill: Path | None = None):
@@ -55,7 +45,11 @@ class BlockStream:
         self.outer = outer
         self._put_outer()
         self._learn_return_type()
-        self.hidden = self._keep([self._enter(batch) for batch in self.batches])
+        first = self._enter(self.batches[0])
+        self.hidden = allocate([(*batch.shape, first.shape[-1]) for batch in self.batches], self._spill)
+        self.hidden[0].copy_(first)
+        for place, batch in enumerate(self.batches[1:], 1):
+            self.hidden[place].copy_(self._enter(batch))
         self._release_outer()
 
     def _put_outer(self) -> None:
@@ -115,23 +109,14 @@ class BlockStream:
             raise UnsupportedError(
                 f"{type(self.module).__name__} does not lay out its hidden states as (batch, length)."
             )
-        if tuple(batch.shape) not in self._calls:
-            self._calls[tuple(batch.shape)] = [stub.call for stub in stubs]
-        return hidden.cpu()
-
-    def _keep(self, hidden: list[Tensor]) -> list[Tensor]:
-        size = sum(tensor.numel() for tensor in hidden)
-        if self._spill is None or size * 4 <= SPILL_BYTES:
-            return hidden
-        path = self._spill / "activations.bin"
-        flat = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32)
-        views, at = [], 0
-        for tensor in hidden:
-            view = flat[at : at + tensor.numel()].view(tensor.shape)
-            view.copy_(tensor)
-            views.append(view)
-            at += tensor.numel()
-        return views
+        calls = [stub.call for stub in stubs]
+        known = self._calls.setdefault(tuple(batch.shape), calls)
+        if not same_arguments(known, calls):
+            raise UnsupportedError(
+                f"{type(self.module).__name__} hands its blocks something that depends on the tokens besides the "
+                "hidden states (embeddings per layer, say), so it cannot be walked block by block."
+            )
+        return hidden
 
     def load(self, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
         """Put a block's weights in place."""
@@ -162,14 +147,14 @@ class BlockStream:
     def advance(self, index: int) -> None:
         """Run the loaded block on every batch; its outputs become the next block's inputs."""
         for place, output in self._outputs(index):
+            if not bool(torch.isfinite(output).all()):
+                name = self.model.structure.blocks[index]
+                raise InputError(f"{name} puts out NaN or infinite values. The run stops here; check model and recipe.")
             self.hidden[place].copy_(output)
-        if not bool(torch.isfinite(self.hidden[-1]).all()):
-            name = self.model.structure.blocks[index]
-            raise InputError(f"{name} puts out NaN or infinite values. The run stops here; check model and recipe.")
 
     def collect(self, index: int, names: Iterable[str]) -> dict[str, LayerStats]:
         """Second moments of the inputs of some layers of the loaded block."""
-        collector = _Collector(self.module, [self.model.structure.layers[name] for name in names])
+        collector = Collector(self.module, [self.model.structure.layers[name] for name in names])
         with collector.attached():
             for _ in self._outputs(index):
                 collector.next_batch()
@@ -177,7 +162,7 @@ class BlockStream:
 
     def collect_head(self, names: Iterable[str]) -> dict[str, LayerStats]:
         """The same for layers after the last block."""
-        collector = _Collector(self.module, [self.model.structure.layers[name] for name in names])
+        collector = Collector(self.module, [self.model.structure.layers[name] for name in names])
         with collector.attached():
             for _ in self.logits():
                 collector.next_batch()
@@ -198,66 +183,3 @@ class BlockStream:
 
 def _no_cache(module: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if hasattr(module.config, "use_cache") else {}
-
-
-class _Collector:
-    """Sums x xᵀ per input tensor: layers that are fed the same tensor (q, k, v; gate, up) share one sum.
-
-    An expert has its own, of the tokens routed to it; one that sees none has no statistics.
-    """
-
-    def __init__(self, module: nn.Module, specs: Sequence[LayerSpec]) -> None:
-        self.experts = {spec.name for spec in specs if spec.kind is LayerKind.EXPERT}
-        self.mixtures = {path: module.get_submodule(path) for path in {experts.owner(name)[0] for name in self.experts}}
-        self.modules = {s.name: module.get_submodule(s.name) for s in specs if s.name not in self.experts}
-        self.leader: dict[str, str] = {}
-        self.total: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        self._seen: list[tuple[Tensor, str]] = []
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        handles = [
-            child.register_forward_pre_hook(self._hook(name), prepend=True) for name, child in self.modules.items()
-        ]
-        for path, child in self.mixtures.items():
-            experts.set_observer(child, self._observer(path))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for child in self.mixtures.values():
-                experts.set_observer(child, None)
-
-    def _observer(self, path: str) -> experts.Observer:
-        def add(key: str, expert: int, values: Tensor) -> None:
-            name = f"{path}.{key}.{expert}"
-            if name in self.experts:
-                self._add(name, values)
-
-        return add
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            values = inputs[0]
-            for tensor, owner in self._seen:
-                if tensor is values:
-                    self.leader[name] = owner
-                    return
-            self._seen.append((values, name))
-            self._add(name, values)
-
-        return add
-
-    def _add(self, name: str, values: Tensor) -> None:
-        self.leader[name] = name
-        self.total[name] = hessian.accumulate(self.total.get(name), values.float())
-        self.tokens[name] = self.tokens.get(name, 0) + values.numel() // values.shape[-1]
-
-    def next_batch(self) -> None:
-        self._seen.clear()
-
-    def finish(self) -> dict[str, LayerStats]:
-        means = {name: (total / self.tokens[name]) for name, total in self.total.items()}
-        return {name: LayerStats(means[owner], self.tokens[owner]) for name, owner in self.leader.items()}

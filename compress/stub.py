@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -48,6 +49,20 @@ class Stub(nn.Module):
         """How it was called, hidden states left out."""
         args, kwargs = self.calls[0]
         return args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
+def same_arguments(first: Any, second: Any) -> bool:
+    """Whether two recorded calls, or lists of them, hold equal values."""
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        both = isinstance(first, Tensor) and isinstance(second, Tensor)
+        return both and first.shape == second.shape and bool(torch.equal(first, second))
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same_arguments(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same_arguments, first, second))
+    if isinstance(first, int | float | str | None) or isinstance(second, int | float | str | None):
+        return bool(first == second)
+    return type(first) is type(second)  # objects of the model's own, an empty cache say, have no equality to go by
 
 
 @contextmanager

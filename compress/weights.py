@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from compress.errors import InputError, nearest
+from compress.errors import InputError, UnsupportedError, nearest
 from compress.experts import owner
 from compress.layer import Layer, LayerKind, LayerSpec
 
@@ -95,7 +95,13 @@ class Checkpoint:
         path, key = self._origin(name).parts[0]
         if path not in self._handles:
             self._handles[path] = open_file(path)
-        return _DTYPES[self._handles[path].get_slice(key).get_dtype()]
+        stored = str(self._handles[path].get_slice(key).get_dtype())
+        if stored not in _DTYPES:
+            raise UnsupportedError(
+                f"{path.name}: {key} is stored as {stored}. Read are {', '.join(_DTYPES)}: start from the model before "
+                "it was quantized."
+            )
+        return _DTYPES[stored]
 
     def layer(self, spec: LayerSpec) -> Layer:
         """One layer, its weight turned to (out, in), in the stored dtype."""
@@ -151,7 +157,8 @@ def find_files(folder: Path) -> tuple[Path, ...]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return _indexed_files(folder, index)
-    files = tuple(sorted(folder.glob("*.safetensors")))
+    single = folder / "model.safetensors"
+    files = (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
     if files:
         return files
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -261,6 +268,13 @@ def _keys(files: tuple[Path, ...]) -> list[tuple[Path, str]]:
     from transformers.core_model_loading import dot_natural_key
 
     keys = [(path, key) for path in files for key in open_file(path).keys()]  # noqa: SIM118 (a handle, not a dict)
+    owners: dict[str, Path] = {}
+    for path, key in keys:
+        if owners.setdefault(key, path) != path:
+            raise InputError(
+                f"{key} is in both {owners[key].name} and {path.name}. Keep the files of one checkpoint in the folder, "
+                "or a model.safetensors.index.json that says which count."
+            )
     if len(keys) > MAX_TENSORS:
         raise InputError(f"{files[0].parent} lists {len(keys)} tensors; at most {MAX_TENSORS} are read.")
     return sorted(keys, key=lambda item: dot_natural_key(item[1]))

@@ -9,24 +9,28 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 if __name__ != "compress.export":
     raise ImportError("Import this package as compress.export: a second copy would be a second registry.")
 
 from compress.errors import UsageError, nearest
 
-# target → module with `plan_layer`, `predict` and `write`
+if TYPE_CHECKING:
+    from compress.target import Target
+
+# target → module with RUNTIME, FOLDER, plan_layer, predict_bytes, capture, write, session and probe_command
+# (compress/target.py)
 TARGETS: dict[str, str] = {
     "onnx": "compress.export.onnx.target",
 }
 
 
-def find(name: str) -> Any:
+def find(name: str) -> Target:
     """The module of a target. Raises: UsageError for an unknown one."""
     if name not in TARGETS:
         raise UsageError(f"Unknown export target '{name}'.{nearest(name, TARGETS)}")
-    return import_module(TARGETS[name])
+    return cast("Target", import_module(TARGETS[name]))
 
 
 class _CallablePackage(ModuleType):

@@ -7,12 +7,12 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
+from compress.collect import LayerStats
 from compress.errors import UsageError
 from compress.formats.base import ActivationFormat
 from compress.formats.int_grid import IntGrid
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
 from compress.layerpass import FormatField, LayerPass
-from compress.stream import LayerStats
 
 
 class ActQuant(LayerPass):

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from compress.collect import LayerStats
 from compress.formats.base import Format, Params
 from compress.hessian import inverse_factor
 from compress.layer import Layer, LayerKind
 from compress.layerpass import QuantPass, Stat
-from compress.stream import LayerStats
 
 
 class Gptq(QuantPass):
@@ -79,13 +79,23 @@ def compensate(weight: Tensor, factor: Tensor, form: Format, params: Params, col
     codes = torch.empty_like(weight)
     for start in range(0, count, block):
         stop = min(start + block, count)
-        errors = torch.empty(weight.shape[0], stop - start)
-        for at in range(start, stop, step):
-            part = slice(at, at + step)
-            codes[:, part], values = form.quantize(weight[:, part], params, columns[part])
-            # e = (w − ŵ) / U_qq, solved as a small triangle where several columns are decided together
-            error = torch.linalg.solve_triangular(factor[part, part], weight[:, part] - values, upper=True, left=False)
-            weight[:, at + step : stop] -= error @ factor[part, at + step : stop]
-            errors[:, at - start : at - start + step] = error
+        # the columns of one block beside each other in memory: they are read and written column by column
+        part, chosen = weight[:, start:stop].clone(), torch.empty(weight.shape[0], stop - start)
+        triangle, errors = factor[start:stop, start:stop], torch.empty_like(part)
+        for at in range(0, stop - start, step):
+            now, later = slice(at, at + step), slice(at + step, stop - start)
+            chosen[:, now], values = form.quantize(part[:, now], params, columns[start + at : start + at + step])
+            error = _divide(part[:, now] - values, triangle[now, now])
+            part[:, later] -= error @ triangle[now, later]
+            errors[:, now] = error
+        codes[:, start:stop] = chosen
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
     return codes
+
+
+def _divide(difference: Tensor, corner: Tensor) -> Tensor:
+    """e = (w − ŵ) / U_qq; where several columns are decided together, the same with their small triangle."""
+    if corner.numel() == 1:
+        return difference / corner
+    solved: Tensor = torch.linalg.solve_triangular(corner, difference, upper=True, left=False)
+    return solved

@@ -14,12 +14,12 @@ import pytest
 from pydantic import Field
 
 from compress import hwprofiles
+from compress.collect import LayerStats
 from compress.describe import describe_pass, describe_profile, example_of, pass_settings
 from compress.layer import Layer, LayerSpec
 from compress.layerpass import LayerPass
 from compress.passes import find, table
 from compress.pipeline import Pipeline
-from compress.stream import LayerStats
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES, PROFILES = sorted(table()), sorted(hwprofiles.names())

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from compress.collect import LayerStats
 from compress.errors import InputError
 from compress.formats import parse_format
 from compress.hessian import accumulate, inverse_factor, weighted_error
 from compress.layer import Layer, LayerKind
 from compress.passes.gptq import Gptq, compensate
 from compress.passes.rtn import Rtn
-from compress.stream import LayerStats
 
 
 def inputs(rows: int = 200, features: int = 24, seed: int = 0) -> torch.Tensor:

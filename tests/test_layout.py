@@ -1,20 +1,39 @@
 """How the repository hangs together: links, imports one way, light start-up, file sizes."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("passes", "export", "hwprofiles")
+# children import what is installed, not the checkout that the tests were started in
+NEUTRAL = {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONSAFEPATH": "1"}}
 
 # A module may import those of its own level or below; a module in no level may import anything.
 LEVELS = (
     ("compress.hwprofiles",),
-    ("compress.errors", "compress.records", "compress.spec", "compress.grid", "compress.stats", "compress.progress"),
     (
+        "compress.errors",
+        "compress.records",
+        "compress.spec",
+        "compress.grid",
+        "compress.stats",
+        "compress.progress",
+        "compress.memory",
+    ),
+    (
+        "compress.folder",
+        "compress.leaks",
+        "compress.stub",
+        "compress.activations",
+        "compress.target",
+        "compress.profiles",
         "compress.formats",
         "compress.hessian",
         "compress.layer",
@@ -24,7 +43,7 @@ LEVELS = (
     ),
     ("compress.skeleton", "compress.weights", "compress.experts"),
     ("compress.model",),
-    ("compress.stream", "compress.data", "compress.store"),
+    ("compress.collect", "compress.stream", "compress.data", "compress.store"),
     ("compress.layerpass", "compress.workspace"),
     ("compress.passes", "compress.matching", "compress.export"),
     ("compress.pipeline",),
@@ -32,8 +51,21 @@ LEVELS = (
     ("compress.plan", "compress.describe"),
     ("compress.run",),
     ("compress.artifact", "compress.quickstart"),
-    ("compress.cli", "compress.cli_info", "compress.cli_options"),
+    ("compress.cli", "compress.cli_artifact", "compress.cli_info", "compress.cli_options"),
 )
+
+
+PACKAGES = ("compress", "compress.passes", "compress.export")
+INNER = re.compile(r"\bcompress\.(?:passes|export)\.\w+")
+
+
+def named(path: Path) -> set[str]:
+    """Modules inside compress.passes and compress.export that a file imports, also in functions, or has in a string."""
+    strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    found = imports(path, later=True) | {
+        hit for text in strings if isinstance(text, str) for hit in INNER.findall(text)
+    }
+    return {name for name in found if any(name == known or name.startswith(known + ".") for known in INSIDE)}
 
 
 def sources() -> dict[str, Path]:
@@ -49,13 +81,19 @@ def sources() -> dict[str, Path]:
     return found
 
 
+INSIDE = tuple(name for name in sources() if INNER.match(name))
+
+
 def level(module: str) -> int | None:
     names = [(name, place) for place, group in enumerate(LEVELS) for name in group]
     return next((place for name, place in names if module == name or module.startswith(name + ".")), None)
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of ours that a file imports when it is imported itself; those for type checkers do not count."""
+def imports(path: Path, later: bool = False) -> set[str]:
+    """Modules of ours that a file imports when it is imported itself; those for type checkers do not count.
+
+    later: also what its functions import when they are called.
+    """
     tree, found = ast.parse(path.read_text()), set()
     guarded = {
         id(child)
@@ -71,14 +109,14 @@ def imports(path: Path) -> set[str]:
         if child is not node
     }
     for node in ast.walk(tree):
-        if id(node) in guarded or id(node) in inside:
+        if id(node) in guarded or (id(node) in inside and not later):
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {
                 node.module,
-                *(f"{node.module}.{alias.name}" for alias in node.names if node.module == "compress"),
+                *(f"{node.module}.{alias.name}" for alias in node.names if node.module in PACKAGES),
             }
     return {name for name in found if name.startswith("compress.")}
 
@@ -115,11 +153,32 @@ def test_hardware_profiles_import_nothing_of_ours() -> None:
             assert all(name.startswith("compress.hwprofiles") for name in imports(path)), module
 
 
-def test_the_engine_names_no_pass_and_no_lowering() -> None:
+def test_every_module_has_a_level() -> None:
+    assert [name for name in sources() if level(name) is None and name not in ("compress", "compress.__main__")] == []
+
+
+def test_the_engine_names_no_pass_and_no_target() -> None:
+    """It reaches them through `compress.passes.find` and `compress.export.find`."""
     for module, path in sources().items():
-        if level(module) is not None and not module.startswith(("compress.passes", "compress.export")):
-            for name in imports(path):
-                assert not name.startswith("compress.passes."), f"{module} imports {name}"
+        own = next((folder for folder in PACKAGES[1:] if module == folder or module.startswith(folder + ".")), None)
+        others = {name for name in named(path) if own is None or not name.startswith(own + ".")}
+        assert not others, f"{module} names {others}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from compress.export.onnx.runtime import Session",
+        "import compress.passes.gptq",
+        "def f():\n    from compress.export import onnx",
+        "command = ['-m', 'compress.export.onnx.runtime']",
+    ],
+)
+def test_naming_a_target_or_a_pass_is_noticed_wherever_it_stands(tmp_path: Path, text: str) -> None:
+    (tmp_path / "one.py").write_text(text)
+    assert named(tmp_path / "one.py")
+    (tmp_path / "one.py").write_text("from compress.export import find\nfrom compress.passes import table")
+    assert not named(tmp_path / "one.py")
 
 
 @pytest.mark.parametrize(
@@ -132,13 +191,13 @@ def test_help_and_lists_import_nothing_heavy(arguments: list[str]) -> None:
         "heavy = sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'scipy', 'numpy'} & set(sys.modules))\n"
         "sys.exit(f'exit {code}, heavy {heavy}' if code or heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **NEUTRAL)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, compress; sys.exit(int(bool({'torch', 'transformers', 'pydantic'} & set(sys.modules))))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, **NEUTRAL).returncode == 0
 
 
 def test_files_and_functions_stay_short() -> None:

@@ -12,16 +12,17 @@ import torch
 
 import compress
 from compress import hwprofiles
-from compress.errors import CompressError
-from compress.evaluate import agreement, stream_logits
+from compress.errors import CompressError, InputError, UnsupportedError, UsageError
+from compress.evaluate import agreement, stream_logits, verification_ids, verify_export
 from compress.export.onnx import target
-from compress.export.onnx.lowering import Choice, Refusal, choose
+from compress.export.onnx.lowering import Choice, choose
 from compress.export.onnx.runtime import Session
 from compress.formats import parse_format
 from compress.layer import ActSpec, LayerKind, LayerSpec
 from compress.model import Model
 from compress.pipeline import Pipeline
 from compress.records import Bounds
+from compress.target import Refusal
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 RUNTIME = PROFILE.runtime("onnxruntime")
@@ -181,11 +182,84 @@ def test_a_refusal_at_export_names_the_layer_and_the_profile(model: Model, tmp_p
         target.write(made, PROFILE, tmp_path)
 
 
+def test_a_refusal_is_a_wrong_setting_where_another_would_do_and_unsupported_where_not(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Pipeline.parse("rtn(format=int4(group=48))").run(model).model
+    with pytest.raises(UsageError):
+        target.write(made, PROFILE, tmp_path)
+    formats = [entry for entry in RUNTIME.formats if 4 not in entry.bits]
+    without = PROFILE.model_copy(update={"runtimes": {"onnxruntime": RUNTIME.model_copy(update={"formats": formats})}})
+    made = Pipeline.parse("rtn(format=int4(group=32))").run(model).model
+    with pytest.raises(UnsupportedError, match="no weight_only kernel for 4 bit"):
+        target.write(made, without, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_malformed_side_file_is_an_input_error(make_llama: Callable[..., Path], tmp_path: Path, content: str) -> None:
+    source = make_llama("malformed", num_hidden_layers=1)
+    (source / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"generation_config\.json"):
+        target.write(compress.load(source), PROFILE, tmp_path)
+
+
 def test_a_format_without_a_fast_kernel_is_named(model: Model) -> None:
     found = choose(spec("int3(group=32)"), RUNTIME)
     assert isinstance(found, Choice)
     assert (found.kernel, found.stored_bits) == ("works", 4) and "4-bit" in found.note
     assert replace(found, note="").operator == "MatMulNBits"
+
+
+def test_fewer_than_512_positions_are_not_enough(model: Model, graph: bytes, tmp_path: Path) -> None:
+    target.write(model, PROFILE, tmp_path, graph)
+    with pytest.raises(UsageError, match="448 positions are too few"):
+        agreement(Session(tmp_path, 1), model, windows(7), Bounds())
+
+
+def test_windows_that_hold_too_few_tokens_are_filled_up_with_drawn_ones(model: Model) -> None:
+    few = windows(2, 48)
+    found = verification_ids(model, few)
+    assert found.shape == (11, 48) and torch.equal(found[:2], few)
+    assert torch.equal(verification_ids(model, few), found) and torch.equal(verification_ids(model, found), found)
+    assert int(found.max()) < model.vocabulary
+    assert verification_ids(model, windows(20, 200)).shape == (4, 128)  # the model has 128 positions
+
+
+def test_a_model_with_few_positions_is_verified_within_them(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    short = compress.load(make_llama("short", num_hidden_layers=1, max_position_embeddings=32))
+    lowered = target.write(short, PROFILE, tmp_path)
+    found = verify_export(short, tmp_path, PROFILE, windows(2, 32), lowered.bounds)
+    assert found.agrees and found.positions == 512
+    assert len(found.greedy_tokens) == 16
+
+
+def test_other_top_tokens_of_the_exact_graph_are_found_though_all_differences_are_small(
+    model: Model, graph: bytes, tmp_path: Path
+) -> None:
+    target.write(model, PROFILE, tmp_path, graph)
+    session = Session(tmp_path, 1)
+
+    class Swapped:
+        """The two largest logits pulled together until they change places, where the margin lets it."""
+
+        name = "swapped"
+
+        def logits(self, ids: np.ndarray) -> np.ndarray:
+            values = session.logits(ids).copy()
+            order = np.argsort(values, -1)[..., -2:]
+            pair = np.take_along_axis(values, order, -1)
+            reach = 0.1 * float(np.abs(values).max())
+            middle = pair.mean(-1, keepdims=True)
+            near = (pair[..., 1:] - pair[..., :1]) < 1.8 * reach
+            np.put_along_axis(values, order, np.where(near, middle + [[[0.01, -0.01]]] * np.ones_like(pair), pair), -1)
+            return values
+
+    bounds = Bounds(shipped=0.1, exact=0.1)
+    found = agreement(session, model, windows(), bounds, Swapped())
+    assert found.exact_relative_difference is not None and found.exact_relative_difference < 0.1
+    assert found.exact_top1_agreement is not None and found.exact_top1_agreement < 0.999
+    assert not found.agrees
+    assert agreement(session, model, windows(), bounds, session).agrees
 
 
 def test_a_runner_that_disagrees_or_puts_out_nan_is_found(model: Model, graph: bytes, tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ import torch
 
 from compress import quality
 from compress.errors import UsageError
-from compress.quality import WindowScore, gates_met, mean_pool, score_embeddings, score_window, summarize
+from compress.quality import (
+    METRICS,
+    WindowScore,
+    check_gates,
+    gates_met,
+    mean_pool,
+    score_embeddings,
+    score_window,
+    summarize,
+)
 from compress.records import Interval, Metric, Quality
 
 
@@ -289,3 +298,26 @@ def test_a_gate_on_a_single_window_compares_the_value() -> None:
 def test_a_gate_that_names_no_metric_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match="Did you mean 'perplexity'"):
         gates_met(summary(windows()), {"perplexty": 20.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "told"),
+    [
+        ("kld", "causal-lm", "Did you mean 'kl'"),
+        ("kl", "encoder", "for a model of kind encoder"),
+        ("cosine", "causal-lm", "Allowed: kl, nll"),
+    ],
+)
+def test_a_gate_on_a_metric_that_the_model_will_not_have_is_refused_without_any_figures(
+    name: str, task: str, told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        check_gates({name: 0.1}, task)
+
+
+def test_every_metric_of_a_summary_may_be_gated_and_no_other() -> None:
+    vectors = np.random.default_rng(2).standard_normal((5, 4))
+    embeddings = quality.summarize_embeddings(score_embeddings(vectors, vectors), "compressed", "torch", "p", "d")
+    for task, found in (("causal-lm", summary(windows())), ("encoder", embeddings)):
+        assert list(found.metrics) == list(METRICS[task])
+        check_gates(found.metrics, task)

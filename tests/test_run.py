@@ -7,19 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import compress
 from compress import manifest
 from compress.artifact import export, generate, open_artifact, verify
-from compress.errors import InputError
+from compress.errors import InputError, ResourceError, UsageError
 from compress.report import load as load_report
 
 PROFILE = "cpu-x86-avx512-vnni"
+# children import what is installed, not the checkout that the tests were started in
+NEUTRAL: dict[str, Any] = {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONSAFEPATH": "1"}}
 
 
 def command(*arguments: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
@@ -29,6 +33,7 @@ def command(*arguments: object, timeout: float = 300, **more: object) -> subproc
         text=True,
         timeout=timeout,
         check=False,
+        **NEUTRAL,
         **more,
     )
 
@@ -148,6 +153,155 @@ def test_the_model_can_be_exported_again_for_another_profile(
     manifest.check_files(tmp_path / "arm")
 
 
+def test_the_manifest_holds_the_figures_of_the_report_until_the_model_is_exported_again(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, _ = finished
+    facts, report = manifest.read(out), load_report(out)
+    assert report.artifact_quality is not None and report.speed is not None
+    perplexity = report.artifact_quality.metrics["perplexity"].value
+    assert facts["metrics"]["quality"]["artifact"]["perplexity"]["value"] == perplexity
+    assert set(facts["metrics"]["speed"]) == {timing.name for timing in report.speed.timings}
+    assert facts["metrics"]["artifact_bytes"] == report.artifact_bytes
+    assert "metrics" not in export(out, profile="cpu-arm-dotprod", out=tmp_path / "arm").facts
+
+
+def test_what_a_target_does_not_take_is_refused_before_anything_is_written(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import artifact
+    from compress.export import find
+    from compress.target import Refusal
+
+    def no_space(*_: object) -> None:
+        raise ResourceError("full")
+
+    monkeypatch.setattr(artifact, "require_space", no_space)
+    with pytest.raises(ResourceError, match="full"):
+        export(finished[0], profile=PROFILE, out=tmp_path / "out")
+    monkeypatch.setattr(find("onnx"), "plan_layer", lambda *_: Refusal("not today"))
+    with pytest.raises(UsageError, match=r"layer\(s\), first .*: not today"):
+        export(finished[0], profile=PROFILE, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def disagreeing(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs, but says that the outputs differ."""
+    real = module.verify_export
+    monkeypatch.setattr(module, "verify_export", lambda *given: real(*given).model_copy(update={"agrees": False}))
+
+
+def test_a_run_whose_artifact_disagrees_with_its_model_keeps_it_and_exits_5(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compress.__main__ import main
+
+    disagreeing(sys.modules["compress.run"], monkeypatch)
+    code = main([*map(str, arguments(llama, text_file, tmp_path / "out", "w8a16")), "-q", "--json"])
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert code == error["exit_code"] == 5
+    assert "is kept, but must not be used" in error["message"]
+    report = load_report(tmp_path / "out")
+    assert report.verification is not None and not report.verification.agrees
+    manifest.check_files(tmp_path / "out")
+
+
+def test_an_export_or_a_check_that_disagrees_is_one_error_with_exit_code_5(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from compress import artifact
+    from compress.__main__ import main
+
+    disagreeing(artifact, monkeypatch)
+    assert main(["export", str(finished[0]), "-p", PROFILE, "-o", str(tmp_path / "out"), "--json"]) == 5
+    assert "must not be used" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert not open_artifact(tmp_path / "out").folder.with_name("out.partial").exists()
+    assert main(["verify", str(finished[0]), "--json"]) == 5
+    assert "DOES NOT AGREE" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_figures_that_are_no_number_are_still_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compress import artifact
+    from compress.__main__ import main
+    from compress.evaluate import Evaluation
+    from compress.records import Metric, Quality
+
+    metric = Metric(value=float("nan"), samples=1, unit="1", protocol="p", better="lower")
+    part = Quality(subject="baseline", where="here", metrics={"kl": metric}, data_digest="")
+    monkeypatch.setattr(artifact, "evaluate_artifact", lambda *_, **__: Evaluation(part, part, part))
+    assert main(["eval", "out", "--data", "x.txt", "--json"]) == 0
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["memory"]["metrics"]["kl"]["value"] == "NaN"
+
+
+def test_the_command_that_resumes_can_be_pasted_into_a_shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compress import artifact
+    from compress.__main__ import main
+    from compress.errors import Interrupted
+
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted("Stopped.", signal.SIGTERM)
+
+    monkeypatch.setattr(artifact, "export", stop)
+    assert main(["export", "my out", "-p", PROFILE, "-o", "it's"]) == 143
+    assert f"repeat: compress export 'my out' -p {PROFILE} -o 'it'\"'\"'s'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_verb_that_keeps_nothing_without_a_traceback(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], number: int, code: int
+) -> None:
+    given = [sys.executable, "-m", "compress", "profile", str(finished[0]), "--budget", "60"]
+    with subprocess.Popen(given, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **NEUTRAL) as child:
+        assert child.stderr is not None
+        assert "Timing settings" in child.stderr.readline()
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=120)
+    assert child.returncode == code, errors
+    assert "Stopped" in errors and "Traceback" not in errors
+
+
+def test_a_prompt_outside_the_vocabulary_or_too_long_is_a_usage_error(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    (copy / "model" / "tokenizer.json").unlink()
+    assert len(generate(copy, "1 2 3", tokens=4).split()) == 7
+    assert len(generate(copy, " ".join(["7"] * 126), tokens=64).split()) == 128
+    with pytest.raises(UsageError, match="token 256, but the vocabulary has 256"):
+        generate(copy, "1 256")
+    with pytest.raises(UsageError, match="128 tokens; the model has positions for 128"):
+        generate(copy, " ".join(["7"] * 128))
+
+
+def test_changed_code_of_ours_is_another_run(
+    llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress.__main__ import main
+
+    given = [*map(str, arguments(llama, text_file, tmp_path / "out")), "-q", "--overwrite"]
+    code = (
+        "import sys\nfrom compress import run\nfrom compress.__main__ import main\n"
+        "def die(*_):\n    raise SystemExit(9)\n"
+        f"run._export_both = die\nmain({given!r})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, **NEUTRAL).returncode == 9
+    monkeypatch.setattr(manifest, "code_digest", lambda: "another")
+    assert main(given) == 2
+
+
 def test_generate_continues_a_prompt_and_the_command_prints_the_same(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -189,6 +343,7 @@ def test_ten_kills_at_random_moments_leave_no_output_and_end_in_the_same_bytes(
             [sys.executable, "-m", "compress", *map(str, arguments(llama, text_file, out)), "-q"],
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            **NEUTRAL,
         ) as child:
             try:
                 child.wait(timeout=maker.uniform(1.0, 14.0))
@@ -209,7 +364,7 @@ def test_ctrl_c_finishes_the_block_and_prints_the_command_that_resumes(
     model = make_llama("deep", num_hidden_layers=40)
     out = tmp_path / "out"
     given = [sys.executable, "-m", "compress", *map(str, arguments(model, text_file, out))]
-    with subprocess.Popen(given, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(given, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **NEUTRAL) as child:
         journal = tmp_path / "out.partial" / "journal.jsonl"
         deadline = time.monotonic() + 60
         while not journal.exists() and child.poll() is None and time.monotonic() < deadline:

@@ -91,7 +91,7 @@ class IntGrid(Format, ActivationFormat):
         groups = params["scale"].shape[1]
         # one group for the whole row needs no division by its (unknown here) width
         index = columns // cast(int, self.group) if groups > 1 else torch.zeros_like(columns)
-        scale, zero = params["scale"].float()[:, index], params["zero"][:, index]
+        scale, zero = params["scale"][:, index].float(), params["zero"][:, index]
         codes = grid.encode(weight, scale, zero, self.bits)
         return codes, grid.decode(codes, scale, zero)
 

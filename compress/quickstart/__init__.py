@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.resources import files
 from pathlib import Path
 
-from compress import hwprofiles, recipe
-from compress.errors import UsageError
+from compress import recipe
+from compress.profiles import as_profile
 from compress.run import Request
 
 RECIPE = "w4a16"
@@ -25,10 +26,5 @@ def request(out: Path, name: str | None = None, overwrite: bool = False) -> Requ
     calibration = recipe.CalibrationSettings(data=str(folder() / "calib.txt.gz"), samples=CALIBRATION_SAMPLES)
     quality = chosen.quality.model_copy(update={"data": str(folder() / "heldout.txt.gz"), "samples": QUALITY_SAMPLES})
     chosen = chosen.model_copy(update={"calibration": calibration, "quality": quality})
-    try:
-        machine = hwprofiles.detect()
-    except hwprofiles.ProfileError as error:
-        raise UsageError(str(error)) from error
-    return Request(
-        str(folder()), chosen, machine, out, overwrite=overwrite, command=f"compress quickstart -o {out}", budget_s=10.0
-    )
+    command = shlex.join(["compress", "quickstart", "-o", str(out)])
+    return Request(str(folder()), chosen, as_profile(None), out, overwrite=overwrite, command=command, budget_s=10.0)

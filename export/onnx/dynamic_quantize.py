@@ -8,12 +8,13 @@ from torch import Tensor
 
 from compress.export.onnx.float_matmul import add_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
-from compress.export.onnx.lowering import Choice, Refusal, Source
+from compress.export.onnx.lowering import Choice, Source
 from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.records import Bounds
+from compress.target import Refusal
 
 INPUT = IntGrid(8, group="tensor", scheme="asymmetric")
 # The kernel rounds as our own decoder does; what remains are inputs that float32 summation order moves across the
@@ -34,7 +35,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         return Refusal(f"a {spec.kind} has no rounded input")
     support = runtime.support("weight_and_activation", form.bits)
     if support.state == "no":
-        return Refusal(f"{form}: {support.note}")
+        return Refusal(f"{form}: {support.note}", usage=False)
     rows, columns = spec.shape
     note = support.note if support.state != "fast" else ""
     size = rows * columns + rows * 4 + spec.bias_bytes

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from compress.errors import InputError
 from compress.export.onnx.capture import cache_shapes
 from compress.model import Model, Task
 
@@ -46,12 +47,21 @@ def write(model: Model, folder: Path) -> None:
 
 def _rename_tokenizer_class(path: Path) -> None:
     """transformers 4, which optimum's runtime classes use, knows version 5's generic tokenizer by its older name."""
-    if not path.is_file():
-        return
-    content = json.loads(path.read_text(encoding="utf8"))
+    content = _read_object(path)
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file. Raises: InputError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}). Fetch or save it again, or remove it.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object. Fetch or save it again.")
+    return content
 
 
 def genai_config(model: Model) -> dict[str, Any]:
@@ -109,8 +119,7 @@ def genai_config(model: Model) -> dict[str, Any]:
 
 def _special_tokens(model: Model) -> dict[str, Any]:
     """bos, eos and pad as generation_config.json gives them, which may list several ends, else as config.json does."""
-    path = model.path / "generation_config.json"
-    given = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    given = _read_object(model.path / "generation_config.json")
     config = model.config.get_text_config()
     names = ("bos", "eos", "pad")
     found = {name: given.get(f"{name}_token_id") for name in names}

@@ -6,9 +6,10 @@ import onnx_ir as ir
 from torch import Tensor
 
 from compress.export.onnx.graph import GraphBuilder
-from compress.export.onnx.lowering import Choice, Refusal, Source
+from compress.export.onnx.lowering import Choice, Source
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
+from compress.target import Refusal
 
 
 def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:

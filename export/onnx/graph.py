@@ -13,6 +13,7 @@ from torch import Tensor
 MICROSOFT = "com.microsoft"
 
 _IR_TYPES = {
+    torch.float64: ir.DataType.DOUBLE,
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,

@@ -13,6 +13,7 @@ from compress.export.onnx import LOWERINGS
 from compress.hwprofiles import Runtime
 from compress.layer import Layer, LayerSpec
 from compress.records import Bounds, Kernel
+from compress.target import Refusal
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why a lowering does not take a layer; `usage` where another setting would do."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class Source:
     """A layer to lower: its spec, its choice, and how to read it."""
 
@@ -62,20 +56,22 @@ def _modules() -> tuple[Any, ...]:
 
 def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal:
     """The first lowering that takes the layer, or all reasons why none does."""
-    reasons = []
+    refused: list[Refusal] = []
     for module in _modules():
         answer = module.choose(spec, runtime)
         if isinstance(answer, Choice):
             return answer
         if answer is not None:
-            reasons.append(answer.reason)
-    return Refusal("; ".join(reasons) or f"no operator stores {spec.format}")
+            refused.append(answer)
+    if not refused:
+        return Refusal(f"no operator stores {spec.format}", usage=False)
+    return Refusal("; ".join(each.reason for each in refused), usage=any(each.usage for each in refused))
 
 
 def require(spec: LayerSpec, runtime: Runtime, profile: str) -> Choice:
     """As `choose`. Raises: UsageError or UnsupportedError with the reasons, naming the layer."""
     answer = choose(spec, runtime)
     if isinstance(answer, Refusal):
-        kind = UsageError if "group" in answer.reason else UnsupportedError
+        kind = UsageError if answer.usage else UnsupportedError
         raise kind(f"Layer {spec.name} cannot be exported for profile {profile}: {answer.reason}.")
     return answer

@@ -13,12 +13,13 @@ from torch import Tensor
 from compress import grid
 from compress.export.onnx.float_matmul import add_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
-from compress.export.onnx.lowering import Choice, Refusal, Source
+from compress.export.onnx.lowering import Choice, Source
 from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Runtime, Support
 from compress.layer import LayerKind, LayerSpec
 from compress.records import Bounds
+from compress.target import Refusal
 
 # The kernel rounds activations to int8 per block at accuracy level 4: 0.01 of the largest logit on real models, up to
 # 0.15 on small random ones (benchmarks/agreement.py). With that off it computes exactly.
@@ -33,7 +34,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         return None
     support = runtime.support("weight_only", form.bits)
     if support.state == "no":
-        return Refusal(f"{form}: {support.note}")
+        return Refusal(f"{form}: {support.note}", usage=False)
     shared = spec.kind is LayerKind.EMBEDDING
     block = _block(form, spec.shape[1], support)
     if block is None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import InputError, UnsupportedError
+from compress.memory import peak_memory
 
 Ids = NDArray[np.int64]
 
@@ -118,20 +119,6 @@ def load_onnxruntime() -> Any:
             "onnxruntime is not installed. Install exactly one of onnxruntime-gpu and onnxruntime."
         ) from error
     return onnxruntime
-
-
-def peak_memory() -> int:
-    """The largest resident memory of this process so far, in bytes.
-
-    On Linux from /proc: getrusage would also count the parent that this process was forked from.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,33 @@ from compress.export.onnx.capture import PARAMETER, capture
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Choice, Source, choose, require
+from compress.export.onnx.runtime import Session
 from compress.hwprofiles import Profile
 from compress.layer import LayerSpec
 from compress.model import Model
-from compress.records import Bounds
+from compress.target import Lowered, Refusal
 
 RUNTIME = "onnxruntime"
+FOLDER = "onnx"
 GRAPH, DATA = files.GRAPH, files.DATA
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """What was written: layers per operator, layers left in float, and the loosest bounds of the lowerings used."""
-
-    folder: Path
-    operators: dict[str, int]
-    float_layers: tuple[str, ...]
-    bounds: Bounds
+# the interface of compress.target; `capture` is one of it
+__all__ = ["FOLDER", "RUNTIME", "capture", "plan_layer", "predict_bytes", "probe_command", "session", "write"]
 
 
-# `capture` is part of the target's interface
-__all__ = ["RUNTIME", "Lowered", "capture", "plan_layer", "predict_bytes", "write"]
+def session(folder: Path, threads: int, exact: bool = False) -> Session:
+    """A written folder in ONNX Runtime; exact: see `Session`."""
+    return Session(folder, threads, exact=exact)
 
 
-def plan_layer(spec: LayerSpec, profile: Profile) -> Any:
+def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
+    """Runs `runtime.probe` in a process of its own."""
+    command = [sys.executable, "-m", "compress.export.onnx.runtime", str(folder)]
+    return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]
+
+
+def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
     """A layer's `Choice` or `Refusal`; the same function decides in `plan` and in `write`."""
     answer = choose(spec, profile.runtime(RUNTIME))
     return experts.noted(spec, answer) if isinstance(answer, Choice) else answer

@@ -1,0 +1,37 @@
+"""Room for the hidden states of all batches: in memory, or above a limit in a mapped file that has no name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SPILL_BYTES = 128 * 2**20
+
+
+def allocate(shapes: Sequence[tuple[int, ...]], folder: Path | None = None) -> list[Tensor]:
+    """One uninitialised float32 tensor per shape.
+
+    Above `SPILL_BYTES` in all, they are views of one file in `folder` (the system's temporary folder by default), whose
+    blocks are reserved now (a full disk is an OSError here, not a crash later) and which goes with the last view.
+    """
+    total = sum(prod(shape) for shape in shapes)
+    if total * 4 <= SPILL_BYTES:
+        return [torch.empty(shape) for shape in shapes]
+    handle, name = tempfile.mkstemp(prefix="activations-", dir=folder)
+    try:
+        os.posix_fallocate(handle, 0, total * 4)
+        flat = torch.from_file(name, shared=True, size=total, dtype=torch.float32)
+    finally:
+        os.close(handle)
+        Path(name).unlink()
+    views, at = [], 0
+    for shape in shapes:
+        views.append(flat[at : at + prod(shape)].view(shape))
+        at += prod(shape)
+    return views

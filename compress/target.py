@@ -1,0 +1,119 @@
+"""What an export target offers to the engine: the interface that `compress.export.find` hands out.
+
+The engine knows targets through these names only, so a new target is its folder and one line in a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from compress.hwprofiles import Profile
+    from compress.layer import LayerSpec
+    from compress.model import Model
+    from compress.records import Bounds, Kernel
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a target does not take a layer. usage: another setting of the recipe would do."""
+
+    reason: str
+    usage: bool = True
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What was written: layers per operator, layers left in float, and the loosest bounds of the lowerings used."""
+
+    folder: Path
+    operators: dict[str, int]
+    float_layers: tuple[str, ...]
+    bounds: Bounds
+
+
+class Choice(Protocol):
+    """How a target stores and runs a layer."""
+
+    @property
+    def operator(self) -> str:
+        """The runtime's own name of what runs."""
+        ...
+
+    @property
+    def kernel(self) -> Kernel:
+        """Whether the profile calls it fast."""
+        ...
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of everything the layer adds to the files."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """What to know about it; empty where nothing."""
+        ...
+
+
+class Session(Protocol):
+    """A written folder, loaded in its runtime."""
+
+    name: str
+    is_decoder: bool
+
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(batch, length) → logits (batch, length, vocabulary), or an encoder's hidden states."""
+        ...
+
+    def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
+        """At most `count` tokens after a prompt; ends after one of `stop`."""
+        ...
+
+    def call(self, ids: NDArray[np.int64], past: int) -> Callable[[], None]:
+        """One call to be timed: ids (batch, length) after `past` cached tokens."""
+        ...
+
+
+class Target(Protocol):
+    """The module of a target."""
+
+    @property
+    def RUNTIME(self) -> str:  # noqa: N802 (a constant of the module)
+        """The runtime's name in hardware profiles."""
+        ...
+
+    @property
+    def FOLDER(self) -> str:  # noqa: N802
+        """Where in an artifact its files are."""
+        ...
+
+    def plan_layer(self, spec: LayerSpec, profile: Profile) -> Choice | Refusal:
+        """How a layer would be stored; the same function decides in `plan` and in `write`."""
+        ...
+
+    def predict_bytes(self, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
+        """Bytes of the folder that `write` would make, without the weights."""
+        ...
+
+    def capture(self, model: Model, opset: int) -> bytes:
+        """What `write` takes as `graph`: of the model's structure alone."""
+        ...
+
+    def write(self, model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
+        """Write the folder. Raises: UsageError, UnsupportedError naming a layer that cannot be stored."""
+        ...
+
+    def session(self, folder: Path, threads: int, exact: bool = False) -> Session:
+        """Load a folder; exact: with the kernels' own rounding of activations off. Raises: InputError."""
+        ...
+
+    def probe_command(self, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
+        """A command that loads a folder, reads and decodes, and prints JSON: load_s, peak_memory_bytes."""
+        ...

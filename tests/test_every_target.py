@@ -1,0 +1,94 @@
+"""What every registered export target gets for free: its interface, and one small model from end to end."""
+
+import inspect
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compress
+from compress import hwprofiles
+from compress.errors import UsageError
+from compress.evaluate import verify_export
+from compress.export import TARGETS, find
+from compress.hwprofiles import Profile
+from compress.measure import deployable_bytes, footprint
+from compress.pipeline import Pipeline
+from compress.target import Refusal, Target
+
+FUNCTIONS = [name for name, _ in inspect.getmembers(Target, inspect.isfunction) if not name.startswith("_")]
+
+
+@pytest.fixture(params=sorted(TARGETS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def profile(name: str) -> Profile:
+    """One that is built for the target."""
+    return next(found for found in map(hwprofiles.load, hwprofiles.names()) if found.target == name)
+
+
+def test_a_target_offers_the_interface_and_takes_its_arguments(name: str, profile: Profile) -> None:
+    target = find(name)
+    assert profile.runtime(target.RUNTIME).opset and Path(target.FOLDER).name == target.FOLDER
+    assert {"plan_layer", "predict_bytes", "capture", "write", "session", "probe_command"} == set(FUNCTIONS)
+    for function in FUNCTIONS:
+        asked = list(inspect.signature(getattr(Target, function)).parameters)[1:]  # without self
+        assert list(inspect.signature(getattr(target, function)).parameters) == asked, function
+
+
+def test_a_target_writes_what_its_runtime_loads_and_which_agrees_with_the_model(
+    name: str, profile: Profile, llama: Path, tmp_path: Path
+) -> None:
+    target, model = find(name), compress.load(llama)
+    specs = model.structure.layers
+    choices = [target.plan_layer(spec, profile) for spec in specs.values()]
+    assert not any(isinstance(choice, Refusal) for choice in choices)
+    graph = target.capture(model, profile.runtime(target.RUNTIME).opset)
+    lowered = target.write(model, profile, tmp_path / "float", graph)
+    assert lowered.folder == tmp_path / "float" and set(lowered.float_layers) == set(specs)
+    assert sum(lowered.operators.values()) == len(specs)
+    predicted = target.predict_bytes(specs.values(), model, profile)
+    assert deployable_bytes(lowered.folder) == pytest.approx(predicted, rel=0.2)
+
+    made = Pipeline.parse("rtn(format=int8(channel))").run(model).model
+    target.write(made, profile, tmp_path / "alone")
+    small = target.write(made, profile, tmp_path / "small", graph)
+    for path in sorted((tmp_path / "alone").iterdir()):
+        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes(), path.name
+    assert deployable_bytes(small.folder) < deployable_bytes(lowered.folder)
+    windows = np.random.default_rng(0).integers(0, model.vocabulary, (8, 64))
+    import torch
+
+    for written, one in ((lowered, model), (small, made)):
+        found = verify_export(one, written.folder, profile, torch.from_numpy(windows), written.bounds)
+        assert found.agrees and found.level == "ran" and len(found.greedy_tokens) == 64
+
+
+def test_a_session_reads_and_continues_and_runs_in_a_process_of_its_own(
+    name: str, profile: Profile, llama: Path, tmp_path: Path
+) -> None:
+    target = find(name)
+    target.write(compress.load(llama), profile, tmp_path)
+    session = target.session(tmp_path, 1)
+    assert session.name and session.is_decoder
+    ids = np.array([[1, 2, 3]])
+    logits = session.logits(ids)
+    assert logits.shape == (1, 3, 256) and logits.dtype == np.float32
+    first = session.greedy([1, 2, 3], 4)
+    assert first[0] == int(logits[0, -1].argmax()) and len(first) == 4
+    assert session.greedy([1, 2, 3], 4, first[:1]) == first[:1]
+    assert session.call(ids, 5)() is None
+    child = subprocess.run(target.probe_command(tmp_path, 1, 16, 2), capture_output=True, text=True, check=True)
+    assert set(json.loads(child.stdout.splitlines()[-1])) == {"load_s", "peak_memory_bytes"}
+    taken = footprint(target, tmp_path, 1, 128)
+    assert taken.load_s and taken.peak_memory_bytes and taken.peak_memory_bytes > 10_000_000
+
+
+def test_an_unknown_target_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(UsageError, match=r"'onxx'.*Did you mean 'onnx'"):
+        find("onxx")

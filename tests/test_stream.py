@@ -1,0 +1,122 @@
+"""The block stream where it could go wrong quietly: spilled activations, changing arguments, values not finite."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress import activations
+from compress.data import Calibration, Windows
+from compress.errors import InputError, UnsupportedError
+from compress.evaluate import stream_logits
+from compress.pipeline import Pipeline
+from compress.skeleton import OUTER
+from compress.stream import BlockStream
+from compress.stub import same_arguments
+
+
+def windows(count: int = 6, length: int = 16) -> Windows:
+    ids = torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
+    return Windows(ids, tuple(range(count)), "random", "random")
+
+
+def test_spilled_activations_give_the_same_bytes_and_leave_no_file(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calibration = compress.load(llama), Calibration(windows(), 0, "random")
+    text = "gptq(format=int4(group=32))"
+    kept = Pipeline.parse(text).run(model, calibration, folder=tmp_path / "kept")
+    monkeypatch.setattr(activations, "SPILL_BYTES", 0)
+    spilled = Pipeline.parse(text).run(model, calibration, folder=tmp_path / "spilled")
+    assert spilled.model.digest == kept.model.digest
+    names = sorted(path.name for path in (tmp_path / "spilled").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "kept").iterdir())
+
+
+def test_two_streams_that_spill_do_not_share_a_file(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = compress.load(llama), windows().ids
+    expected = [logits.clone() for logits in stream_logits(model, ids)]
+    monkeypatch.setattr(activations, "SPILL_BYTES", 0)
+    first, second = stream_logits(model, ids), stream_logits(model, ids.flip(0))
+    for place, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(one, expected[place])
+        assert torch.equal(other, expected[len(expected) - 1 - place])
+
+
+def test_allocated_views_keep_their_shapes_and_values_above_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "SPILL_BYTES", 0)
+    views = activations.allocate([(2, 3), (1, 3)], tmp_path)
+    for place, view in enumerate(views):
+        view.fill_(place)
+    assert [view.tolist() for view in views] == [[[0.0] * 3] * 2, [[1.0] * 3]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_puts_out_nan_for_any_window_stops_the_run(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compress.load(llama)
+    stream = BlockStream(model, list(windows().ids.split(1)))
+    stream.start(model.layers(OUTER))
+    stream.load(0, model.layers(0), model.plain(0))
+    stream.hidden[1][0, 3, 5] = float("nan")  # not the last window
+    with pytest.raises(InputError, match=r"model\.layers\.0 puts out NaN"):
+        stream.advance(0)
+
+
+def test_a_model_whose_blocks_are_handed_something_of_the_tokens_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = compress.load(llama)
+    stream = BlockStream(model, list(windows().ids.split(1)))
+    base = stream.module.model
+    forward = type(base.layers[0]).forward
+    assert forward is not None
+
+    def with_extra(*args: object, **kwargs: object) -> object:
+        kwargs["per_layer_input"] = kwargs["input_ids"].float().mean()
+        return original(*args, **kwargs)
+
+    original = base.forward
+    monkeypatch.setattr(base, "forward", with_extra)
+    with pytest.raises(UnsupportedError, match="depends on the tokens"):
+        stream.start(model.layers(OUTER))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (torch.ones(2), torch.ones(2), True),
+        (torch.ones(2), torch.zeros(2), False),
+        (torch.ones(2), torch.ones(3), False),
+        (torch.ones(2), None, False),
+        ({"a": (1, "x")}, {"a": (1, "x")}, True),
+        ({"a": (1, "x")}, {"a": (2, "x")}, False),
+        ({"a": 1}, {"b": 1}, False),
+        ([torch.ones(1)], [torch.ones(1), 2], False),
+        (object(), object(), True),
+    ],
+)
+def test_recorded_arguments_are_compared_by_value(first: object, second: object, same: bool) -> None:
+    assert same_arguments(first, second) is same
+
+
+def test_double_precision_and_side_by_side_checkpoints_are_handled(
+    make_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(make_llama("double", dtype="float64", num_hidden_layers=1), tmp_path / "model"))
+    model = compress.load(folder)
+    assert model.layers(0)["model.layers.0.mlp.up_proj"].weight.dtype == torch.float64
+    half = {name: tensor.half() * 2 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(half, folder / "model.fp16.safetensors")
+    again = compress.load(folder)
+    assert (again.digest, again.source_bytes) == (model.digest, model.source_bytes)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(InputError, match=r"is in both model\.fp16\.safetensors and other\.safetensors"):
+        compress.load(folder)
