@@ -39,6 +39,9 @@ def _run(given: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except typer.TyperException as error:  # wrong options
         context = getattr(error, "ctx", None)
+        if error.format_message().startswith("Usage:"):  # called without a verb: the help is the answer
+            print(error.format_message(), file=sys.stderr)
+            return 2
         where = f" See `{context.command_path} --help`." if context else ""
         return _fail(given, "UsageError", error.format_message() + where, 2)
     except typer.Exit as error:

@@ -43,8 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress a model for the machine at hand, and report what it cost and gained.",
 )
-app.command()(cli_info.passes)
-app.add_typer(cli_info.hardware, name="hardware")
 
 
 def _version(wanted: bool) -> None:
@@ -74,7 +72,7 @@ def run(
     quality_samples: QualitySamplesOpt = None,
     length: LengthOpt = None,
     seed: SeedOpt = None,
-    device: Annotated[str, typer.Option(help="Where passes compute: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where blocks run during calibration: cpu or cuda.")] = "cpu",
     budget: BudgetOpt = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
@@ -182,6 +180,8 @@ app.command()(cli_artifact.verify)
 app.command("eval")(cli_artifact.evaluate)
 app.command()(cli_artifact.profile)
 app.command()(cli_artifact.generate)
+app.command()(cli_info.passes)
+app.add_typer(cli_info.hardware, name="hardware")
 
 
 def _recipe(

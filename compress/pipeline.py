@@ -97,7 +97,8 @@ class Pipeline:
         """Compress a model.
 
         Args: calibration: data (a file, see compress/data.py) for passes that need it; folder: where the store is
-        written (a temporary one by default); journal: finished blocks of an earlier try; device: where passes compute.
+        written (a temporary one by default); journal: finished blocks of an earlier try; device: where blocks run
+        while statistics are collected (passes compute on the CPU).
         Raises: UsageError, InputError, ResourceError, Interrupted.
         """
         if isinstance(calibration, str | Path):

@@ -215,11 +215,8 @@ def test_a_kill_at_any_point_of_the_settling_leaves_the_old_or_the_new_output_wh
             fill(out.with_name("out.replaced"), "old")
             fill(out.with_name("out.partial") if absent else out, "new")
             first = Workspace(out, overwrite=True)
-            try:
-                with killed_at(monkeypatch, step):
-                    first.open({"model": "a"})
-            except Killed:
-                pass
+            with suppress(Killed), killed_at(monkeypatch, step):
+                first.open({"model": "a"})
             drop_lock(first)
             with pytest.raises(UsageError, match="exists"), Workspace(out) as again:
                 again.open({"model": "a"})
