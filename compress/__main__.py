@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -36,7 +37,14 @@ def _run(given: list[str]) -> int:
 
     try:
         result = app(given, standalone_mode=False)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
+    except (BrokenPipeError, SystemExit) as error:  # whoever read our output has closed it
+        # typer turns a broken pipe into exit 1 and wraps stdout; any other exit is not ours to change
+        if isinstance(error, SystemExit) and type(sys.stdout).__name__ != "PacifyFlushWrapper":
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except typer.TyperException as error:  # wrong options
         context = getattr(error, "ctx", None)
         if error.format_message().startswith("Usage:"):  # called without a verb: the help is the answer

@@ -106,6 +106,8 @@ def export(
     """
     progress = progress or Progress(quiet=True)
     result = open_artifact(result) if isinstance(result, str | Path) else result
+    if isinstance(result, Artifact):  # a damaged model must not get a fresh manifest
+        manifest.check_files(result.folder)
     machine = as_profile(profile)
     target = find_target(machine.target)
     model, facts = _of(result)

@@ -143,6 +143,28 @@ def test_verify_accepts_the_artifact_and_names_every_damage(
         assert told in str(caught.value)
 
 
+def test_a_damaged_model_is_not_exported_under_a_fresh_manifest(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "copy")
+    path = tmp_path / "copy" / "model" / "outer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"changed model/outer\.safetensors"):
+        export(tmp_path / "copy", profile=PROFILE, out=tmp_path / "again")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_reader_that_closes_our_output_is_no_bug(tmp_path: Path) -> None:
+    given = [sys.executable, "-m", "compress", "hardware", "show", PROFILE]
+    with subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        errors = child.stderr.read()
+    assert child.returncode == 141 and not errors
+
+
 def test_the_model_can_be_exported_again_for_another_profile(
     finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

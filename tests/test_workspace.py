@@ -19,7 +19,7 @@ import compress
 from compress import manifest, workspace
 from compress.errors import CompressError, InputError, Interrupted, ResourceError, UnsupportedError, UsageError
 from compress.progress import Progress
-from compress.workspace import MANIFEST, Workspace
+from compress.workspace import MANIFEST, Workspace, disk_errors
 
 KEEP = (MANIFEST, "model")
 
@@ -425,3 +425,8 @@ sys.exit(compress.__main__.main(["generate", "x", "--prompt", "y", "--json"]))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 143, done.stderr
     assert json.loads(done.stdout)["error"]["exit_code"] == 143
+
+
+def test_a_short_write_without_an_error_number_is_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="No space left"), disk_errors(tmp_path):
+        raise OSError("1048576 requested and 0 written")
