@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +13,6 @@ from compress import data, recipe
 from compress.data import Calibration
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
 from compress.model import load
-
-
-@pytest.fixture
-def copy(llama: Path, tmp_path: Path) -> Path:
-    """A model folder that a test may damage."""
-    return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -14,12 +14,6 @@ import compress
 from compress.errors import CompressError, InputError, UnsupportedError
 
 
-@pytest.fixture
-def copy(llama: Path, tmp_path: Path) -> Path:
-    """A model folder that a test may damage."""
-    return Path(shutil.copytree(llama, tmp_path / "model"))
-
-
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
