@@ -47,7 +47,7 @@ def main() -> int:
     for name, (folder, text) in MODELS.items():
         model = compress.load(given.assets / folder)
         windows = data.quality_windows(model, given.assets / text, samples=32, length=128)
-        graph = target.capture(model, profile.runtime("onnxruntime").opset)
+        graph = target.capture(model, profile)
         for label, passes in RECIPES.items():
             made = Pipeline.parse(passes).run(model).model if passes else model
             with tempfile.TemporaryDirectory() as scratch:

@@ -1,40 +1,128 @@
-"""Statistics of layer inputs, added up while blocks run."""
+"""Statistics of layer inputs, added up while blocks run: what a pass declares in `needs`, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress import experts, hessian
+from compress.histogram import Histogram
 from compress.layer import LayerKind, LayerSpec
+
+
+class Stat(StrEnum):
+    """Statistics that a pass may need; the engine collects them with the block as it then is.
+
+    The last three are the engine's: `sharing` which layers are fed the same tensor, `reference` the stream of the model
+    as the stage received it (targets of block passes), `cross` the mismatch between both streams.
+    """
+
+    HESSIAN = "hessian"
+    MEAN = "mean"
+    ABS_MEAN = "abs_mean"
+    ABS_MAX = "abs_max"
+    HISTOGRAM = "histogram"
+    SHARING = "sharing"
+    REFERENCE = "reference"
+    CROSS = "cross"
 
 
 @dataclass
 class LayerStats:
-    """What a pass may ask for about a layer's input. hessian: (in, in) float32, mean of x xᵀ; tokens: rows seen."""
+    """What a pass may ask for about a layer's input x (in,), over all tokens.
+
+    hessian: (in, in) float32, mean of x xᵀ (a convolution's x is an unfolded patch); mean, abs_mean, abs_max: (in,)
+    float32; histogram: of all entries; cross: (in, in) float32, mean of (x_ref − x) xᵀ, x_ref being what the
+    uncompressed prefix would put in; tokens: rows seen; sharing: the layers that are fed the same tensor, itself
+    included; peak: largest |w| among those layers.
+    """
 
     hessian: Tensor | None = None
+    mean: Tensor | None = None
+    abs_mean: Tensor | None = None
+    abs_max: Tensor | None = None
+    histogram: Histogram | None = None
+    cross: Tensor | None = None
     tokens: int = 0
+    sharing: tuple[str, ...] = ()
+    peak: float | None = None
+
+
+class _Sums:
+    """Running sums of one input tensor's statistics."""
+
+    def __init__(self, wants: Collection[Stat]) -> None:
+        self.wants = wants
+        self.tokens = 0
+        self.second: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.total: Tensor | None = None
+        self.total_abs: Tensor | None = None
+        self.largest: Tensor | None = None
+        self.histogram = Histogram() if Stat.HISTOGRAM in wants else None
+
+    def add(self, rows: Tensor, entries: Tensor, reference: Tensor | None) -> None:
+        """rows (n, in) float32; entries: the tensor before a convolution unfolds it; reference: rows of the other
+        stream."""
+        self.tokens += rows.shape[0]
+        if Stat.HESSIAN in self.wants:
+            self.second = hessian.accumulate(self.second, rows)
+        if reference is not None:
+            product = (reference - rows).T @ rows
+            self.cross = product if self.cross is None else self.cross.add_(product)
+        if Stat.MEAN in self.wants:
+            self.total = _plus(self.total, rows.sum(0))
+        if Stat.ABS_MEAN in self.wants:
+            self.total_abs = _plus(self.total_abs, rows.abs().sum(0))
+        if Stat.ABS_MAX in self.wants:
+            now = rows.abs().amax(0)
+            self.largest = now if self.largest is None else torch.maximum(self.largest, now)
+        if self.histogram is not None:
+            self.histogram.add(entries)
+
+    def stats(self) -> LayerStats:
+        """Means on the CPU: passes compute there, wherever the blocks ran."""
+        return LayerStats(
+            hessian=_mean(self.second, self.tokens),
+            mean=_mean(self.total, self.tokens),
+            abs_mean=_mean(self.total_abs, self.tokens),
+            abs_max=None if self.largest is None else self.largest.cpu(),
+            histogram=self.histogram,
+            cross=_mean(self.cross, self.tokens),
+            tokens=self.tokens,
+        )
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
+
+
+def _mean(total: Tensor | None, tokens: int) -> Tensor | None:
+    return None if total is None else (total / tokens).cpu()
 
 
 class Collector:
-    """Sums x xᵀ per input tensor: layers that are fed the same tensor (q, k, v; gate, up) share one sum.
+    """Sums statistics per input tensor: layers that are fed the same tensor (q, k, v; gate, up) share one sum.
 
     An expert has its own, of the tokens routed to it; one that sees none has no statistics.
     """
 
-    def __init__(self, module: nn.Module, specs: Sequence[LayerSpec]) -> None:
+    def __init__(self, module: nn.Module, specs: Sequence[LayerSpec], wants: Collection[Stat]) -> None:
+        self.wants = wants
         self.experts = {spec.name for spec in specs if spec.kind is LayerKind.EXPERT}
         self.mixtures = {path: module.get_submodule(path) for path in {experts.owner(name)[0] for name in self.experts}}
         self.modules = {s.name: module.get_submodule(s.name) for s in specs if s.name not in self.experts}
         self.leader: dict[str, str] = {}
-        self.total: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        self._seen: list[tuple[Tensor, str]] = []
+        self.sums: dict[str, _Sums] = {}
+        self._seen: list[tuple[Tensor, tuple[Any, ...], str]] = []
+        self._reference: dict[str, Tensor] | None = None
+        self._recording = False
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -52,37 +140,88 @@ class Collector:
             for child in self.mixtures.values():
                 experts.set_observer(child, None)
 
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Meanwhile inputs are kept as those of the other stream, for the batch that is added next."""
+        self._recording, self._reference = True, {}
+        try:
+            yield
+        finally:
+            self._recording = False
+            self._seen.clear()
+
     def _observer(self, path: str) -> experts.Observer:
         def add(key: str, expert: int, values: Tensor) -> None:
             name = f"{path}.{key}.{expert}"
             if name in self.experts:
-                self._add(name, values)
+                self._add(name, values, values)
 
         return add
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             values = inputs[0]
-            for tensor, owner in self._seen:
-                if tensor is values:
+            way = _unfolding(module)
+            for tensor, other, owner in self._seen:
+                if tensor is values and other == way:
                     self.leader[name] = owner
                     return
-            self._seen.append((values, name))
-            self._add(name, values)
+            self._seen.append((values, way, name))
+            self._add(name, unfold(module, values), values)
 
         return add
 
-    def _add(self, name: str, values: Tensor) -> None:
+    def _add(self, name: str, rows: Tensor, entries: Tensor) -> None:
+        rows = rows.reshape(-1, rows.shape[-1]).float()
         self.leader[name] = name
-        self.total[name] = hessian.accumulate(self.total.get(name), values.float())
-        self.tokens[name] = self.tokens.get(name, 0) + values.numel() // values.shape[-1]
+        if self._recording:
+            assert self._reference is not None
+            self._reference[name] = rows
+            return
+        sums = self.sums.setdefault(name, _Sums(self.wants))
+        other = None if self._reference is None else self._reference.get(name)
+        # an expert may be routed other tokens in the other stream: then there is no row to compare with
+        sums.add(rows, entries, other if other is not None and other.shape == rows.shape else None)
 
     def next_batch(self) -> None:
         """Forget which tensors were seen: the next batch has others."""
         self._seen.clear()
+        self._reference = None
 
     def finish(self) -> dict[str, LayerStats]:
         """Statistics by layer; layers that share inputs share them."""
-        # passes compute on the CPU, wherever the blocks ran
-        means = {name: (total / self.tokens[name]).cpu() for name, total in self.total.items()}
-        return {name: LayerStats(means[owner], self.tokens[owner]) for name, owner in self.leader.items()}
+        found = {name: sums.stats() for name, sums in self.sums.items()}
+        if Stat.SHARING in self.wants:
+            for group in self.groups():
+                found[self.leader[group[0]]].sharing = group
+        return {name: found[owner] for name, owner in self.leader.items()}
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Layers that were fed the same tensor, in the order of the first of them."""
+        by_owner: dict[str, list[str]] = {}
+        for name, owner in self.leader.items():
+            by_owner.setdefault(owner, []).append(name)
+        return [tuple(names) for names in by_owner.values()]
+
+
+def _unfolding(module: nn.Module) -> tuple[Any, ...]:
+    """What must be equal for two convolutions to see the same patches of one tensor; () for a linear layer."""
+    if not isinstance(module, nn.Conv2d):
+        return ()
+    return (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+
+
+def unfold(module: nn.Module, values: Tensor) -> Tensor:
+    """The rows that a layer's weight multiplies: (…, in) as it is for a linear layer; for a convolution
+    (batch, channels, h, w) → (batch · places, in · kh · kw). Grouped convolutions see all channels of a patch."""
+    if not isinstance(module, nn.Conv2d):
+        return values
+    padding: Any = module.padding
+    if isinstance(padding, str):
+        padding = _same_padding(module) if padding == "same" else 0
+    patches = nn.functional.unfold(values, module.kernel_size, module.dilation, padding, module.stride)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def _same_padding(module: nn.Conv2d) -> tuple[int, ...]:
+    return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from compress.formats.base import ActivationFormat, Format, QuantTensor
+from compress.formats.base import ActivationFormat, Format, Params, QuantTensor
 
 
 class LayerKind(StrEnum):
@@ -17,13 +17,19 @@ class LayerKind(StrEnum):
     LINEAR = "linear"
     EMBEDDING = "embedding"  # (vocabulary, features)
     EXPERT = "expert"  # one expert's slice of a 3-D parameter
+    CONV = "conv"  # a 2-D convolution, seen as (out, in/groups · kh · kw)
 
 
 @dataclass(frozen=True)
 class ActSpec:
-    """The input grid, fitted at run time to the values it sees."""
+    """The input grid: dynamic (fitted at run time to the values it sees), or static with parameters from calibration.
+
+    params: a static grid's tensors by name; None where it is dynamic, or only planned.
+    """
 
     format: Format
+    static: bool = False
+    params: Params | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.format, ActivationFormat):
@@ -32,7 +38,13 @@ class ActSpec:
     def round(self, values: Tensor) -> Tensor:
         """values (…, features) float32 → rounded, same shape."""
         assert isinstance(self.format, ActivationFormat)
-        return self.format.round_activation(values)
+        if not self.static:
+            return self.format.round_activation(values)
+        assert self.params is not None
+        return self.format.round_static(values, self.params)
+
+    def __str__(self) -> str:
+        return f"static {self.format}" if self.static else str(self.format)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class LayerSpec:
 
     `users` are the module paths that compute with it; more than one where weights are tied. `name` is the first.
     `turned`: the module stores it as (in, out). `routed`: a mixture's router, which no pass touches unless it is named.
+    `kernel`: a convolution's (in/groups, kh, kw), whose product is shape[1]; `groups`: of its channels.
     """
 
     name: str
@@ -54,6 +67,9 @@ class LayerSpec:
     segment: int = -1
     turned: bool = False
     routed: bool = False
+    kernel: tuple[int, int, int] | None = None
+    groups: int = 1
+    bias_dtype: torch.dtype | None = None
 
     @property
     def source_bytes(self) -> int:
@@ -63,7 +79,12 @@ class LayerSpec:
     @property
     def bias_bytes(self) -> int:
         """Bytes of the bias as the source stores it."""
-        return self.shape[0] * self.source_dtype.itemsize if self.has_bias else 0
+        return self.shape[0] * self.stored_bias_dtype.itemsize if self.has_bias else 0
+
+    @property
+    def stored_bias_dtype(self) -> torch.dtype:
+        """The weight's, unless a pass gave the layer a bias of its own."""
+        return self.bias_dtype or self.source_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +92,7 @@ class Layer:
     """One weight with its bias and input grid. A pass returns `replace(layer, …)`.
 
     weight: (out, in) in the source's dtype, or a QuantTensor; bias (out,) or None; act: input grid or None;
-    users: see LayerSpec; notes: a pass's remarks for the report, taken off before the layer is stored.
+    users, groups: see LayerSpec; notes: a pass's remarks for the report, taken off before the layer is stored.
     """
 
     name: str
@@ -80,6 +101,7 @@ class Layer:
     bias: Tensor | None = None
     act: ActSpec | None = None
     users: tuple[str, ...] = ()
+    groups: int = 1
     notes: tuple[str, ...] = ()
 
     @property

@@ -5,24 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from compress.collect import LayerStats
+from compress.collect import LayerStats, Stat
 from compress.errors import UsageError, nearest
 from compress.formats import parse_format
 from compress.formats.base import Format
 from compress.formats.int_grid import IntGrid
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.spec import Call, parse_call
-
-
-class Stat(StrEnum):
-    """Statistics that a pass may need; the engine collects them with the block as it then is."""
-
-    HESSIAN = "hessian"
 
 
 def _as_format(value: Any) -> Any:
@@ -35,14 +28,14 @@ _PATTERNS = ("targets", "ignore", "overrides")
 _SHORTHANDS = {"bits": "bits", "group_size": "group"}  # setting → field of the integer grid
 
 
-class LayerPass(BaseModel, ABC):
-    """A pass that treats each layer by itself.
+class Pass(BaseModel, ABC):
+    """What every pass has: settings, the layers it is for, and what it asks of the engine.
 
     Settings: `targets` layer patterns (globs on module paths, `re:` for expressions, `kind:` for embedding, head,
     linear, expert; none means every linear layer and expert inside the blocks but routers); `ignore` patterns to
     leave out; `overrides` {pattern: {setting: value}} for some layers.
-    Class attributes: `name`; `needs` statistics; `kinds` it can treat; `part` of the layer that it fills, which may
-    be filled only once.
+    Class attributes: `name`; `needs` statistics (see also `wants`); `kinds` it can treat; `part` of the layer that it
+    fills, which may be filled only once; `before` parts that may not be filled yet when it comes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -51,6 +44,7 @@ class LayerPass(BaseModel, ABC):
     needs: ClassVar[frozenset[Stat]] = frozenset()
     kinds: ClassVar[frozenset[LayerKind]] = frozenset(LayerKind)
     part: ClassVar[str] = "weight"
+    before: ClassVar[frozenset[str]] = frozenset()
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -68,9 +62,10 @@ class LayerPass(BaseModel, ABC):
                 raise UsageError(f"In the overrides of '{pattern}': {error}") from error
         return self
 
-    @abstractmethod
-    def layer(self, layer: Layer, stats: LayerStats) -> Layer:
-        """The changed layer. stats holds what `needs` asks for. Keeps name, users and shape."""
+    @property
+    def wants(self) -> frozenset[Stat]:
+        """The statistics that these very settings need; `needs` where they do not matter."""
+        return self.needs
 
     @abstractmethod
     def plan(self, spec: LayerSpec) -> LayerSpec:
@@ -100,12 +95,20 @@ class LayerPass(BaseModel, ABC):
 
     def call(self) -> Call:
         """The pass as parsed text: the settings that were given, its own first, then the patterns."""
-        order = sorted(type(self).model_fields, key=lambda name: name in LayerPass.model_fields)
+        order = sorted(type(self).model_fields, key=lambda name: name in Pass.model_fields)
         given = {name: getattr(self, name) for name in order if name in self.model_fields_set}
         return Call(self.name, (), {name: _printable(value) for name, value in given.items()})
 
     def __str__(self) -> str:
         return self.call().text()
+
+
+class LayerPass(Pass, ABC):
+    """A pass that treats each layer by itself."""
+
+    @abstractmethod
+    def layer(self, layer: Layer, stats: LayerStats) -> Layer:
+        """The changed layer. stats holds what `wants` asks for. Keeps name, users and shape."""
 
 
 def _printable(value: Any) -> Any:
@@ -118,8 +121,8 @@ def _printable(value: Any) -> Any:
     return value
 
 
-class QuantPass(LayerPass, ABC):
-    """A pass that quantizes weights. `format` in the format's own text; `bits` and `group_size` are shorthand."""
+class Quantizing(Pass, ABC):
+    """Settings of passes that quantize weights: `format` in its own text; `bits` and `group_size` are shorthand."""
 
     format: FormatField = IntGrid(4, group=128)
     bits: int | None = None
@@ -148,6 +151,10 @@ class QuantPass(LayerPass, ABC):
             given["format"] = self._shortened(self.format, {name: getattr(typed, name) for name in short})
         return given
 
+    @property
+    def wants(self) -> frozenset[Stat]:
+        return self.needs | ({Stat.SHARING} if self.resolved_format().shares_peak else set())
+
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return replace(spec, format=self.resolved_format())
 
@@ -160,3 +167,7 @@ class QuantPass(LayerPass, ABC):
         if changes and not isinstance(form, IntGrid):
             raise UsageError(f"{self.name}: bits and group_size are shorthand for integer formats, not {form}.")
         return replace(form, **changes) if isinstance(form, IntGrid) else form
+
+
+class QuantPass(Quantizing, LayerPass, ABC):
+    """A pass that quantizes each weight by itself."""

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from compress.errors import UsageError, nearest
 from compress.layer import LayerKind, LayerSpec
-from compress.layerpass import LayerPass
+from compress.layerpass import Pass
 from compress.skeleton import Structure
 
 KINDS = ("embedding", "expert", "head", "linear")
@@ -25,7 +25,7 @@ class Resolution:
     """
 
     structure: Structure
-    passes: dict[str, tuple[tuple[int, LayerPass], ...]]
+    passes: dict[str, tuple[tuple[int, Pass], ...]]
     matches: tuple[dict[str, int], ...]
     skipped: tuple[dict[str, str], ...]
     untied: tuple[str, ...]
@@ -46,10 +46,10 @@ def matches(pattern: str, user: str, kind: str) -> bool:
     return fnmatchcase(user, pattern)
 
 
-def resolve(passes: Sequence[LayerPass], structure: Structure) -> Resolution:
+def resolve(passes: Sequence[Pass], structure: Structure) -> Resolution:
     """Lay passes over a structure. Raises: UsageError for a pattern that matches nothing, or a part filled twice."""
     structure, untied = _part_ties(passes, structure)
-    assigned: dict[str, list[tuple[int, LayerPass]]] = {name: [] for name in structure.layers}
+    assigned: dict[str, list[tuple[int, Pass]]] = {name: [] for name in structure.layers}
     counts, skipped = [], []
     for index, item in enumerate(passes):
         chosen, left_out, count = _select(item, structure)
@@ -72,7 +72,7 @@ def _hits(pattern: str, structure: Structure) -> dict[str, set[str]]:
     return hits
 
 
-def _require(pattern: str, hits: dict[str, set[str]], item: LayerPass, where: str, structure: Structure) -> None:
+def _require(pattern: str, hits: dict[str, set[str]], item: Pass, where: str, structure: Structure) -> None:
     if hits:
         return
     names = [user for spec in structure.layers.values() for user in spec.users]
@@ -83,7 +83,7 @@ def _require(pattern: str, hits: dict[str, set[str]], item: LayerPass, where: st
     )
 
 
-def _part_ties(passes: Sequence[LayerPass], structure: Structure) -> tuple[Structure, tuple[str, ...]]:
+def _part_ties(passes: Sequence[Pass], structure: Structure) -> tuple[Structure, tuple[str, ...]]:
     """Give users of a tied weight that a pass treats unlike its first user a layer of their own."""
     layers: dict[str, LayerSpec] = {}
     untied: list[str] = []
@@ -96,7 +96,7 @@ def _part_ties(passes: Sequence[LayerPass], structure: Structure) -> tuple[Struc
     return (replace(structure, layers=layers), tuple(untied)) if untied else (structure, ())
 
 
-def _alike(passes: Sequence[LayerPass], spec: LayerSpec, structure: Structure) -> list[tuple[str, ...]]:
+def _alike(passes: Sequence[Pass], spec: LayerSpec, structure: Structure) -> list[tuple[str, ...]]:
     """The users of a layer in groups that every pass treats alike, the first user's group first."""
     if len(spec.users) == 1:
         return [spec.users]
@@ -107,7 +107,7 @@ def _alike(passes: Sequence[LayerPass], spec: LayerSpec, structure: Structure) -
     return [tuple(users) for users in groups.values()]
 
 
-def _treatments(item: LayerPass, spec: LayerSpec, structure: Structure) -> dict[str, str]:
+def _treatments(item: Pass, spec: LayerSpec, structure: Structure) -> dict[str, str]:
     """User → the pass with this user's overrides as text, empty where it leaves the user alone."""
     texts = {
         user: str(_with_overrides(item, spec, user, structure)) if _chooses(item, spec, user, structure) else ""
@@ -118,7 +118,7 @@ def _treatments(item: LayerPass, spec: LayerSpec, structure: Structure) -> dict[
     return {user: "" if text == untreated else text for user, text in texts.items()}
 
 
-def _chooses(item: LayerPass, spec: LayerSpec, user: str, structure: Structure) -> bool:
+def _chooses(item: Pass, spec: LayerSpec, user: str, structure: Structure) -> bool:
     """Whether targets or the default name this user, and ignore does not."""
     is_target = _names(item.targets, spec, user, structure) if item.targets else _is_default(spec)
     return is_target and not _names(item.ignore, spec, user, structure)
@@ -128,7 +128,7 @@ def _names(patterns: Iterable[str], spec: LayerSpec, user: str, structure: Struc
     return any(matches(pattern, user, structure.user_kind(spec, user)) for pattern in patterns)
 
 
-def _select(item: LayerPass, structure: Structure) -> tuple[list[str], dict[str, str], dict[str, int]]:
+def _select(item: Pass, structure: Structure) -> tuple[list[str], dict[str, str], dict[str, int]]:
     counts: dict[str, int] = {}
     for where, patterns in (("targets", item.targets), ("ignore", item.ignore)):
         for pattern in patterns:
@@ -153,7 +153,7 @@ def _select(item: LayerPass, structure: Structure) -> tuple[list[str], dict[str,
     return chosen, skipped, counts
 
 
-def _count_override(pattern: str, chosen: list[str], item: LayerPass, structure: Structure) -> int:
+def _count_override(pattern: str, chosen: list[str], item: Pass, structure: Structure) -> int:
     """Chosen layers that an override names. Raises: UsageError for none, since it would do nothing."""
     hits = _hits(pattern, structure)
     _require(pattern, hits, item, "overrides", structure)
@@ -170,7 +170,7 @@ def _is_default(spec: LayerSpec) -> bool:
     return spec.segment >= 0 and not spec.routed
 
 
-def _reason(item: LayerPass, spec: LayerSpec, structure: Structure) -> str:
+def _reason(item: Pass, spec: LayerSpec, structure: Structure) -> str:
     if any(_names(item.ignore, spec, user, structure) for user in spec.users):
         return "named by ignore"
     if item.targets:
@@ -180,7 +180,7 @@ def _reason(item: LayerPass, spec: LayerSpec, structure: Structure) -> str:
     return "outside the blocks; only a pass that names it touches it"
 
 
-def _with_overrides(item: LayerPass, spec: LayerSpec, user: str, structure: Structure) -> LayerPass:
+def _with_overrides(item: Pass, spec: LayerSpec, user: str, structure: Structure) -> Pass:
     """The pass for one user; of two overrides that name it, the later one counts."""
     found = item.with_settings({})
     for pattern, values in item.overrides.items():
@@ -189,9 +189,14 @@ def _with_overrides(item: LayerPass, spec: LayerSpec, user: str, structure: Stru
     return found
 
 
-def _check_part(item: LayerPass, before: list[tuple[int, LayerPass]], name: str) -> None:
+def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str) -> None:
     for _, other in before:
-        if other.part == item.part:
+        if other.part in item.before:
+            raise UsageError(
+                f"{item.name} must come before {other.name}, which sets the {other.part} of layer {name}. "
+                "Change the order of the passes."
+            )
+        if item.part and other.part == item.part:
             raise UsageError(
                 f"{item.name} and {other.name} both set the {item.part} of layer {name}. Give them disjoint targets."
             )

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.applying import describe
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
@@ -13,7 +14,7 @@ from compress.layer import LayerKind, LayerSpec
 from compress.matching import Resolution
 from compress.memory import allowed_memory
 from compress.model import Model
-from compress.pipeline import Pipeline, describe, planned
+from compress.pipeline import Pipeline, planned
 from compress.predict import Sizes, artifact_bytes, disk_bytes, model_bytes, peak_memory, seconds
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer

@@ -163,7 +163,7 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     for name in (target.FOLDER, "baseline"):
         shutil.rmtree(folder / name, ignore_errors=True)
     progress.tick("Exporting", 0, 3)
-    graph = target.capture(result.model, profile.runtime(target.RUNTIME).opset)
+    graph = target.capture(result.model, profile)
     progress.tick("Exporting", 1, 3)
     target.write(result.source, profile, folder / "baseline", graph)
     progress.tick("Exporting", 2, 3)

@@ -245,7 +245,8 @@ def put_layer(module: nn.Module, layer: Layer) -> None:
             _put_expert(module, user, weight)
             continue
         child = module.get_submodule(user)
-        child._parameters["weight"] = nn.Parameter(weight.T.contiguous() if is_turned(child) else weight, False)
+        turned = weight.T.contiguous() if is_turned(child) else weight
+        child._parameters["weight"] = nn.Parameter(turned.reshape(child.weight.shape), requires_grad=False)  # type: ignore[arg-type]
         if layer.bias is not None and user == layer.name:
             child._parameters["bias"] = nn.Parameter(layer.bias.float(), requires_grad=False)
         set_input_rounding(child, layer)

@@ -109,6 +109,8 @@ def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
         tensors = {f"{layer.name}.weight": layer.weight.contiguous()}
     if layer.bias is not None:
         tensors[f"{layer.name}.bias"] = layer.bias.contiguous()
+    if layer.act is not None:
+        tensors |= {f"{layer.name}.act.{part}": tensor for part, tensor in (layer.act.params or {}).items()}
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
@@ -120,6 +122,7 @@ def _describe(layer: Layer) -> dict[str, Any]:
         "shape": list(layer.shape),
         "format": str(layer.format) if layer.format else None,
         "act": str(layer.act.format) if layer.act else None,
+        "act_static": sorted(layer.act.params or {}) if layer.act and layer.act.static else None,
         "bias": layer.bias is not None,
     }
 
@@ -164,7 +167,16 @@ class StoreReader:
             parts = spec.format.tensor_specs(spec.shape)
             tensors = {part: handle.get_tensor(f"{spec.name}.weight.{part}") for part in parts}
             weight = QuantTensor(spec.format, tensors, spec.shape)
-        return Layer(spec.name, spec.kind, weight, bias, spec.act, spec.users)
+        return Layer(spec.name, spec.kind, weight, bias, self._act(handle, spec), spec.users, spec.groups)
+
+    def _act(self, handle: Any, spec: LayerSpec) -> ActSpec | None:
+        """The input grid; a static one with its tensors."""
+        if spec.act is None or not spec.act.static:
+            return spec.act
+        prefix = f"{spec.name}.act."
+        names = [name for name in handle.keys() if name.startswith(prefix)]  # noqa: SIM118 (a handle, not a dict)
+        params = {name.removeprefix(prefix): handle.get_tensor(name) for name in names}
+        return replace(spec.act, params=params)
 
     def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors that are no layer's."""
@@ -242,17 +254,25 @@ def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder:
         base = structure.layers.get(name) or _untied(structure, name)
         shape = (int(item["shape"][0]), int(item["shape"][1]))
         form = parse_format(item["format"]) if item["format"] else None
-        act = ActSpec(parse_format(item["act"])) if item["act"] else None
+        act = ActSpec(parse_format(item["act"]), item.get("act_static") is not None) if item["act"] else None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{folder / segment_file(segment)} describes a layer badly ({error!r}).") from error
     if shape != base.shape:
         raise InputError(f"{folder}: layer {name} is {shape} in the store, but {base.shape} by config.json.")
     dtype = base.source_dtype
+    handle = open_file(folder / segment_file(segment))
     if form is None:
-        handle = open_file(folder / segment_file(segment))
         dtype = handle.get_tensor(f"{name}.weight").dtype
     return replace(
-        base, name=name, users=tuple(item["users"]), format=form, act=act, segment=segment, source_dtype=dtype
+        base,
+        name=name,
+        users=tuple(item["users"]),
+        format=form,
+        act=act,
+        segment=segment,
+        source_dtype=dtype,
+        has_bias=bool(item["bias"]),
+        bias_dtype=handle.get_tensor(f"{name}.bias").dtype if item["bias"] else None,
     )
 
 

@@ -5,7 +5,7 @@ Memory is one block plus the activations, which go to a mapped file above a limi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress import experts, skeleton
 from compress.activations import allocate
-from compress.collect import Collector, LayerStats
+from compress.collect import Collector, LayerStats, Stat
 from compress.errors import InputError, UnsupportedError
 from compress.layer import Layer, LayerKind
 from compress.model import Model
@@ -26,19 +26,31 @@ class BlockStream:
     """Windows on their way through a model.
 
     Args: model: whose outer tensors and config are used; batches: (B, T) int64 ids each; device: where blocks run;
-    spill: folder for activations above the limit (None: the system's temporary folder).
+    spill: folder for activations above the limit (None: the system's temporary folder); reference: also carry the
+    stream of the model as it is before any pass, for `Stat.REFERENCE` and `Stat.CROSS`.
     """
 
-    def __init__(self, model: Model, batches: Sequence[Tensor], *, device: str = "cpu", spill: Path | None = None):
+    def __init__(
+        self,
+        model: Model,
+        batches: Sequence[Tensor],
+        *,
+        device: str = "cpu",
+        spill: Path | None = None,
+        reference: bool = False,
+    ):
         self.model = model
         self.batches = batches
         self.device = torch.device(device)
         self.module = model.skeleton()
         self.hidden: list[Tensor] = []
+        self.reference: list[Tensor] = []
+        self.targets: list[Tensor] = []
         self.outer: Mapping[str, Layer] = {}
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._size = 0
         self._spill = spill
+        self._with_reference = reference
 
     def start(self, outer: Mapping[str, Layer]) -> None:
         """Load the outer tensors and bring every batch to the first block."""
@@ -51,6 +63,11 @@ class BlockStream:
         for place, batch in enumerate(self.batches[1:], 1):
             self.hidden[place].copy_(self._enter(batch))
         self._release_outer()
+        if self._with_reference:
+            shapes = [tuple(hidden.shape) for hidden in self.hidden]
+            self.reference, self.targets = allocate(shapes, self._spill), allocate(shapes, self._spill)
+            for kept, hidden in zip(self.reference, self.hidden, strict=True):
+                kept.copy_(hidden)
 
     def _put_outer(self) -> None:
         for layer in self.outer.values():
@@ -136,13 +153,28 @@ class BlockStream:
         """Give a block's memory back."""
         skeleton.release(self.module, self.model.structure.blocks[index])
 
-    def _outputs(self, index: int) -> Iterator[tuple[int, Tensor]]:
+    def _call(self, index: int, hidden: Tensor) -> Tensor:
         block = self.module.get_submodule(self.model.structure.blocks[index])
+        args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
+        output = block(hidden.to(self.device), *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _outputs(self, index: int) -> Iterator[tuple[int, Tensor]]:
         for place, hidden in enumerate(self.hidden):
-            args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
             with torch.no_grad():
-                output = block(hidden.to(self.device), *args, **kwargs)
-            yield place, output[0] if isinstance(output, tuple) else output
+                output = self._call(index, hidden)
+            yield place, output
+
+    def look_ahead(self, index: int) -> None:
+        """Note what the loaded block, still as the stage received it, puts out in the reference stream."""
+        for place, hidden in enumerate(self.reference):
+            with torch.no_grad():
+                self.targets[place].copy_(self._call(index, hidden))
+
+    def runner(self, index: int) -> BlockRunner:
+        """The loaded block for a block pass."""
+        return BlockRunner(self, index)
 
     def advance(self, index: int) -> None:
         """Run the loaded block on every batch; its outputs become the next block's inputs."""
@@ -151,18 +183,23 @@ class BlockStream:
                 name = self.model.structure.blocks[index]
                 raise InputError(f"{name} puts out NaN or infinite values. The run stops here; check model and recipe.")
             self.hidden[place].copy_(output)
+        self.reference, self.targets = self.targets, self.reference
 
-    def collect(self, index: int, names: Iterable[str]) -> dict[str, LayerStats]:
-        """Second moments of the inputs of some layers of the loaded block."""
-        collector = Collector(self.module, [self.model.structure.layers[name] for name in names])
-        with collector.attached():
-            for _ in self._outputs(index):
+    def collect(self, index: int, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
+        """Statistics of the inputs of some layers of the loaded block."""
+        collector = Collector(self.module, [self.model.structure.layers[name] for name in names], wants)
+        with collector.attached(), torch.no_grad():
+            for place, hidden in enumerate(self.hidden):
+                if Stat.CROSS in wants:
+                    with collector.recording():
+                        self._call(index, self.reference[place])
+                self._call(index, hidden)
                 collector.next_batch()
         return collector.finish()
 
-    def collect_head(self, names: Iterable[str]) -> dict[str, LayerStats]:
-        """The same for layers after the last block."""
-        collector = Collector(self.module, [self.model.structure.layers[name] for name in names])
+    def collect_head(self, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
+        """The same for layers after the last block; there is no reference stream there."""
+        collector = Collector(self.module, [self.model.structure.layers[name] for name in names], wants)
         with collector.attached():
             for _ in self.logits():
                 collector.next_batch()
@@ -179,6 +216,32 @@ class BlockStream:
             result: Tensor = output.logits if "logits" in output else output.last_hidden_state
             yield result.float().cpu()
         self._release_outer()
+
+
+class BlockRunner:
+    """A loaded block and its batches, as block passes see them (`compress.blockpass.Runner`)."""
+
+    def __init__(self, stream: BlockStream, index: int) -> None:
+        self._stream, self._index = stream, index
+        self.root = stream.module
+        self.module = stream.module.get_submodule(stream.model.structure.blocks[index])
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._stream.hidden)
+
+    def inputs(self, place: int) -> Tensor:
+        """Hidden states of a batch as the compressed prefix puts them out."""
+        return self._stream.hidden[place]
+
+    def targets(self, place: int) -> Tensor:
+        """What the block as the stage received it puts out in the reference stream."""
+        return self._stream.targets[place]
+
+    def forward(self, place: int, hidden: Tensor | None = None) -> Tensor:
+        """The block's output for a batch, by its own inputs or by others of the same shape."""
+        return self._stream._call(self._index, self.inputs(place) if hidden is None else hidden)
 
 
 def _no_cache(module: nn.Module) -> dict[str, Any]:

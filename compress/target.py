@@ -102,8 +102,8 @@ class Target(Protocol):
         """Bytes of the folder that `write` would make, without the weights."""
         ...
 
-    def capture(self, model: Model, opset: int) -> bytes:
-        """What `write` takes as `graph`: of the model's structure alone."""
+    def capture(self, model: Model, profile: Profile) -> bytes:
+        """What `write` takes as `graph`: of the model's structure alone (empty where the target needs none)."""
         ...
 
     def write(self, model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:

@@ -182,7 +182,7 @@ class Profile(Closed):
     cpu: Cpu
     memory: Memory
     peak: Peak
-    target: Literal["onnx"]
+    target: Ident
     grid: Grid
     runtimes: dict[Ident, Runtime] = Field(min_length=1)
 

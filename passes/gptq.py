@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.collect import LayerStats
+from compress.collect import LayerStats, Stat
 from compress.formats.base import Format, Params
 from compress.hessian import inverse_factor
 from compress.layer import Layer, LayerKind
-from compress.layerpass import QuantPass, Stat
+from compress.layerpass import QuantPass
 
 
 class Gptq(QuantPass):

@@ -48,7 +48,7 @@ def test_a_target_writes_what_its_runtime_loads_and_which_agrees_with_the_model(
     specs = model.structure.layers
     choices = [target.plan_layer(spec, profile) for spec in specs.values()]
     assert not any(isinstance(choice, Refusal) for choice in choices)
-    graph = target.capture(model, profile.runtime(target.RUNTIME).opset)
+    graph = target.capture(model, profile)
     lowered = target.write(model, profile, tmp_path / "float", graph)
     assert lowered.folder == tmp_path / "float" and set(lowered.float_layers) == set(specs)
     assert sum(lowered.operators.values()) == len(specs)

@@ -13,6 +13,7 @@ import transformers
 
 import compress
 from compress import hwprofiles
+from compress.collect import Stat
 from compress.data import Calibration, Windows
 from compress.evaluate import stream_logits
 from compress.export.onnx import experts as lowering
@@ -116,7 +117,7 @@ def test_statistics_of_an_expert_are_those_of_the_tokens_routed_to_it(model: Mod
     stream = BlockStream(model, [ids[:2], ids[2:]])
     stream.start(model.layers(OUTER))
     stream.load(0, model.layers(0), model.plain(0))
-    found = stream.collect(0, [f"{FIRST}.gate_up_proj.{index}" for index in range(4)])
+    found = stream.collect(0, [f"{FIRST}.gate_up_proj.{index}" for index in range(4)], {Stat.HESSIAN})
     for index in range(4):
         inputs = hidden[(picked == index).any(-1)]
         stats = found[f"{FIRST}.gate_up_proj.{index}"]

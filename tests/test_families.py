@@ -135,7 +135,7 @@ def case(request: pytest.FixtureRequest, save_random: Callable[..., Path]) -> Ca
     folder = save_random(request.param, config, family.maker)
     model = compress.load(folder)
     auto = transformers.AutoModelForCausalLM if model.task is Task.CAUSAL_LM else transformers.AutoModel
-    graph = target.capture(model, PROFILE.runtime("onnxruntime").opset)
+    graph = target.capture(model, PROFILE)
     target.write(model, PROFILE, folder / "onnx", graph)
     reference = auto.from_pretrained(folder, dtype=torch.float32)
     return Case(family, folder, model, reference, graph, Session(folder / "onnx", 1))
@@ -274,7 +274,7 @@ def test_attention_that_the_onnx_target_does_not_know_is_refused(
 ) -> None:
     model = compress.load(config_folder(tmp_path, config, architecture, **settings), weights=False)
     with pytest.raises(UnsupportedError, match=sentence):
-        target.capture(model, 21)
+        target.capture(model, PROFILE)
 
 
 def test_a_mask_with_chunks_is_refused_by_the_onnx_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_a_mask_with_chunks_is_refused_by_the_onnx_target(tmp_path: Path, monkey
     chunks = masks.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
     monkeypatch.setattr(masks, "causal_mask_function", chunks)
     with pytest.raises(UnsupportedError, match="a mask of another kind"):
-        target.capture(model, 21)
+        target.capture(model, PROFILE)
 
 
 def test_an_architecture_is_named_in_the_config_or_guessed_from_its_type(tmp_path: Path) -> None:

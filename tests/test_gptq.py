@@ -93,7 +93,7 @@ def test_compensation_equals_the_column_by_column_twin(block: int) -> None:
 def test_gptq_leaves_less_output_error_than_rounding(text: str) -> None:
     one, hessian = layer(), moments(inputs())
     rounded = Rtn(format=text).layer(one, LayerStats())
-    solved = Gptq(format=text).layer(one, LayerStats(hessian, 200))
+    solved = Gptq(format=text).layer(one, LayerStats(hessian, tokens=200))
     before = weighted_error(rounded.float_weight() - one.float_weight(), hessian)
     assert weighted_error(solved.float_weight() - one.float_weight(), hessian) < before
 
@@ -101,13 +101,13 @@ def test_gptq_leaves_less_output_error_than_rounding(text: str) -> None:
 def test_inputs_that_were_never_on_do_not_break_the_solve() -> None:
     values = inputs()
     values[:, 5] = 0
-    solved = Gptq(bits=4, group_size=8).layer(layer(), LayerStats(moments(values), 200)).float_weight()
+    solved = Gptq(bits=4, group_size=8).layer(layer(), LayerStats(moments(values), tokens=200)).float_weight()
     assert bool(torch.isfinite(solved).all())
     assert torch.count_nonzero(solved[:, 5]) == 0
 
 
 def test_too_few_tokens_are_noted() -> None:
-    notes = Gptq(bits=4, group_size=8).layer(layer(), LayerStats(moments(inputs(10)), 10)).notes
+    notes = Gptq(bits=4, group_size=8).layer(layer(), LayerStats(moments(inputs(10)), tokens=10)).notes
     assert any("only 10 tokens for 24 inputs" in note for note in notes)
 
 
@@ -116,5 +116,5 @@ def test_the_pass_leaves_its_input_alone() -> None:
     before = one.float_weight().clone()
     values = inputs()
     values[:, 5] = 0
-    Gptq(bits=4, group_size=8).layer(one, LayerStats(moments(values), 200))
+    Gptq(bits=4, group_size=8).layer(one, LayerStats(moments(values), tokens=200))
     assert torch.equal(one.float_weight(), before)

@@ -37,7 +37,7 @@ def model(make_llama: Callable[..., Path]) -> Model:
 
 @pytest.fixture(scope="module")
 def graph(model: Model) -> bytes:
-    return target.capture(model, RUNTIME.opset)
+    return target.capture(model, PROFILE)
 
 
 def windows(count: int = 8, length: int = 64) -> torch.Tensor:

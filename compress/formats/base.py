@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from compress.errors import UsageError
 from compress.spec import Call
 
 Params = dict[str, Tensor]
@@ -24,6 +25,11 @@ class Format(ABC):
     step: ClassVar[int] = 1
     """Input columns that are decided together: 1 for grids, the vector length for input-side codebooks."""
 
+    @property
+    def shares_peak(self) -> bool:
+        """Whether layers that are fed the same tensor must share a tensor-wide scale: `fit` then takes their peak."""
+        return False
+
     @classmethod
     @abstractmethod
     def from_call(cls, call: Call, **named: str) -> Self:
@@ -34,9 +40,17 @@ class Format(ABC):
         """The canonical text, which parses back to an equal format."""
 
     @abstractmethod
-    def fit(self, weight: Tensor, *, search: bool = False, importance: Tensor | None = None) -> Params:
+    def fit(
+        self,
+        weight: Tensor,
+        *,
+        search: bool = False,
+        importance: Tensor | None = None,
+        peak: float | None = None,
+    ) -> Params:
         """Parameters for a weight (out, in). `search` looks for the range of least error instead of the extremes;
-        importance (in,) float32 ≥ 0 weighs the error of each column in that search."""
+        importance (in,) float32 ≥ 0 weighs the error of each column in that search; peak is the largest |w| over the
+        layers that must share a tensor-wide scale (None: the weight's own), read only where `shares_peak`."""
 
     @abstractmethod
     def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +80,17 @@ class ActivationFormat(ABC):
     @abstractmethod
     def round_activation(self, values: Tensor) -> Tensor:
         """values (…, features) float32 → the same shape, on the grid fitted to these values."""
+
+    def fit_activation(self, low: Tensor, high: Tensor) -> Params:
+        """A static grid's parameters from the range it is to hold: low, high () or (features,) float32.
+
+        Raises: UsageError where the format has no static grid.
+        """
+        raise UsageError(f"{self} has no static grid for activations; leave static off to fit it at run time.")
+
+    def round_static(self, values: Tensor, params: Params) -> Tensor:
+        """values (…, features) float32 → the same shape, on the grid of `params`."""
+        raise UsageError(f"{self} has no static grid for activations; leave static off to fit it at run time.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,15 @@ class IntGrid(Format, ActivationFormat):
             raise UsageError(f"{self} rounds activations; a weight takes group=N, channel or tensor.")
         return self.group if isinstance(self.group, int) else columns
 
-    def fit(self, weight: Tensor, *, search: bool = False, importance: Tensor | None = None) -> Params:
+    def fit(
+        self,
+        weight: Tensor,
+        *,
+        search: bool = False,
+        importance: Tensor | None = None,
+        peak: float | None = None,
+    ) -> Params:
+        """See Format.fit. `peak` is not read: an integer grid has no tensor-wide scale beside its groups' own."""
         size = self.group_size(weight.shape[1])
         whole = weight.reshape(1, -1) if self.group == "tensor" else weight
         groups = grid.to_groups(whole, whole.shape[1] if self.group == "tensor" else size)

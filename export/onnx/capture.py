@@ -156,7 +156,7 @@ def _skeleton(model: Model) -> Any:
     return module
 
 
-def capture(model: Model, opset: int) -> bytes:
+def capture_graph(model: Model, opset: int) -> bytes:
     """The weight-free graph of a model's structure, as a serialized ONNX model.
 
     Raises: UnsupportedError when the model cannot be traced, naming why.

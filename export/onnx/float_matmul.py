@@ -61,5 +61,5 @@ def add_bias(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
         assert bias is not None
         return bias
 
-    bias = graph.float_initializer(f"{spec.name}.bias", read, spec.source_dtype, [spec.shape[0]])
+    bias = graph.float_initializer(f"{spec.name}.bias", read, spec.stored_bias_dtype, [spec.shape[0]])
     return graph.node("Add", [values, bias])

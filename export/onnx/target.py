@@ -13,7 +13,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from compress.export.onnx import attention, experts, files
-from compress.export.onnx.capture import PARAMETER, capture
+from compress.export.onnx.capture import PARAMETER, capture_graph
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Choice, Source, choose, require
@@ -28,7 +28,7 @@ FOLDER = "onnx"
 GRAPH, DATA = files.GRAPH, files.DATA
 
 
-# the interface of compress.target; `capture` is one of it
+# the interface of compress.target
 __all__ = ["FOLDER", "RUNTIME", "capture", "plan_layer", "predict_bytes", "probe_command", "session", "write"]
 
 
@@ -47,6 +47,11 @@ def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
     """A layer's `Choice` or `Refusal`; the same function decides in `plan` and in `write`."""
     answer = choose(spec, profile.runtime(RUNTIME))
     return experts.noted(spec, answer) if isinstance(answer, Choice) else answer
+
+
+def capture(model: Model, profile: Profile) -> bytes:
+    """The weight-free graph of a model's structure. Raises: UnsupportedError where it cannot be traced."""
+    return capture_graph(model, profile.runtime(RUNTIME).opset)
 
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
@@ -74,7 +79,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     """
     runtime = profile.runtime(RUNTIME)
     choices = {name: require(spec, runtime, profile.id) for name, spec in model.structure.layers.items()}
-    document = onnx.load_from_string(graph or capture(model, runtime.opset))
+    document = onnx.load_from_string(graph or capture(model, profile))
     lowered = ir.from_proto(document)
     sources = {
         user: Source(spec, choices[name], _reader(model, spec))

@@ -1,0 +1,199 @@
+"""The walk of a streamed stage (design §3): per block and per pass collect, apply, drop; then run the block again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import store
+from compress.applying import apply_block, apply_layer
+from compress.blockpass import Block, BlockPass
+from compress.collect import LayerStats, Stat
+from compress.data import Calibration
+from compress.layer import Layer, LayerKind
+from compress.layerpass import LayerPass, Pass
+from compress.matching import Resolution
+from compress.model import Model
+from compress.progress import Progress
+from compress.records import LayerResult
+from compress.skeleton import OUTER
+from compress.stream import BlockStream
+from compress.workspace import Journal
+
+Found = tuple[int, LayerResult]
+"""A layer's result with the place of its pass in the pipeline."""
+
+
+class Walk:
+    """One walk over the segments: outer layers that need no data, blocks, then the outer rest."""
+
+    def __init__(
+        self,
+        passes: tuple[Pass, ...],
+        model: Model,
+        resolution: Resolution,
+        calibration: Calibration | None,
+        folder: Path,
+        journal: Journal | None,
+        device: str,
+    ) -> None:
+        self.passes = passes
+        self.model = model
+        self.resolution = resolution
+        self.folder = folder
+        self.journal = journal
+        wants = frozenset[Stat]().union(*(item.wants for item in passes))
+        self.reference = bool(wants & {Stat.REFERENCE, Stat.CROSS})
+        self.stream: BlockStream | None = None
+        if calibration is not None:
+            batches = calibration.batches()
+            self.stream = BlockStream(model, batches, device=device, spill=folder, reference=self.reference)
+        elif wants:  # only how layers are wired is asked for, which any few tokens show
+            self.stream = BlockStream(model, [torch.zeros(1, 2, dtype=torch.int64)], device=device)
+        self.results: list[Found] = []
+
+    def run(self, progress: Progress) -> list[Found]:
+        """All segments in order; what the journal names is read back instead of computed."""
+        outer, plain = self.model.layers(OUTER), self.model.plain(OUTER)
+        early, late = self._split_outer()
+        found = self._apply_all(outer, early, plain)
+        if self.stream is not None:
+            self.stream.start(outer)
+        count = len(self.model.structure.blocks)
+        for index in range(count):
+            self._block(index)
+            progress.tick("Compressing blocks", index + 1, count)
+        found += self._apply_all(outer, late, plain)
+        store.write_segment(self.folder, OUTER, outer, plain)
+        return found + self.results
+
+    def _split_outer(self) -> tuple[list[str], list[str]]:
+        """Layers before the blocks (embeddings, with what is tied to them) and after (the rest)."""
+        specs = self.model.structure.segment_layers(OUTER)
+        early = [spec.name for spec in specs if spec.kind is LayerKind.EMBEDDING]
+        return early, [spec.name for spec in specs if spec.name not in early]
+
+    def _block(self, index: int) -> None:
+        step = store.segment_file(index)
+        if self.journal is not None and step in self.journal:
+            self._replay(index, self.journal.get(step))
+            return
+        layers, plain = self.model.layers(index), self.model.plain(index)
+        self._load(index, layers, plain)
+        found = self._apply_all(layers, list(layers), plain, index)
+        store.write_segment(self.folder, index, layers, plain)
+        if self.journal is not None:
+            self.journal.add(step, [[place, result.model_dump(mode="json")] for place, result in found])
+        self.results += found
+        self._advance(index)
+
+    def _load(self, index: int, layers: dict[str, Layer], plain: dict[str, Tensor]) -> None:
+        if self.stream is None:
+            return
+        self.stream.load(index, layers, plain)
+        self.stream.look_ahead(index)
+
+    def _replay(self, index: int, data: list[Any]) -> None:
+        """A block that an earlier try finished: its results from the journal, its outputs by running it."""
+        self.results += [(place, LayerResult.model_validate(item)) for place, item in data]
+        if self.stream is None:
+            return
+        if self.reference:
+            self._load(index, self.model.layers(index), self.model.plain(index))
+        layers, plain = store.read_segment(self.folder, index, self.model.structure)
+        self.stream.load(index, layers, plain)
+        self._advance(index)
+
+    def _advance(self, index: int) -> None:
+        if self.stream is not None:
+            self.stream.advance(index)
+            self.stream.release(index)
+
+    def _apply_all(
+        self, layers: dict[str, Layer], names: list[str], plain: dict[str, Tensor], index: int = OUTER
+    ) -> list[Found]:
+        """Apply every pass, in order, to some layers of a segment; `layers` and `plain` are updated."""
+        source = {name: layers[name] for name in names}
+        found: list[Found] = []
+        for place, item in enumerate(self.passes):
+            chosen = {name: found_pass for name in names if (found_pass := self._pass_for(name, place)) is not None}
+            if not chosen:
+                continue
+            stats = self._collect(item, layers, list(chosen), index)
+            if isinstance(item, BlockPass):
+                results = self._apply_block(item, chosen, layers, plain, source, stats, index)
+            else:
+                results = self._apply_layers(chosen, layers, source, stats, str(item), index)
+            found += [(place, result) for result in results]
+        return found
+
+    def _apply_layers(
+        self,
+        chosen: dict[str, Pass],
+        layers: dict[str, Layer],
+        source: dict[str, Layer],
+        stats: dict[str, LayerStats],
+        text: str,
+        index: int,
+    ) -> list[LayerResult]:
+        results = []
+        for name, one in chosen.items():
+            assert isinstance(one, LayerPass)
+            layers[name], result = apply_layer(one, layers[name], source[name], stats.get(name, LayerStats()), text)
+            results.append(result)
+            if self.stream is not None and index != OUTER:
+                self.stream.put(layers[name])
+        return results
+
+    def _apply_block(
+        self,
+        item: BlockPass,
+        chosen: dict[str, Pass],
+        layers: dict[str, Layer],
+        plain: dict[str, Tensor],
+        source: dict[str, Layer],
+        stats: dict[str, LayerStats],
+        index: int,
+    ) -> list[LayerResult]:
+        runner = self.stream.runner(index) if self.stream is not None and index != OUTER else None
+        block = Block(self._name(index), dict(layers), chosen, dict(plain), stats, runner)
+        changed, changed_plain, results = apply_block(item, block, source, str(item))
+        layers.update(changed)
+        plain.update(changed_plain)
+        if not item.part:  # what a rescaling pass made is what later errors are taken against
+            source.update(changed)
+        if self.stream is not None and index != OUTER:
+            self.stream.release(index)
+            self.stream.load(index, layers, plain)
+        return results
+
+    def _name(self, index: int) -> str:
+        return "outside the blocks" if index == OUTER else self.model.structure.blocks[index]
+
+    def _pass_for(self, name: str, place: int) -> Pass | None:
+        return next((item for index, item in self.resolution.passes[name] if index == place), None)
+
+    def _collect(self, item: Pass, layers: dict[str, Layer], names: list[str], index: int) -> dict[str, LayerStats]:
+        if not item.wants or self.stream is None:
+            return {}
+        wants = item.wants if index != OUTER else item.wants - {Stat.REFERENCE, Stat.CROSS}
+        if index != OUTER:
+            found = self.stream.collect(index, names, wants)
+        elif self.stream.hidden:
+            found = self.stream.collect_head(names, wants)
+        else:  # before the blocks nothing has run: an embedding's input is token ids
+            return {}
+        if Stat.SHARING in wants:
+            _share(found, layers)
+        return found
+
+
+def _share(found: dict[str, LayerStats], layers: dict[str, Layer]) -> None:
+    """Fill in which layers are fed the same tensor, and their common peak."""
+    for stats in found.values():
+        if stats.sharing:
+            peak = max(float(layers[name].float_weight().abs().max()) for name in stats.sharing)
+            stats.peak = peak
