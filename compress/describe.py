@@ -19,7 +19,7 @@ from compress.report.table import Table
 from compress.spec import print_value
 
 if TYPE_CHECKING:
-    from compress.layerpass import LayerPass
+    from compress.layerpass import Pass
 
 _BOUNDS = {
     "minimum": "at least", "exclusiveMinimum": "more than", "maximum": "at most", "exclusiveMaximum": "less than",
@@ -30,7 +30,7 @@ _CHOICES = re.compile(r"\^\(([\w|.-]+)\)\$")  # a pattern that only lists words
 _UNSET = "-"
 
 
-def pass_settings(cls: type[LayerPass]) -> dict[str, dict[str, Any]]:
+def pass_settings(cls: type[Pass]) -> dict[str, dict[str, Any]]:
     """Per setting its `type` in words, its `default`, what is `allowed` where that is limited, `help` if there is any.
 
     A setting without `default` must be given. The pass's own settings come before those that all passes have.
@@ -42,7 +42,7 @@ def pass_settings(cls: type[LayerPass]) -> dict[str, dict[str, Any]]:
     return {name: _setting(fields[name], schema.get("$defs", {})) for name in ordered}
 
 
-def describe_pass(cls: type[LayerPass]) -> str:
+def describe_pass(cls: type[Pass]) -> str:
     """One pass for people: what it does, what it needs and treats, its settings, and a line to copy."""
     needs = ", ".join(sorted(cls.needs))
     kinds = ", ".join(sorted(cls.kinds))
@@ -61,7 +61,7 @@ def describe_pass(cls: type[LayerPass]) -> str:
     return "\n\n".join([cls.name, *_documentations(cls), "\n".join(facts), _printed(tables), _shared_help()])
 
 
-def example_of(cls: type[LayerPass]) -> str:
+def example_of(cls: type[Pass]) -> str:
     """The pass with its own settings spelled out, as `--passes` takes it; empty where one has no value to show."""
     shared = _shared_settings()
     values = {}
@@ -172,12 +172,13 @@ def _default_text(found: Mapping[str, Any]) -> str:
     return str(value) if found["type"] == "format" else clean(print_value(value))
 
 
-def _documentations(cls: type[LayerPass]) -> list[str]:
-    """The pass's own text, then that of the classes between it and the base of all passes."""
-    from compress.layerpass import LayerPass
+def _documentations(cls: type[Pass]) -> list[str]:
+    """The pass's own text, then that of the classes between it and the base of all passes which have settings."""
+    from compress.layerpass import Pass
 
-    between = [base for base in cls.__mro__[1:] if issubclass(base, LayerPass) and base is not LayerPass]
-    return [_documentation(cls), *(_documentation(base) for base in between if base.__doc__)]
+    between = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
+    own = [base for base in between if base.__dict__.get("__annotations__")]
+    return [_documentation(cls), *(_documentation(base) for base in own if base.__doc__)]
 
 
 def _documentation(cls: type[BaseModel]) -> str:
@@ -186,16 +187,16 @@ def _documentation(cls: type[BaseModel]) -> str:
 
 
 def _shared_settings() -> Mapping[str, Any]:
-    from compress.layerpass import LayerPass
+    from compress.layerpass import Pass
 
-    return LayerPass.model_fields
+    return Pass.model_fields
 
 
 def _shared_help() -> str:
     """The paragraph on settings of the base's docstring."""
-    from compress.layerpass import LayerPass
+    from compress.layerpass import Pass
 
-    found = re.search(r"^Settings: .*?(?=^[A-Z][\w ]*: |\Z)", _documentation(LayerPass), re.MULTILINE | re.DOTALL)
+    found = re.search(r"^Settings: .*?(?=^[A-Z][\w ]*: |\Z)", _documentation(Pass), re.MULTILINE | re.DOTALL)
     return found[0].removeprefix("Settings: ").strip() if found else ""
 
 

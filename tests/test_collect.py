@@ -16,7 +16,7 @@ from compress.skeleton import OUTER
 from compress.stream import BlockStream
 
 BLOCK = "model.layers.0"
-Q, O, UP = f"{BLOCK}.self_attn.q_proj", f"{BLOCK}.self_attn.o_proj", f"{BLOCK}.mlp.up_proj"
+Q, OUT, UP = f"{BLOCK}.self_attn.q_proj", f"{BLOCK}.self_attn.o_proj", f"{BLOCK}.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def seen_by(stream: BlockStream, name: str, hidden: list[Tensor]) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("name", [Q, O, UP])
+@pytest.mark.parametrize("name", [Q, OUT, UP])
 def test_every_statistic_is_that_of_all_rows(stream: BlockStream, name: str) -> None:
     wants = {Stat.HESSIAN, Stat.MEAN, Stat.ABS_MEAN, Stat.ABS_MAX, Stat.HISTOGRAM}
     stats = stream.collect(0, [name], wants)[name]
@@ -64,8 +64,8 @@ def test_every_statistic_is_that_of_all_rows(stream: BlockStream, name: str) -> 
 def test_the_mismatch_of_both_streams_is_taken_row_by_row(stream: BlockStream) -> None:
     for hidden in stream.hidden:
         hidden += 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
-    stats = stream.collect(0, [Q, O], {Stat.HESSIAN, Stat.CROSS})
-    for name in (Q, O):
+    stats = stream.collect(0, [Q, OUT], {Stat.HESSIAN, Stat.CROSS})
+    for name in (Q, OUT):
         now, before = seen_by(stream, name, stream.hidden), seen_by(stream, name, stream.reference)
         torch.testing.assert_close(stats[name].cross, (before - now).T @ now / len(now), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(stats[name].hessian, now.T @ now / len(now))
