@@ -177,7 +177,7 @@ def _documentations(cls: type[Pass]) -> list[str]:
     from compress.layerpass import Pass
 
     between = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
-    own = [base for base in between if base.__dict__.get("__annotations__")]
+    own = [base for base in between if inspect.get_annotations(base)]
     return [_documentation(cls), *(_documentation(base) for base in own if base.__doc__)]
 
 

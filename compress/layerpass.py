@@ -67,6 +67,11 @@ class Pass(BaseModel, ABC):
         """The statistics that these very settings need; `needs` where they do not matter."""
         return self.needs
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it takes real inputs; how layers are wired shows on any."""
+        return bool(self.wants - {Stat.SHARING})
+
     @abstractmethod
     def plan(self, spec: LayerSpec) -> LayerSpec:
         """What the layer will be stored as, without its values."""

@@ -1,8 +1,9 @@
 """The pass pipeline: read this first.
 
-A pipeline is a tuple of passes (compress/layerpass.py, compress/blockpass.py). `run` walks the model block by block
-(compress/walk.py): per block and per pass, in recipe order, it collects the statistics the pass asks for with the
-block as it now is, applies the pass (compress/applying.py), and drops them; then the block runs again, so that the
+A pipeline is a tuple of passes (compress/layerpass.py, compress/blockpass.py, compress/modelpass.py), cut into stages
+(compress/stages.py): a pass that needs the whole model is one of its own, all others walk the model block by block
+(compress/walk.py). Per block and per pass, in recipe order, the walk collects the statistics the pass asks for with
+the block as it now is, applies the pass (compress/applying.py), and drops them; then the block runs again, so that the
 next one sees what this one really puts out. Each finished block is written to the store (compress/store.py) and noted
 in the journal, from which a stopped run resumes.
 """
@@ -11,11 +12,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress import store
-from compress.collect import Stat
 from compress.data import Calibration, calibrate
 from compress.errors import UsageError
 from compress.layer import LayerSpec
@@ -26,7 +26,8 @@ from compress.passes import find
 from compress.progress import Progress
 from compress.records import LayerResult, PassResult
 from compress.spec import Call, parse_pipeline
-from compress.walk import Found, Walk
+from compress.stages import Stages
+from compress.walk import Found
 from compress.workspace import Journal, disk_errors
 
 
@@ -73,7 +74,7 @@ class Pipeline:
     @property
     def needs_data(self) -> bool:
         """Whether any pass asks for statistics of real inputs; how layers are wired shows on any."""
-        return any(item.wants - {Stat.SHARING} for item in self.passes)
+        return any(item.needs_data for item in self.passes)
 
     def run(
         self,
@@ -97,17 +98,13 @@ class Pipeline:
         if self.needs_data and calibration is None:
             raise UsageError(f"{self}: needs calibration data. Give --data FILE (in Python: calibration=FILE).")
         resolution = self.resolve(model)
-        laid = replace(model, structure=resolution.structure)
         keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
         target = Path(keeper.name) if keeper else folder
         assert target is not None
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
-            walk = Walk(
-                self.passes, laid, resolution, calibration if self.needs_data else None, target, journal, device
-            )
-            results = walk.run(progress or Progress(quiet=True))
-            store.write_structure(target, model, [str(item) for item in self.passes])
+            quiet = progress or Progress(quiet=True)
+            results = Stages(self.passes, model, resolution, calibration, target, journal, device, quiet).run()
         passes = tuple(self._gather(index, results, resolution) for index in range(len(self.passes)))
         return Result(store.open_store(target, keeper), model, passes, self, calibration, resolution.untied)
 

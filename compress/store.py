@@ -127,11 +127,16 @@ def _describe(layer: Layer) -> dict[str, Any]:
     }
 
 
-def write_structure(folder: Path, model: Model, passes: Iterable[str]) -> None:
-    """The files beside the segments: structure.json, config.json, tokenizer."""
+def write_structure(
+    folder: Path, model: Model, passes: Iterable[str], source_digest: str, config: Mapping[str, Any] | None = None
+) -> None:
+    """The files beside the segments: structure.json, config.json, tokenizer.
+
+    Args: model: whose files are taken along; config: what the passes change in config.json.
+    """
     structure = {
         "schema": SCHEMA,
-        "source_digest": model.digest,
+        "source_digest": source_digest,
         "blocks": len(model.structure.blocks),
         "passes": list(passes),
         "segments": [segment_file(segment) for segment in model.structure.segments],
@@ -139,6 +144,9 @@ def write_structure(folder: Path, model: Model, passes: Iterable[str]) -> None:
     }
     for path in (model.path / "config.json", *model.side_files()):
         shutil.copyfile(path, folder / path.name)
+    if config:
+        changed = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **config}
+        write_text(folder / "config.json", json.dumps(changed, indent=2) + "\n")
     write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,23 +22,40 @@ from compress.progress import Progress
 from compress.records import LayerResult
 from compress.skeleton import OUTER
 from compress.stream import BlockStream
-from compress.workspace import Journal
+
+
+class Steps(Protocol):
+    """Finished steps of this walk, as a journal keeps them."""
+
+    def __contains__(self, step: str) -> bool: ...
+
+    def get(self, step: str) -> Any:
+        """The data of a finished step, or None."""
+        ...
+
+    def add(self, step: str, data: Any = None) -> None:
+        """Note a step as finished."""
+        ...
+
 
 Found = tuple[int, LayerResult]
 """A layer's result with the place of its pass in the pipeline."""
 
 
 class Walk:
-    """One walk over the segments: outer layers that need no data, blocks, then the outer rest."""
+    """One walk over the segments: outer layers that need no data, blocks, then the outer rest.
+
+    passes: by their place in the pipeline.
+    """
 
     def __init__(
         self,
-        passes: tuple[Pass, ...],
+        passes: Mapping[int, Pass],
         model: Model,
         resolution: Resolution,
         calibration: Calibration | None,
         folder: Path,
-        journal: Journal | None,
+        journal: Steps | None,
         device: str,
     ) -> None:
         self.passes = passes
@@ -45,7 +63,7 @@ class Walk:
         self.resolution = resolution
         self.folder = folder
         self.journal = journal
-        wants = frozenset[Stat]().union(*(item.wants for item in passes))
+        wants = frozenset[Stat]().union(*(item.wants for item in passes.values()))
         self.reference = bool(wants & {Stat.REFERENCE, Stat.CROSS})
         self.stream: BlockStream | None = None
         if calibration is not None:
@@ -118,7 +136,7 @@ class Walk:
         """Apply every pass, in order, to some layers of a segment; `layers` and `plain` are updated."""
         source = {name: layers[name] for name in names}
         found: list[Found] = []
-        for place, item in enumerate(self.passes):
+        for place, item in self.passes.items():
             chosen = {name: found_pass for name in names if (found_pass := self._pass_for(name, place)) is not None}
             if not chosen:
                 continue

@@ -1,0 +1,76 @@
+"""Passes that need the whole model: rotations, tuning by the model's own loss. Each is a stage of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress import skeleton, store
+from compress.applying import checked
+from compress.collect import LayerStats
+from compress.data import Calibration
+from compress.layer import Layer
+from compress.layerpass import Pass
+from compress.model import Model
+from compress.progress import Progress
+from compress.records import LayerResult
+
+
+@dataclass
+class Stage:
+    """What a whole-model pass works on and writes to.
+
+    model: as the stage received it; original: the uncompressed source; chosen: the layers that the pass is for, each
+    with its settings; calibration: None where the pass needs no data; folder: where `write` puts the segments;
+    config: changes of config.json that go with the new weights.
+    """
+
+    item: Pass
+    model: Model
+    original: Model
+    chosen: Mapping[str, Pass]
+    calibration: Calibration | None
+    folder: Path
+    device: str
+    progress: Progress
+    config: dict[str, Any] = field(default_factory=dict)
+    results: list[LayerResult] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)
+
+    def whole(self, model: Model | None = None) -> nn.Module:
+        """All weights of a model (by default the stage's) in memory, decoded to float32; for passes that declare it."""
+        model = model or self.model
+        module = model.skeleton()
+        for segment in model.structure.segments:
+            for layer in model.layers(segment).values():
+                skeleton.put_layer(module, layer)
+            skeleton.put_plain(module, model.plain(segment), model.structure.aliases)
+        return module
+
+    def write(
+        self, segment: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor], seconds: float = 0.0
+    ) -> None:
+        """Write one segment, all of its layers and plain tensors. Raises: InputError for values that are not finite."""
+        done = {}
+        for name, layer in layers.items():
+            if name not in self.chosen:
+                done[name] = layer
+                continue
+            before = self.model.layer(self.model.structure.layers[name])
+            done[name], result = checked(self.item, before, layer, before, LayerStats(), str(self.item), seconds)
+            self.results.append(result)
+        store.write_segment(self.folder, segment, done, plain)
+        self.written.add(segment)
+
+
+class ModelPass(Pass, ABC):
+    """A pass that works on the whole model at once."""
+
+    @abstractmethod
+    def apply(self, stage: Stage) -> None:
+        """Write every segment of the changed model through `stage.write`."""
