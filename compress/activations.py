@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SPILL_BYTES = 128 * 2**20
+SPILL_BYTES = 32 * 2**20
 
 
 def allocate(shapes: Sequence[tuple[int, ...]], folder: Path | None = None) -> list[Tensor]:
@@ -35,3 +39,23 @@ def allocate(shapes: Sequence[tuple[int, ...]], folder: Path | None = None) -> l
         views.append(flat[at : at + prod(shape)].view(shape))
         at += prod(shape)
     return views
+
+
+def rest(*values: Tensor) -> None:
+    """Take the pages of mapped tensors out of this process's memory until they are next used; others stay.
+
+    Nothing is lost: the system keeps what was written in its cache of the file, which it may write out and drop.
+    """
+    if sys.platform != "linux":
+        return
+    for tensor in values:
+        if tensor.untyped_storage().filename is None:
+            continue
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

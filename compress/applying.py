@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import replace
 
 import torch
@@ -32,12 +32,12 @@ def apply_layer(
 
 
 def apply_block(
-    item: BlockPass, block: Block, sources: Mapping[str, Layer], text: str
+    item: BlockPass, block: Block, sources: MutableMapping[str, Layer], text: str
 ) -> tuple[dict[str, Layer], dict[str, Tensor], list[LayerResult]]:
-    """Apply a block pass. sources: its layers as the walk found them.
+    """Apply a block pass. sources: its layers as the walk found them; what the pass rescaled takes their place.
 
-    Returns: changed layers, changed plain tensors, a result per chosen layer. Raises: InputError for values that are
-    not finite.
+    Returns: changed layers, changed plain tensors, a result per chosen or changed layer. Raises: InputError for values
+    that are not finite.
     """
     started = time.perf_counter()
     found = item.block(block)
@@ -45,9 +45,11 @@ def apply_block(
     strangers = (set(found.layers) - set(block.layers)) | (set(found.plain) - set(block.plain))
     assert not strangers, f"{item.name} gave back {sorted(strangers)[0]}, which is not in {block.name}"
     layers, results = {}, []
+    sources.update(found.rescaled)
     for name, layer in found.layers.items():
-        stats = block.stats.get(name, LayerStats())
-        layers[name], result = checked(item, block.layers[name], layer, sources[name], stats, text, seconds)
+        stats = found.stats.get(name, block.stats.get(name, LayerStats()))
+        before = found.rescaled.get(name, block.layers[name])
+        layers[name], result = checked(item, before, layer, sources[name], stats, text, seconds)
         results.append(result)
     for name, tensor in found.plain.items():
         _require_finite(item, tensor, name)
@@ -109,7 +111,7 @@ def _power(tensor: Tensor) -> float:
 
 
 def describe(layer: Layer | LayerSpec) -> str:
-    """`int4(group=32)`, `float16`, `int8(channel) with int8(tensor, asymmetric) inputs`."""
+    """`int4(group=32)`, `float16`, `int8(channel) with int8(tensor, asymmetric) inputs`; transforms come first."""
     if layer.format is not None:
         text = str(layer.format)
     elif isinstance(layer, Layer):
@@ -117,4 +119,5 @@ def describe(layer: Layer | LayerSpec) -> str:
         text = str(layer.weight.dtype).removeprefix("torch.")
     else:
         text = str(layer.source_dtype).removeprefix("torch.")
-    return f"{text} with {layer.act} inputs" if layer.act else text
+    inputs = [*map(str, layer.pre), *([str(layer.act)] if layer.act else [])]
+    return f"{text} with {' then '.join(inputs)} inputs" if inputs else text

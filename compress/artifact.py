@@ -13,7 +13,7 @@ import torch
 
 from compress import data, hwprofiles, manifest, store
 from compress.errors import InputError, UsageError
-from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate, verify_export
+from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate, read_inputs, verify_export
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.measure import BUDGET_S, deployable_bytes, measure, thread_count
@@ -81,8 +81,9 @@ def verify(folder: str | Path) -> Verification:
     kept = artifact.facts.get("verification") or {}
     if "ids" not in kept:
         raise InputError(f"{folder}: the manifest has no tokens to verify with. Export it again.")
-    ids = torch.tensor(kept["ids"], dtype=torch.int64)
-    found = verify_export(artifact.model(), artifact.deployable, artifact.profile, ids, Bounds(**kept["bounds"]))
+    model, bounds = artifact.model(), Bounds(**kept["bounds"])
+    ids = read_inputs(model, kept["ids"])
+    found = verify_export(model, artifact.deployable, artifact.profile, ids, bounds)
     recorded = tuple(kept.get("greedy_tokens", ()))
     if recorded == found.greedy_tokens:
         return found
@@ -94,13 +95,15 @@ def export(
     result: Result | Artifact | str | Path,
     *,
     profile: str | Profile | None = None,
+    target: str | None = None,
     out: str | Path,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Write an artifact from a pipeline's result, or from the store of an earlier artifact, for a profile.
 
-    Nothing is calibrated again. Args: profile: id, file or Profile (default: this machine's).
+    Nothing is calibrated again. Args: profile: id, file or Profile (default: this machine's);
+    target: its export target, where not the profile's own.
     Raises: UsageError, UnsupportedError where the target cannot store what the model holds; ResourceError; InputError
     with the artifact kept where it does not agree with its model.
     """
@@ -108,27 +111,27 @@ def export(
     result = open_artifact(result) if isinstance(result, str | Path) else result
     if isinstance(result, Artifact):  # a damaged model must not get a fresh manifest
         manifest.check_files(result.folder)
-    machine = as_profile(profile)
-    target = find_target(machine.target)
+    machine = as_profile(profile, target)
+    exporter = find_target(machine.target)
     model, facts = _of(result)
     specs = model.structure.layers
     check_storable(specs, machine)
     space = Workspace(Path(out), overwrite)
-    needed = deployable_bytes(model.path) + target.predict_bytes(specs.values(), model, machine)
+    needed = deployable_bytes(model.path) + exporter.predict_bytes(specs.values(), model, machine)
     require_space(space.folder.absolute(), needed)
     with space:
         space.open(
             {"store": model.digest, "profile": hwprofiles.digest(machine), "code": manifest.code_digest()},
         )
         with disk_errors(space.folder):
-            for name in (target.FOLDER, "model"):
+            for name in (exporter.FOLDER, "model"):
                 shutil.rmtree(space.folder / name, ignore_errors=True)
             shutil.copytree(model.path, space.folder / "model")
             progress.tick("Exporting", 0, 2)
-            lowered = target.write(model, machine, space.folder / target.FOLDER)
+            lowered = exporter.write(model, machine, space.folder / exporter.FOLDER)
             progress.tick("Exporting", 1, 2)
             found = _check(lowered, model, machine, facts)
-            kept = ("manifest.json", "model", target.FOLDER)
+            kept = ("manifest.json", "model", exporter.FOLDER)
             manifest.write(space.folder, {**facts, "profile": machine.model_dump(mode="json")}, kept)
             progress.tick("Exporting", 2, 2)
             space.commit(kept)
@@ -138,11 +141,12 @@ def export(
 
 def _check(lowered: Lowered, model: Model, machine: Profile, facts: dict[str, Any]) -> Verification:
     """Verify what was written, and note in `facts` what `verify` will need."""
-    ids = torch.tensor(facts["verification"]["ids"], dtype=torch.int64)
+    kept = facts["verification"]["ids"]
+    ids = read_inputs(model, kept)
     found = verify_export(model, lowered.folder, machine, ids, lowered.bounds)
     facts["verification"] = {
         "bounds": {"shipped": found.bound, "exact": found.exact_bound},
-        "ids": ids.tolist(),
+        "ids": kept,
         "greedy_tokens": list(found.greedy_tokens),
     }
     return found
@@ -152,9 +156,6 @@ def _of(result: Result | Artifact) -> tuple[Model, dict[str, Any]]:
     if isinstance(result, Artifact):
         drop = ("files", "schema_version", "versions", "metrics")  # measured on what was exported before
         return result.model(), {key: value for key, value in result.facts.items() if key not in drop}
-    length = min(256, result.model.longest)
-    shape = (-(-MIN_POSITIONS // length), length)
-    ids = torch.randint(0, result.model.vocabulary, shape, generator=torch.Generator().manual_seed(0))
     calibration = result.calibration
     facts = {
         "source": result.source.source,
@@ -163,9 +164,18 @@ def _of(result: Result | Artifact) -> tuple[Model, dict[str, Any]]:
         "recipe": {"name": "", "passes": str(result.pipeline)},
         "seed": calibration.seed if calibration else 0,
         "calibration": calibration.summary() if calibration else {},
-        "verification": {"ids": ids.tolist()},
+        "verification": {"ids": _random_ids(result.model)},
     }
     return result.model, facts
+
+
+def _random_ids(model: Model) -> list[list[int]]:
+    """Tokens to verify with; none for an image classifier."""
+    if model.image is not None:
+        return []
+    length = min(256, model.longest)
+    shape = (-(-MIN_POSITIONS // length), length)
+    return torch.randint(0, model.vocabulary, shape, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def source_of(artifact: Artifact, against: Model | str | Path | None) -> Model:
@@ -214,6 +224,7 @@ def profile(
             artifact.profile,
             vocabulary=source.vocabulary,
             longest=source.longest,
+            image=source.image.shape if source.image else None,
             budget_s=budget_s,
             progress=progress or Progress(quiet=True),
         )
@@ -234,7 +245,7 @@ def generate(folder: str | Path, prompt: str, *, tokens: int = 64) -> str:
     artifact = open_artifact(folder)
     model = artifact.model()
     if model.task is not Task.CAUSAL_LM:
-        raise UsageError(f"{folder} is an encoder; `generate` needs a language model.")
+        raise UsageError(f"{folder} is a model of kind {model.task}; `generate` needs a language model.")
     tokenizer = model.tokenizer()
     ids = _prompt_ids(tokenizer, prompt, model)
     stop = model.config.get_text_config().eos_token_id

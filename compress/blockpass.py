@@ -32,6 +32,10 @@ class Runner(Protocol):
         """Hidden states (batch, length, features) float32 of a batch, as the compressed prefix puts them out."""
         ...
 
+    def reference(self, place: int) -> Tensor:
+        """The same as the uncompressed prefix puts them out (`Stat.REFERENCE`)."""
+        ...
+
     def targets(self, place: int) -> Tensor:
         """What the block puts out in the model as the stage received it (`Stat.REFERENCE`)."""
         ...
@@ -45,13 +49,15 @@ class Runner(Protocol):
 class Block:
     """One block as a pass sees it.
 
-    name: module path; layers: all of its layers as they now are; chosen: those that the pass is for, each with the
+    name: module path; layers: all of its layers as they now are; source: the same before any pass quantized them
+    (rescaled as they are now); chosen: those that the pass is for, each with the
     pass's settings for it (overrides applied); plain: its other stored tensors by name (norm weights and the like);
     stats: of the chosen layers; runner: None where the pass needs no data.
     """
 
     name: str
     layers: Mapping[str, Layer]
+    source: Mapping[str, Layer]
     chosen: Mapping[str, Pass]
     plain: Mapping[str, Tensor]
     stats: Mapping[str, LayerStats]
@@ -60,11 +66,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Changed:
-    """What a block pass changed: layers and plain tensors by name; skipped: chosen layers left alone, with why."""
+    """What a block pass changed: layers (chosen or not) and plain tensors by name; skipped: chosen layers left alone,
+    with why.
+
+    rescaled: layers that were rescaled before they were rounded, as they were then: what errors are taken against
+    from here on; stats: of inputs that are scaled otherwise than the block's statistics, for the same errors.
+    """
 
     layers: Mapping[str, Layer]
     plain: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    rescaled: Mapping[str, Layer] = field(default_factory=dict)
+    stats: Mapping[str, LayerStats] = field(default_factory=dict)
 
 
 class BlockPass(Pass, ABC):

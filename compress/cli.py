@@ -28,6 +28,7 @@ from compress.cli_options import (
     RecipeOpt,
     SamplesOpt,
     SeedOpt,
+    TargetOpt,
 )
 from compress.errors import UsageError
 from compress.progress import Progress
@@ -67,6 +68,7 @@ def run(
     recipe: RecipeOpt = None,
     passes: PassesOpt = None,
     profile: ProfileOpt = None,
+    target: TargetOpt = None,
     data: DataOpt = None,
     samples: SamplesOpt = None,
     quality_samples: QualitySamplesOpt = None,
@@ -90,7 +92,7 @@ def run(
     request = Request(
         model,
         chosen,
-        as_profile(profile),
+        as_profile(profile, target),
         out,
         data=data,
         device=_device(device),
@@ -129,6 +131,7 @@ def plan(
     recipe: RecipeOpt = None,
     passes: PassesOpt = None,
     profile: ProfileOpt = None,
+    target: TargetOpt = None,
     samples: SamplesOpt = None,
     quality_samples: QualitySamplesOpt = None,
     length: LengthOpt = None,
@@ -142,7 +145,7 @@ def plan(
     from compress.report.plan_table import show_plan
 
     chosen = _recipe(recipe, passes, samples, quality_samples, length, None)
-    made = make_plan(load(model, weights=False), chosen, as_profile(profile))
+    made = make_plan(load(model, weights=False), chosen, as_profile(profile, target))
     if as_json:
         print(made.model_dump_json(indent=1))
     else:
@@ -156,21 +159,23 @@ def export(
     artifact: ArtifactArg,
     out: OutOpt,
     profile: ProfileOpt = None,
+    target: TargetOpt = None,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Export an artifact's model for another profile, without calibrating again."""
+    """Export an artifact's model for another profile or target, without calibrating again."""
     from compress.artifact import export as export_artifact
     from compress.profiles import as_profile
 
     progress = Progress(quiet)
     with progress.catching_signals():
-        made = export_artifact(artifact, profile=as_profile(profile), out=out, overwrite=overwrite, progress=progress)
+        machine = as_profile(profile, target)
+        made = export_artifact(artifact, profile=machine, out=out, overwrite=overwrite, progress=progress)
     show(
-        {"artifact": str(made.folder), "profile": made.profile.id},
-        f"Wrote {made.folder} for {made.profile.id}.",
+        {"artifact": str(made.folder), "profile": made.profile.id, "target": made.profile.target},
+        f"Wrote {made.deployable} for {made.profile.id}.",
         as_json,
     )
     return 0

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress import experts, hessian
+from compress import experts, hessian, skeleton
 from compress.histogram import Histogram
 from compress.layer import LayerKind, LayerSpec
+from compress.transforms import transformed
 
 
 class Stat(StrEnum):
@@ -28,6 +29,7 @@ class Stat(StrEnum):
     ABS_MEAN = "abs_mean"
     ABS_MAX = "abs_max"
     HISTOGRAM = "histogram"
+    OUTPUTS = "outputs"
     SHARING = "sharing"
     REFERENCE = "reference"
     CROSS = "cross"
@@ -40,7 +42,8 @@ class LayerStats:
     hessian: (in, in) float32, mean of x xᵀ (a convolution's x is an unfolded patch); mean, abs_mean, abs_max: (in,)
     float32; histogram: of all entries; cross: (in, in) float32, mean of (x_ref − x) xᵀ, x_ref being what the
     uncompressed prefix would put in; tokens: rows seen; sharing: the layers that are fed the same tensor, itself
-    included; peak: largest |w| among those layers.
+    included; peak: largest |w| among those layers; outputs: histogram of what a convolution puts out, of which integer
+    kernels need the range too (of other layers None).
     """
 
     hessian: Tensor | None = None
@@ -52,6 +55,7 @@ class LayerStats:
     tokens: int = 0
     sharing: tuple[str, ...] = ()
     peak: float | None = None
+    outputs: Histogram | None = None
 
 
 class _Sums:
@@ -72,10 +76,10 @@ class _Sums:
         stream."""
         self.tokens += rows.shape[0]
         if Stat.HESSIAN in self.wants:
-            self.second = hessian.accumulate(self.second, rows)
+            self.second = hessian.accumulate_upper(self.second, rows)
         if reference is not None:
-            product = (reference - rows).T @ rows
-            self.cross = product if self.cross is None else self.cross.add_(product)
+            self.cross = rows.new_zeros(rows.shape[1], rows.shape[1]) if self.cross is None else self.cross
+            self.cross.addmm_((reference - rows).T, rows)
         if Stat.MEAN in self.wants:
             self.total = _plus(self.total, rows.sum(0))
         if Stat.ABS_MEAN in self.wants:
@@ -89,7 +93,7 @@ class _Sums:
     def stats(self) -> LayerStats:
         """Means on the CPU: passes compute there, wherever the blocks ran."""
         return LayerStats(
-            hessian=_mean(self.second, self.tokens),
+            hessian=None if self.second is None else _mean(hessian.mirror(self.second), self.tokens),
             mean=_mean(self.total, self.tokens),
             abs_mean=_mean(self.total_abs, self.tokens),
             abs_max=None if self.largest is None else self.largest.cpu(),
@@ -104,7 +108,7 @@ def _plus(total: Tensor | None, more: Tensor) -> Tensor:
 
 
 def _mean(total: Tensor | None, tokens: int) -> Tensor | None:
-    return None if total is None else (total / tokens).cpu()
+    return None if total is None else total.div_(tokens).cpu()
 
 
 class Collector:
@@ -120,6 +124,8 @@ class Collector:
         self.modules = {s.name: module.get_submodule(s.name) for s in specs if s.name not in self.experts}
         self.leader: dict[str, str] = {}
         self.sums: dict[str, _Sums] = {}
+        convolutions = [spec.name for spec in specs if spec.kind is LayerKind.CONV and Stat.OUTPUTS in wants]
+        self.outputs = {name: Histogram() for name in convolutions}
         self._seen: list[tuple[Tensor, tuple[Any, ...], str]] = []
         self._reference: dict[str, Tensor] | None = None
         self._recording = False
@@ -129,6 +135,10 @@ class Collector:
         """Meanwhile the layers' inputs are added up."""
         handles = [
             child.register_forward_pre_hook(self._hook(name), prepend=True) for name, child in self.modules.items()
+        ]
+        handles += [
+            self.modules[name].register_forward_hook(self._output_hook(histogram))
+            for name, histogram in self.outputs.items()
         ]
         for path, child in self.mixtures.items():
             experts.set_observer(child, self._observer(path))
@@ -161,13 +171,21 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             values = inputs[0]
-            way = _unfolding(module)
+            way = (*_unfolding(module), *skeleton.transforms(module))
             for tensor, other, owner in self._seen:
                 if tensor is values and other == way:
                     self.leader[name] = owner
                     return
             self._seen.append((values, way, name))
+            values = transformed(skeleton.transforms(module), values)
             self._add(name, unfold(module, values), values)
+
+        return add
+
+    def _output_hook(self, histogram: Histogram) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if not self._recording:
+                histogram.add(output)
 
         return add
 
@@ -194,7 +212,7 @@ class Collector:
         if Stat.SHARING in self.wants:
             for group in self.groups():
                 found[self.leader[group[0]]].sharing = group
-        return {name: found[owner] for name, owner in self.leader.items()}
+        return {name: replace(found[owner], outputs=self.outputs.get(name)) for name, owner in self.leader.items()}
 
     def groups(self) -> list[tuple[str, ...]]:
         """Layers that were fed the same tensor, in the order of the first of them."""
@@ -216,12 +234,8 @@ def unfold(module: nn.Module, values: Tensor) -> Tensor:
     (batch, channels, h, w) → (batch · places, in · kh · kw). Grouped convolutions see all channels of a patch."""
     if not isinstance(module, nn.Conv2d):
         return values
-    padding: Any = module.padding
-    if isinstance(padding, str):
-        padding = _same_padding(module) if padding == "same" else 0
+    padding: Any = 0 if module.padding == "valid" else module.padding
+    if padding == "same":  # uneven where the kernel is even
+        values, padding = nn.functional.pad(values, module._reversed_padding_repeated_twice), 0
     patches = nn.functional.unfold(values, module.kernel_size, module.dilation, padding, module.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
-
-
-def _same_padding(module: nn.Conv2d) -> tuple[int, ...]:
-    return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))

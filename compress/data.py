@@ -1,9 +1,11 @@
-"""Calibration and quality data: files → token windows, split by document, with digests (design §7)."""
+"""Calibration and quality data: files → token windows, split by document, with digests (design §7).
+
+An image classifier takes labelled images instead, which compress/images.py reads.
+"""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib
 import json
 import lzma
@@ -13,45 +15,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from compress import images
 from compress.errors import InputError, UsageError
-from compress.leaks import Text, shared_runs
+from compress.images import CALIBRATION_SAMPLES, Images
 from compress.model import Model, Task
 from compress.quality import FEWEST_NEIGHBOURS
+from compress.windows import Windows, choose, cut_windows, join
+from compress.windows import check_disjoint as check_windows
 
-# Tokens that pass through a block at once: keeps the working set of attention and MLP small.
-BATCH_TOKENS = 2048
+__all__ = ["Calibration", "Samples", "Windows", "calibrate", "check_disjoint", "choose", "cut_windows", "join"]
+__all__ += ["quality_windows", "read_documents", "split", "tokenize"]
+
+CALIBRATION_WINDOWS = 128
 SUFFIXES = (".txt", ".jsonl", ".json")
 KINDS = ".txt, .jsonl (text or ids), .json (lists of ids), each also .gz or .xz, or module:callable"
 
 
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Token windows: ids (N, length) int64 whose row i comes from document documents[i]; protocol names how.
-
-    starts: where in its document each row begins, empty where that is not known.
-    """
-
-    ids: Tensor
-    documents: tuple[int, ...]
-    protocol: str
-    digest: str
-    starts: tuple[int, ...] = ()
-
-    def batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
-        """Rows in order, as many at once as hold about `tokens` tokens."""
-        rows = max(1, tokens // self.ids.shape[1])
-        return list(torch.split(self.ids, rows))
+Samples = Windows | Images
+"""What a model is calibrated or judged on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The windows that statistics are taken over, and the seed that chose them."""
+    """The windows or images that statistics are taken over, and the seed that chose them."""
 
-    windows: Windows
+    windows: Samples
     seed: int
     source: str
 
@@ -61,11 +51,9 @@ class Calibration:
 
     def summary(self) -> dict[str, str | int]:
         """For the report and the manifest."""
-        count, length = self.windows.ids.shape
         return {
             "source": self.source,
-            "windows": count,
-            "length": length,
+            **self.windows.size(),
             "seed": self.seed,
             "digest": self.windows.digest,
         }
@@ -140,7 +128,7 @@ def _checked(documents: Any, path: Path) -> Any:
 
 
 def tokenize(documents: list[str] | list[list[int]], model: Model, source: str) -> list[list[int]]:
-    """Documents as ids; no special tokens are added.
+    """Documents as ids; special tokens are added for an encoder, whose documents are sentences, and for no other.
 
     Raises: UsageError for text without a tokenizer, InputError for ids outside the vocabulary.
     """
@@ -151,7 +139,8 @@ def tokenize(documents: list[str] | list[list[int]], model: Model, source: str) 
                 f"{source} holds text, but {model.source} has no tokenizer. Put tokenizer.json beside the weights, or "
                 "give token ids (.json lists, or .jsonl with 'ids')."
             )
-        documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents]
+        special = model.task is Task.ENCODER
+        documents = [tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for text in documents]
     vocabulary = model.vocabulary
     for place, ids in enumerate(documents):
         worst = max((token for token in ids if isinstance(token, int)), default=0)
@@ -163,56 +152,34 @@ def tokenize(documents: list[str] | list[list[int]], model: Model, source: str) 
     return documents  # type: ignore[return-value]
 
 
-def cut_windows(documents: Sequence[list[int]], length: int, source: str) -> Windows:
-    """Disjoint windows of `length` tokens, document by document, each tail dropped.
-
-    Raises: UsageError where no document is long enough.
-    """
-    found = [(place, start) for place, ids in enumerate(documents) for start in range(0, len(ids) - length + 1, length)]
-    if not found:
-        longest = max((len(ids) for ids in documents), default=0)
-        raise UsageError(
-            f"{source}: no document reaches the window length of {length} tokens (the longest has {longest}). "
-            "Give more text, or a smaller --length."
-        )
-    windows = torch.tensor([documents[place][start : start + length] for place, start in found], dtype=torch.int64)
-    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    origin, starts = zip(*found, strict=True)
-    return Windows(windows, origin, f"ppl/disjoint-{length}", digest, starts)
+def _pieces(model: Model, documents: list[list[int]], length: int, source: str) -> Windows:
+    """Calibration windows: an encoder takes documents one by one, for all others they are joined first."""
+    if model.task is Task.ENCODER:
+        return cut_windows(documents, length, source, short=True)
+    return cut_windows(join(documents), length, source)
 
 
-def join(documents: Sequence[list[int]]) -> list[list[int]]:
-    """All documents as one, for calibration, where a window may span several."""
-    return [[token for ids in documents for token in ids]]
-
-
-def choose(windows: Windows, count: int, seed: int) -> Windows:
-    """At most `count` windows, drawn without replacement, in their order."""
-    total = windows.ids.shape[0]
-    if total <= count:
-        return windows
-    places = sorted(random.Random(seed).sample(range(total), count))
-    ids = windows.ids[places]
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    documents = tuple(windows.documents[place] for place in places)
-    starts = tuple(windows.starts[place] for place in places) if windows.starts else ()
-    return Windows(ids, documents, windows.protocol, digest, starts)
-
-
-def calibrate(model: Model, source: str | Path, *, samples: int = 128, length: int = 512, seed: int = 0) -> Calibration:
-    """Calibration windows from a whole file."""
+def calibrate(
+    model: Model, source: str | Path, *, samples: int | None = None, length: int = 512, seed: int = 0
+) -> Calibration:
+    """Calibration windows, or images, from a whole file. samples: None for 128 windows or 512 images."""
+    if model.image is not None:
+        chosen = images.choose(images.read_images(source, model.image), samples or CALIBRATION_SAMPLES, seed)
+        return Calibration(chosen, seed, Path(source).name)
     documents = tokenize(read_documents(source), model, str(source))
-    windows = cut_windows(join(documents), _fitting(model, length), str(source))
-    return Calibration(choose(windows, samples, seed), seed, Path(source).name)
+    windows = _pieces(model, documents, _fitting(model, length), str(source))
+    return Calibration(choose(windows, samples or CALIBRATION_WINDOWS, seed), seed, Path(source).name)
 
 
 def quality_windows(
     model: Model, source: str | Path, *, samples: int | None = None, length: int = 512, seed: int = 0
-) -> Windows:
-    """Evaluation windows from a whole file.
+) -> Samples:
+    """Evaluation windows, or images, from a whole file.
 
     Raises: UsageError where they are too few to judge the model by.
     """
+    if model.image is not None:
+        return images.choose(images.read_images(source, model.image), samples, seed)
     documents = tokenize(read_documents(source), model, str(source))
     return _judging(model, documents, str(source), samples, length, seed)
 
@@ -220,7 +187,7 @@ def quality_windows(
 def _judging(
     model: Model, documents: Sequence[list[int]], source: str, samples: int | None, length: int, seed: int
 ) -> Windows:
-    windows = cut_windows(documents, _fitting(model, length), source)
+    windows = cut_windows(documents, _fitting(model, length), source, short=model.task is Task.ENCODER)
     windows = windows if samples is None else choose(windows, samples, seed)
     count, length = windows.ids.shape
     if model.task is Task.ENCODER and count < FEWEST_NEIGHBOURS:
@@ -235,57 +202,50 @@ def split(
     model: Model,
     source: str | Path,
     *,
-    samples: int,
+    samples: int | None,
     quality_samples: int | None,
     length: int,
     seed: int,
     quality_length: int | None = None,
-) -> tuple[Calibration, Windows]:
-    """One file for both: documents are dealt 80/20 by seed; a single text is cut once, at 80 % of its tokens.
+) -> tuple[Calibration, Samples]:
+    """One file for both: documents, or images, are dealt 80/20 by seed; a single text is cut once, at 80 % of its
+    tokens.
 
-    Args: quality_length: tokens per quality window, `length` where it is not given.
-    Raises: UsageError when a run of tokens would be in both parts (`check_disjoint`).
+    Args: samples: as `calibrate`; quality_length: tokens per quality window, `length` where it is not given.
+    Raises: UsageError when a run of tokens, or an image, would be in both parts (`check_disjoint`).
     """
+    if model.image is not None:
+        found, count = images.read_images(source, model.image), samples or CALIBRATION_SAMPLES
+        first, second = images.split(found, str(source), samples=count, quality_samples=quality_samples, seed=seed)
+        check_disjoint(first, second)
+        return Calibration(first, seed, Path(source).name), second
     documents = tokenize(read_documents(source), model, str(source))
     length = _fitting(model, length)
     if len(documents) == 1:
         cut = len(documents[0]) * 4 // 5 // length * length
-        first, second = [documents[0][:cut]], [documents[0][cut:]]
+        known, unseen = [documents[0][:cut]], [documents[0][cut:]]
     else:
+        if model.task is Task.ENCODER:  # short documents repeat: each goes to one part
+            documents = list({tuple(ids): ids for ids in documents}.values())
         order = list(range(len(documents)))
         random.Random(seed).shuffle(order)
         held = set(order[: max(1, len(order) // 5)])
-        first = [ids for place, ids in enumerate(documents) if place not in held]
-        second = [ids for place, ids in enumerate(documents) if place in held]
-    calibration = choose(cut_windows(join(first), length, str(source)), samples, seed)
-    quality = _judging(model, second, str(source), quality_samples, quality_length or length, seed)
+        known = [ids for place, ids in enumerate(documents) if place not in held]
+        unseen = [ids for place, ids in enumerate(documents) if place in held]
+    calibration = choose(_pieces(model, known, length, str(source)), samples or CALIBRATION_WINDOWS, seed)
+    quality = _judging(model, unseen, str(source), quality_samples, quality_length or length, seed)
     check_disjoint(calibration, quality)
     return Calibration(calibration, seed, Path(source).name), quality
 
 
-def check_disjoint(calibration: Windows, quality: Windows) -> None:
-    """Raises: UsageError when as many tokens in a row as the shorter window holds are in both, at whatever offset."""
-    size = min(calibration.ids.shape[1], quality.ids.shape[1])
-    count, length = quality.ids.shape
-    text = _as_text(quality)
-    leaks = {place // length: place for place in shared_runs(_as_text(calibration), text, size)}
-    if leaks:
-        window, place = min(leaks.items())
-        raise UsageError(
-            f"{size} tokens in a row are in both the calibration and the quality data, beginning in {len(leaks)} of "
-            f"{count} quality windows, which would flatter the result. First in window {window}, tokens "
-            f"{', '.join(map(str, text.tokens[place : place + 8].tolist()))} … Give different files, or remove "
-            "repeated text."
-        )
-
-
-def _as_text(windows: Windows) -> Text:
-    """The windows on end; a piece goes on where the next window continues its document."""
-    count, length = windows.ids.shape
-    continues = np.zeros(count, dtype=bool)
-    if windows.starts:
-        continues[1:] = (np.diff(windows.documents) == 0) & (np.diff(windows.starts) == length)
-    return Text(windows.ids.numpy().reshape(-1), np.repeat(np.cumsum(~continues), length))
+def check_disjoint(calibration: Samples, quality: Samples) -> None:
+    """Raises: UsageError when as many tokens in a row as the shorter window holds are in both, at whatever offset; or
+    an image is."""
+    if isinstance(calibration, Images) or isinstance(quality, Images):
+        assert isinstance(calibration, Images) and isinstance(quality, Images)
+        images.check_disjoint(calibration, quality)
+        return
+    check_windows(calibration, quality)
 
 
 def _fitting(model: Model, length: int) -> int:

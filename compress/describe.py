@@ -49,7 +49,7 @@ def describe_pass(cls: type[Pass]) -> str:
     facts = [
         f"needs:    {f'{needs}, so calibration data' if needs else 'no data'}",
         f"treats:   {kinds} layers",
-        f"fills:    {cls.part}, once per layer",
+        f"fills:    {' and '.join(sorted(cls.fills())) or 'nothing'}, once per layer",
     ]
     example = example_of(cls)
     facts += [f"example:  {example}"] if example else []

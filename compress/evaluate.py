@@ -8,10 +8,10 @@ logits is ever written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import quality
-from compress.data import Windows
+from compress.data import Samples, Windows
 from compress.errors import UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
+from compress.image_evaluate import evaluate_images, probe_images, probe_steps
+from compress.images import BATCH, Images
 from compress.measure import thread_count
 from compress.model import Model, Task
 from compress.progress import Progress
@@ -36,8 +38,8 @@ class Runner(Protocol):
 
     name: str
 
-    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(batch, length) → (batch, length, vocabulary)."""
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """(batch, length) int64 → (batch, length, vocabulary); images (batch, channels, h, w) → (batch, classes)."""
         ...
 
 
@@ -50,12 +52,13 @@ class Evaluation:
     memory: Quality
 
 
-def stream_logits(model: Model, windows: Tensor, device: str = "cpu") -> Iterator[Tensor]:
+def stream_logits(model: Model, windows: Iterable[Tensor], device: str = "cpu") -> Iterator[Tensor]:
     """The model's output for each window, block by block, so that one block is in memory at a time.
 
-    Args: windows (N, length) int64. Yields (length, vocabulary) float32 in order; for an encoder (length, features).
+    Args: windows (length,) int64 each, or (N, length). Yields (length, vocabulary) float32 in order; for an encoder
+    (length, features).
     """
-    stream = BlockStream(model, list(torch.split(windows, 1)), device=device)
+    stream = BlockStream(model, [window[None] for window in windows], device=device)
     stream.start(model.layers(OUTER))
     for index in range(len(model.structure.blocks)):
         stream.load(index, model.layers(index), model.plain(index))
@@ -66,13 +69,16 @@ def stream_logits(model: Model, windows: Tensor, device: str = "cpu") -> Iterato
 
 
 def evaluate(
-    baseline: Runner, artifact: Runner, source: Model, compressed: Model, windows: Windows, progress: Progress
+    baseline: Runner, artifact: Runner, source: Model, compressed: Model, windows: Samples, progress: Progress
 ) -> Evaluation:
-    """Score every window with all four models.
+    """Score every window, or image, with all four models.
 
     Raises: InputError when a model puts out NaN, Interrupted.
     """
-    in_memory = zip(stream_logits(source, windows.ids), stream_logits(compressed, windows.ids), strict=True)
+    if isinstance(windows, Images):
+        return Evaluation(*evaluate_images(baseline, artifact, source, compressed, windows, progress))
+    tokens = windows.rows()
+    in_memory = zip(stream_logits(source, tokens), stream_logits(compressed, tokens), strict=True)
     rows = windows.ids.shape[0]
     progress.tick("Evaluating windows", 0, rows)
     if source.task is Task.ENCODER:
@@ -99,8 +105,9 @@ def _evaluate_encoder(
     baseline: Runner, artifact: Runner, in_memory: Iterator[tuple[Tensor, Tensor]], windows: Windows, progress: Progress
 ) -> Evaluation:
     pooled: list[list[NDArray[np.float64]]] = [[], [], [], []]
+    tokens = windows.rows()
     for place, outputs in enumerate(in_memory):
-        one = windows.ids[place].numpy()[None]
+        one = tokens[place].numpy()[None]
         hidden: tuple[quality.Array, ...] = (
             baseline.logits(one),
             artifact.logits(one),
@@ -111,7 +118,7 @@ def _evaluate_encoder(
             group.append(quality.mean_pool(values)[0])
         progress.tick("Evaluating windows", place + 1, windows.ids.shape[0])
     first, second, third, fourth = (np.stack(group) for group in pooled)
-    where, protocol, digest = artifact.name, f"embedding/mean-pool-{windows.ids.shape[1]}", windows.digest
+    where, protocol, digest = artifact.name, f"embedding/mean-pool/{windows.protocol}", windows.digest
     itself = quality.score_embeddings(first, first)
     runtime, memory = quality.score_embeddings(first, second), quality.score_embeddings(third, fourth)
     return Evaluation(
@@ -131,7 +138,8 @@ PROMPT_TOKENS = 16
 def verify_export(model: Model, folder: Path, profile: Profile, ids: Tensor, bounds: Bounds) -> Verification:
     """Load an exported folder in its runtime, run it, and compare it with the in-memory model.
 
-    Args: ids (N, length) int64, taken as `verification_ids` does; bounds: what its lowerings publish.
+    Args: ids (N, length) int64, taken as `verification_ids` does, or images (N, channels, h, w); bounds: what its
+    lowerings publish.
     Raises: CompressError when the runtime does not load it.
     """
     target, threads, ids = find_target(profile.target), thread_count(profile), verification_ids(model, ids)
@@ -148,14 +156,34 @@ def verification_ids(model: Model, ids: Tensor) -> Tensor:
     """As many of the windows (N, length) as hold 512 tokens, none longer than the model reads.
 
     Where there are too few, windows of random tokens (seeded, below the vocabulary) are added. Of its own result it
-    is the same again.
+    is the same again. Images: see `probe_images`.
     """
+    if model.image is not None:
+        return probe_images(model, ids)
     ids = ids[:, : model.longest]
     length = ids.shape[1]
     rows = -(-MIN_POSITIONS // length)
     missing = max(0, rows - ids.shape[0])
     drawn = torch.randint(0, model.vocabulary, (missing, length), generator=torch.Generator().manual_seed(0))
     return torch.cat([ids[:rows], drawn])
+
+
+def verification_inputs(samples: Samples) -> Tensor:
+    """What an export is compared with its model by: token ids (N, length), or as many images as that takes."""
+    if isinstance(samples, Windows):
+        return samples.ids
+    first = [samples.inputs(start) for start in range(0, min(len(samples), MIN_POSITIONS), BATCH)]
+    return torch.cat(first)
+
+
+def kept_inputs(model: Model, samples: Samples) -> list[list[int]]:
+    """What a manifest keeps for `verify`: the token ids; of images nothing, for which noise serves."""
+    return verification_ids(model, samples.ids).tolist() if isinstance(samples, Windows) else []
+
+
+def read_inputs(model: Model, kept: list[list[int]]) -> Tensor:
+    """What `kept_inputs` gave, as `verify_export` takes it."""
+    return torch.tensor(kept, dtype=torch.int64) if model.image is None else probe_images(model)
 
 
 def agreement(
@@ -167,20 +195,20 @@ def agreement(
     twice that difference follows by arithmetic, and is told, not asked. What can fail beside the bound is the top
     token of the exact graph: the same at 99.9 % of the positions whose margin exceeds the exact bound itself.
 
-    Args: ids (N, length) int64; bounds: what the export's lowerings publish; exact: the same graph with the kernels'
-    own rounding of activations off, which tells a wrong lowering from a coarse kernel.
+    Args: ids (N, length) int64, or images (N, channels, h, w); bounds: what the export's lowerings publish; exact: the
+    same graph with the kernels' own rounding of activations off, which tells a wrong lowering from a coarse kernel.
     Raises: UsageError for fewer than 512 positions.
     """
-    if ids.numel() < MIN_POSITIONS:
+    positions = ids.numel() if compressed.image is None else len(ids)
+    if positions < MIN_POSITIONS:
         raise UsageError(
-            f"{ids.numel()} positions are too few to compare {runner.name} with the model. Give {MIN_POSITIONS}."
+            f"{positions} positions are too few to compare {runner.name} with the model. Give {MIN_POSITIONS}."
         )
     shipped, alone = _Comparison(), _Comparison()
-    for place, expected in enumerate(stream_logits(compressed, ids)):
-        one = ids[place].numpy()[None]
-        shipped.add(torch.from_numpy(runner.logits(one)[0]), expected)
+    for one, expected in _steps(compressed, ids):
+        shipped.add(torch.from_numpy(runner.logits(one)).reshape(expected.shape), expected)
         if exact is not None:
-            alone.add(torch.from_numpy(exact.logits(one)[0]), expected)
+            alone.add(torch.from_numpy(exact.logits(one)).reshape(expected.shape), expected)
     limit, exact_limit = max(bounds.shipped, EXACT_BOUND), max(bounds.exact, EXACT_BOUND)
     decided, share = shipped.decided(2 * shipped.widest)
     agrees, exact_share = shipped.relative <= limit, None
@@ -188,7 +216,7 @@ def agreement(
         exact_share = alone.decided(exact_limit * alone.scale)[1]
         agrees = agrees and alone.relative <= exact_limit and exact_share >= EXACT_AGREEMENT
     return Verification(
-        level="ran",
+        level=getattr(runner, "level", "ran"),
         runtime=runner.name,
         agrees=agrees,
         positions=shipped.positions,
@@ -200,7 +228,17 @@ def agreement(
         top1_agreement=shipped.same / shipped.positions,
         decided_positions=decided,
         decided_agreement=share,
+        notes=tuple(getattr(runner, "notes", ())),
     )
+
+
+def _steps(model: Model, ids: Tensor) -> Iterator[tuple[NDArray[Any], Tensor]]:
+    """What a runner is given at a time, and the model's own output for it, (positions, outputs)."""
+    if model.image is not None:
+        yield from probe_steps(model, ids)
+        return
+    for place, expected in enumerate(stream_logits(model, ids)):
+        yield ids[place].numpy()[None], expected
 
 
 class _Comparison:

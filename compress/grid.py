@@ -13,7 +13,7 @@ from torch import Tensor
 CLIP_STEPS = 20
 CLIP_NORM = 2.4
 # The search makes several copies of what it looks at: rows at a time, they stay small and in the cache.
-SEARCH_ELEMENTS = 1 << 19
+SEARCH_ELEMENTS = 1 << 17
 
 
 def to_groups(weight: Tensor, group: int) -> Tensor:
@@ -29,18 +29,19 @@ def fit_range(groups: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
 
     Args: groups (…, group) float32; scheme `symmetric` (scale = max|w| / (2^bits − 1) · 2, zero in the middle),
     `signed` (the largest magnitude lands on code 0, so the scale may be negative; Intel auto-round's full range),
-    `asymmetric` (extremes widened to hold zero, integer zero point).
-    Returns: scale (…) float32, never 0; zero (…) float32 with whole values.
+    `asymmetric` (extremes widened to hold zero, integer zero point), `float_zero` (the same, zero point not rounded).
+    Returns: scale (…) float32, never 0; zero (…) float32, with whole values but for `float_zero`.
     """
     return _range(groups.amin(-1), groups.amax(-1), bits, scheme)
 
 
 def _range(low: Tensor, high: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
     top, middle = float(2**bits - 1), float(2 ** (bits - 1))
-    if scheme == "asymmetric":
+    if scheme in ("asymmetric", "float_zero"):
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         scale = _nonzero((high - low) / top)
-        return scale, torch.round(-low / scale).clamp(0, top)
+        zero = -low / scale
+        return scale, (torch.round(zero) if scheme == "asymmetric" else zero).clamp(0, top)
     if scheme == "signed":
         largest = torch.where(high > -low, high, low)
         scale = _nonzero(-largest / middle)
@@ -69,18 +70,20 @@ def _search_rows(groups: Tensor, bits: int, scheme: str, importance: Tensor | No
     low, high = groups.amin(-1), groups.amax(-1)
     scale, zero = _stored(*_range(low, high, bits, scheme))
     best = range_error(groups, scale, zero, bits, importance)
-    for step in range(1, CLIP_STEPS + 1):
-        tried_scale, tried_zero = _stored(*_range(low * (1 - step / 100), high * (1 - step / 100), bits, scheme))
-        error = range_error(groups, tried_scale, tried_zero, bits, importance)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
+    for step in range(CLIP_STEPS + 1):
+        wide, tried_zero = _stored(*_range(low * (1 - step / 100), high * (1 - step / 100), bits, scheme))
+        # with a scale that carries a sign, the extra code may serve the other side of zero better
+        for tried_scale in (wide, -wide) if scheme == "signed" else (wide,):
+            error = range_error(groups, tried_scale, tried_zero, bits, importance)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
     return scale, zero
 
 
 def _stored(scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale as float16 will hold it, so that the search judges what is stored."""
-    return scale.half().float(), zero
+    """As float16 will hold them (whole zero points exactly), so that the search judges what is stored."""
+    return scale.half().float(), zero.half().float()
 
 
 def range_error(groups: Tensor, scale: Tensor, zero: Tensor, bits: int, importance: Tensor | None) -> Tensor:
@@ -144,3 +147,42 @@ def fake_quantize(values: Tensor, bits: int, scheme: str, granularity: str) -> T
     scale = (flat.abs().amax(-1, keepdim=True) / limit).clamp(min=torch.finfo(torch.float32).tiny)
     rounded = torch.round(flat / scale).clamp(-limit, limit) * scale
     return rounded.reshape(values.shape)
+
+
+def fake_quantize_rest(values: Tensor, bits: int, outliers: float) -> Tensor:
+    """`fake_quantize` per token, symmetric, but for input columns that hold an outlier: those stay as they are.
+
+    LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339 §3.2) as bitsandbytes computes it: a column is kept where any
+    magnitude of the call reaches `outliers`; a vector's range leaves out its outliers, not the other values of those
+    columns. Its kernel casts to float16 first, which is not done here.
+    """
+    limit = 2 ** (bits - 1) - 1
+    large = values.abs() >= outliers
+    kept = large.reshape(-1, values.shape[-1]).any(0)
+    largest = values.masked_fill(large, 0.0).abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = torch.round(values * (limit / largest)).clamp(-limit, limit) * (largest / limit)
+    return torch.where(kept, values, rounded)
+
+
+def activation_grid(low: Tensor, high: Tensor, bits: int, scheme: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a static activation grid that holds a range; codes 0 … 2^bits − 1.
+
+    low, high of one shape, float32. `asymmetric` widens the range to hold zero, with a whole zero point; `symmetric`
+    has max|x| at the last code and the middle one for zero, so that a signed integer has one code more below, as
+    ONNX QuantizeLinear and most integer kernels have it.
+    Returns: scale, never 0, and zero, both float32 in that shape.
+    """
+    tiny, middle = torch.finfo(torch.float32).tiny, 2 ** (bits - 1)
+    if scheme == "asymmetric":
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale = ((high - low) / (2**bits - 1)).clamp(min=tiny)
+        return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
+    scale = (torch.maximum(high, -low) / (middle - 1)).clamp(min=tiny)
+    return scale, torch.full_like(scale, middle)
+
+
+def quantize_activation(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """values float32 → the nearest points of a static grid, same shape; the zero point is added after rounding, as
+    ONNX QuantizeLinear does."""
+    codes = (torch.round(values / scale) + zero).clamp(0, 2**bits - 1)
+    return (codes - zero) * scale

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.base import ActivationFormat, Format, Params, QuantTensor
+from compress.transforms import Hadamard
 
 
 class LayerKind(StrEnum):
@@ -53,7 +54,8 @@ class LayerSpec:
 
     `users` are the module paths that compute with it; more than one where weights are tied. `name` is the first.
     `turned`: the module stores it as (in, out). `routed`: a mixture's router, which no pass touches unless it is named.
-    `kernel`: a convolution's (in/groups, kh, kw), whose product is shape[1]; `groups`: of its channels.
+    `kernel`: a convolution's (in/groups, kh, kw), whose product is shape[1]; `groups`: of its channels. `pre`: see
+    Layer.
     """
 
     name: str
@@ -70,6 +72,7 @@ class LayerSpec:
     kernel: tuple[int, int, int] | None = None
     groups: int = 1
     bias_dtype: torch.dtype | None = None
+    pre: tuple[Hadamard, ...] = ()
 
     @property
     def source_bytes(self) -> int:
@@ -92,7 +95,8 @@ class Layer:
     """One weight with its bias and input grid. A pass returns `replace(layer, …)`.
 
     weight: (out, in) in the source's dtype, or a QuantTensor; bias (out,) or None; act: input grid or None;
-    users, groups: see LayerSpec; notes: a pass's remarks for the report, taken off before the layer is stored.
+    users, groups: see LayerSpec; notes: a pass's remarks for the report, taken off before the layer is stored; pre:
+    transforms of the input at run time, in order, before it is rounded.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Layer:
     users: tuple[str, ...] = ()
     groups: int = 1
     notes: tuple[str, ...] = ()
+    pre: tuple[Hadamard, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

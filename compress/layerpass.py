@@ -32,10 +32,11 @@ class Pass(BaseModel, ABC):
     """What every pass has: settings, the layers it is for, and what it asks of the engine.
 
     Settings: `targets` layer patterns (globs on module paths, `re:` for expressions, `kind:` for embedding, head,
-    linear, expert; none means every linear layer and expert inside the blocks but routers); `ignore` patterns to
-    leave out; `overrides` {pattern: {setting: value}} for some layers.
+    linear, conv, expert; none means every linear layer, convolution and expert inside the blocks but routers);
+    `ignore` patterns to leave out; `overrides` {pattern: {setting: value}} for some layers.
     Class attributes: `name`; `needs` statistics (see also `wants`); `kinds` it can treat; `part` of the layer that it
-    fills, which may be filled only once; `before` parts that may not be filled yet when it comes.
+    fills, which may be filled only once; `before` parts that may not be filled yet when it comes, `after` parts that
+    must be; `also` further parts that it fills.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -44,7 +45,9 @@ class Pass(BaseModel, ABC):
     needs: ClassVar[frozenset[Stat]] = frozenset()
     kinds: ClassVar[frozenset[LayerKind]] = frozenset(LayerKind)
     part: ClassVar[str] = "weight"
+    also: ClassVar[frozenset[str]] = frozenset()
     before: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[frozenset[str]] = frozenset()
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -71,6 +74,23 @@ class Pass(BaseModel, ABC):
     def needs_data(self) -> bool:
         """Whether it takes real inputs; how layers are wired shows on any."""
         return bool(self.wants - {Stat.SHARING})
+
+    @property
+    def whole(self) -> bool:
+        """Whether it treats every layer there is, those outside the blocks and routers too, and each user of a tied
+        weight by itself; then it has no targets."""
+        return False
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether it takes the layers of a block in the order in which data reach them, those that share their input
+        together, each time with statistics of the block as it then is. Such a pass changes layers only."""
+        return False
+
+    @classmethod
+    def fills(cls) -> frozenset[str]:
+        """All parts of the layer that it fills."""
+        return cls.also | ({cls.part} if cls.part else set())
 
     @abstractmethod
     def plan(self, spec: LayerSpec) -> LayerSpec:

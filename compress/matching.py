@@ -12,7 +12,7 @@ from compress.layer import LayerKind, LayerSpec
 from compress.layerpass import Pass
 from compress.skeleton import Structure
 
-KINDS = ("embedding", "expert", "head", "linear")
+KINDS = ("conv", "embedding", "expert", "head", "linear")
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _part_ties(passes: Sequence[Pass], structure: Structure) -> tuple[Structure,
 
 def _alike(passes: Sequence[Pass], spec: LayerSpec, structure: Structure) -> list[tuple[str, ...]]:
     """The users of a layer in groups that every pass treats alike, the first user's group first."""
-    if len(spec.users) == 1:
-        return [spec.users]
+    if len(spec.users) == 1 or any(item.whole for item in passes):
+        return [(user,) for user in spec.users]
     treatments = [_treatments(item, spec, structure) for item in passes]
     groups: dict[tuple[str, ...], list[str]] = {}
     for user in spec.users:
@@ -120,7 +120,7 @@ def _treatments(item: Pass, spec: LayerSpec, structure: Structure) -> dict[str, 
 
 def _chooses(item: Pass, spec: LayerSpec, user: str, structure: Structure) -> bool:
     """Whether targets or the default name this user, and ignore does not."""
-    is_target = _names(item.targets, spec, user, structure) if item.targets else _is_default(spec)
+    is_target = _names(item.targets, spec, user, structure) if item.targets else item.whole or _is_default(spec)
     return is_target and not _names(item.ignore, spec, user, structure)
 
 
@@ -166,7 +166,7 @@ def _count_override(pattern: str, chosen: list[str], item: Pass, structure: Stru
 
 
 def _is_default(spec: LayerSpec) -> bool:
-    """Every linear layer and expert inside the blocks, routers left out."""
+    """Every linear layer, convolution and expert inside the blocks, routers left out."""
     return spec.segment >= 0 and not spec.routed
 
 
@@ -190,13 +190,20 @@ def _with_overrides(item: Pass, spec: LayerSpec, user: str, structure: Structure
 
 
 def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str) -> None:
+    lacking = item.after.difference(*(other.fills() for _, other in before))
+    if lacking:
+        raise UsageError(
+            f"{item.name} must come after a pass that sets the {min(lacking)} of layer {name}, and there is none. "
+            "Add one before it, or leave the layer out with ignore."
+        )
     for _, other in before:
-        if other.part in item.before:
+        early, twice = other.fills() & item.before, other.fills() & item.fills()
+        if early:
             raise UsageError(
-                f"{item.name} must come before {other.name}, which sets the {other.part} of layer {name}. "
+                f"{item.name} must come before {other.name}, which sets the {min(early)} of layer {name}. "
                 "Change the order of the passes."
             )
-        if item.part and other.part == item.part:
+        if twice:
             raise UsageError(
-                f"{item.name} and {other.name} both set the {item.part} of layer {name}. Give them disjoint targets."
+                f"{item.name} and {other.name} both set the {min(twice)} of layer {name}. Give them disjoint targets."
             )

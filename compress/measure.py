@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from compress import hwprofiles
 from compress.errors import InputError
@@ -23,7 +24,7 @@ PROBE_PROMPT, PROBE_TOKENS = 128, 8
 BUDGET_S = 20.0
 """Seconds of timing per setting, all arms together."""
 
-Phase = Literal["prefill", "decode", "encode"]
+Phase = Literal["prefill", "decode", "encode", "infer"]
 
 
 def thread_count(profile: Profile) -> int:
@@ -62,6 +63,7 @@ def measure(
     *,
     vocabulary: int,
     longest: int,
+    image: tuple[int, int, int] | None = None,
     seed: int = 0,
     budget_s: float = BUDGET_S,
     progress: Progress,
@@ -69,16 +71,16 @@ def measure(
     """Paired timings over the profile's grid, and both footprints.
 
     Args: two exported folders; vocabulary: random token ids are drawn below it; longest: positions that the
-    model has, to which the grid's prompts are cut.
+    model has, to which the grid's prompts are cut; image: (channels, h, w) that it takes in place of tokens.
     """
     threads = thread_count(profile)
     target = find_target(profile.target)
     arms = {"baseline": target.session(baseline, threads), "variant": target.session(variant, threads)}
-    settings = _settings(profile, arms["baseline"].is_decoder, longest)
+    settings = _image_settings(profile) if image else _settings(profile, arms["baseline"].is_decoder, longest)
     timings = []
     for place, (phase, batch, prompt) in enumerate(settings):
         progress.tick("Timing settings", place, len(settings))
-        timings.append(_time(arms, phase, batch, prompt, vocabulary, seed, budget_s))
+        timings.append(_time(arms, phase, batch, prompt, image or vocabulary, seed, budget_s))
     progress.tick("Timing settings", len(settings), len(settings))
     name = arms["variant"].name
     del arms
@@ -99,6 +101,12 @@ def _settings(profile: Profile, is_decoder: bool, longest: int) -> list[tuple[Ph
     return list(dict.fromkeys(cut))
 
 
+def _image_settings(profile: Profile) -> list[tuple[Phase, int, int]]:
+    """The batches of the grid; an image is one unit."""
+    batches = sorted({batch for batch, _ in (*profile.grid.prefill, *profile.grid.decode)})
+    return [("infer", batch, 1) for batch in batches]
+
+
 def _grid(profile: Profile, is_decoder: bool) -> list[tuple[Phase, int, int]]:
     if not is_decoder:
         return [("encode", batch, prompt) for batch, prompt in profile.grid.prefill]
@@ -107,10 +115,22 @@ def _grid(profile: Profile, is_decoder: bool) -> list[tuple[Phase, int, int]]:
 
 
 def _time(
-    arms: dict[str, Session], phase: Phase, batch: int, prompt: int, vocabulary: int, seed: int, budget_s: float
+    arms: dict[str, Session],
+    phase: Phase,
+    batch: int,
+    prompt: int,
+    drawn: int | tuple[int, int, int],
+    seed: int,
+    budget_s: float,
 ) -> Timing:
+    """One setting. drawn: random tokens below it, or random images of this shape."""
     length, past = (1, prompt) if phase == "decode" else (prompt, 0)
-    ids = np.random.default_rng(seed).integers(0, vocabulary, (batch, length), dtype=np.int64)
+    random = np.random.default_rng(seed)
+    ids: NDArray[Any]
+    if isinstance(drawn, tuple):
+        ids = random.standard_normal((batch, *drawn), dtype=np.float32)
+    else:
+        ids = random.integers(0, drawn, (batch, length), dtype=np.int64)
     calls = {name: session.call(ids, past) for name, session in arms.items()}
     samples = pair(calls, baseline="baseline", seed=seed, budget_s=budget_s)
     return timing_record(

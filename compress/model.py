@@ -1,4 +1,4 @@
-"""`load`: a folder or hub id → `Model`, with everything but the weights in memory."""
+"""`load`: a folder, a hub id or `file.py:callable` → `Model`, with everything but the weights in memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from compress import experts, skeleton
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
 from compress.folder import SIDE_FILES, first_line, load_tokenizer, locate, parse_config, read_config
+from compress.image_model import ImageModule, open_images
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.skeleton import Structure
+from compress.user_module import is_reference, was_run
 from compress.weights import Checkpoint, digest_files, find_files, index_checkpoint
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-SUPPORTED = "Supported: decoder language models and BERT-type encoders."
+SUPPORTED = "Supported: decoder language models, BERT-type encoders, and image classifiers as file.py:callable."
 
 
 class Reader(Protocol):
@@ -49,11 +51,15 @@ class Task(StrEnum):
 
     CAUSAL_LM = "causal-lm"
     ENCODER = "encoder"
+    IMAGE = "image-classifier"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model before compression. Weights are read from its files when asked for."""
+    """A model before compression. Weights are read from its files when asked for.
+
+    image: of an image classifier, which is a module of the user's own code and has no config.
+    """
 
     source: str
     path: Path
@@ -65,9 +71,12 @@ class Model:
     raw_config: dict[str, Any] = field(default_factory=dict, repr=False)
     source_digest: str = ""
     warnings: tuple[str, ...] = ()
+    image: ImageModule | None = None
 
     def skeleton(self, attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
-        """A fresh module tree with parameters on `meta`. Args: see `skeleton.build`."""
+        """A fresh module tree with parameters on `meta`. Args: see `skeleton.build`; a user's own has neither."""
+        if self.image is not None:
+            return self.image.skeleton()
         return skeleton.build(self.config, maker(self.task, self.raw_config), attention, mixture)
 
     @property
@@ -77,12 +86,16 @@ class Model:
 
     @property
     def vocabulary(self) -> int:
-        """Token ids are below this."""
+        """Token ids are below this; 0 where there are none."""
+        if self.image is not None:
+            return 0
         return int(self.config.get_text_config().vocab_size)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that the model has positions for."""
+        """Tokens of the longest sequence that the model has positions for; 0 where it takes none."""
+        if self.image is not None:
+            return 0
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
 
     @property
@@ -114,6 +127,8 @@ class Model:
 
     def side_files(self) -> list[Path]:
         """Tokenizer and generation files beside the weights."""
+        if self.image is not None:
+            return []
         return [self.path / name for name in SIDE_FILES if (self.path / name).is_file()]
 
     def tokenizer(self) -> Any:
@@ -170,11 +185,14 @@ def config_dtype(config: Any) -> torch.dtype:
 
 
 def load(source: str | Path, *, revision: str | None = None, weights: bool = True) -> Model:
-    """Open a model folder or hub id.
+    """Open a model folder, a hub id, or `file.py:callable` (an image classifier; the file is run).
 
-    Args: revision: hub commit or branch; weights=False reads only config.json (for `plan`).
+    Args: revision: hub commit or branch; weights=False reads only config.json (for `plan`; a callable makes its weights
+    all the same).
     Raises: UsageError (no such folder), InputError (malformed, unsafe), UnsupportedError (model family).
     """
+    if is_reference(str(source)):
+        return _of_module(str(source))
     path = locate(str(source), revision, weights)
     raw = read_config(path)
     config = parse_config(path, raw)
@@ -189,6 +207,47 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     structure = replace(structure, layers={k: _with_dtype(v, checkpoint) for k, v in structure.layers.items()})
     made = Model(str(source), path, task, config, structure, checkpoint, digest_files(files), raw)
     return replace(made, warnings=_unused(checkpoint))
+
+
+def _of_module(source: str, sha256: str = "") -> Model:
+    found = open_images(source, sha256)
+    return Model(
+        source,
+        found.image.factory.path.parent,
+        Task.IMAGE,
+        None,
+        found.structure,
+        found.reader,
+        found.digest,
+        warnings=found.notes,
+        image=found.image,
+    )
+
+
+def reopen(kept: Mapping[str, Any], folder: Path) -> Model:
+    """The image classifier whose weights a store holds, from the file that made it.
+
+    An artifact must not run code that its user never named, so the file must still be where it was, outside of the
+    artifact, and unchanged. Args: kept: what `ImageModule.reference` gave; folder: the store.
+    Raises: InputError.
+    """
+    try:
+        path, name, sha256 = Path(kept["file"]), str(kept["callable"]), str(kept["sha256"])
+        folded = [tuple(pair) for pair in kept["folded"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: structure.json names its module badly ({error!r}).") from error
+    is_inside = not path.is_absolute() or path.resolve().is_relative_to(folder.resolve().parent)
+    if not sha256 or (is_inside and not was_run(path, sha256)):
+        raise InputError(
+            f"{folder}: structure.json names {path} as its code. It came with the model, so it is not run."
+        )
+    if not path.is_file():
+        raise InputError(f"{folder} needs {path}, the file that its module was made by. Put it back there.")
+    found = _of_module(f"{path}:{name}", sha256)
+    assert found.image is not None
+    if [*found.image.folded] != folded:
+        raise InputError(f"{folder}: {path}:{name} makes another module than it did: other BatchNorms can be folded.")
+    return replace(found, path=folder)
 
 
 def _unused(checkpoint: Checkpoint) -> tuple[str, ...]:

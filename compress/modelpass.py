@@ -53,19 +53,35 @@ class Stage:
         return module
 
     def write(
-        self, segment: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor], seconds: float = 0.0
+        self,
+        segment: int,
+        layers: Mapping[str, Layer],
+        plain: Mapping[str, Tensor],
+        seconds: float = 0.0,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
-        """Write one segment, all of its layers and plain tensors. Raises: InputError for values that are not finite."""
+        """Write one segment, all of its layers and plain tensors.
+
+        Args: skipped: chosen layers that are as they were, with why.
+        Raises: InputError for values that are not finite.
+        """
         done = {}
+        skipped = skipped or {}
         for name, layer in layers.items():
-            if name not in self.chosen:
+            if name not in self.chosen or name in skipped:
                 done[name] = layer
+                if name in skipped:
+                    self.results.append(_left(layer, str(self.item), skipped[name]))
                 continue
             before = self.model.layer(self.model.structure.layers[name])
             done[name], result = checked(self.item, before, layer, before, LayerStats(), str(self.item), seconds)
             self.results.append(result)
         store.write_segment(self.folder, segment, done, plain)
         self.written.add(segment)
+
+
+def _left(layer: Layer, text: str, reason: str) -> LayerResult:
+    return LayerResult(layer=layer.name, users=layer.users, pass_text=text, changed=False, reason=reason)
 
 
 class ModelPass(Pass, ABC):

@@ -112,9 +112,11 @@ class Pipeline:
         text = str(self.passes[index])
         done = [result for place, result in results if place == index]
         layers = resolution.structure.layers
+        touched = {result.layer for result in done}  # a rescaling reaches layers that the pass was not asked to treat
         skipped = [
             LayerResult(layer=name, users=layers[name].users, pass_text=text, changed=False, reason=reason)
             for name, reason in resolution.skipped[index].items()
+            if name not in touched
         ]
         seconds = sum(result.seconds or 0.0 for result in done)
         return PassResult(pass_text=text, matches=resolution.matches[index], layers=(*done, *skipped), seconds=seconds)

@@ -18,7 +18,7 @@ from compress.pipeline import Pipeline, planned
 from compress.predict import Sizes, artifact_bytes, disk_bytes, model_bytes, peak_memory, seconds
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer
-from compress.target import Choice, Refusal
+from compress.target import Choice, Refusal, plan_layers
 
 Choices = Mapping[str, Choice | Refusal]
 
@@ -29,11 +29,12 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     Raises: UsageError for patterns that match nothing or passes that collide. What the target cannot store is listed
     in `refusals`; a run stops there.
     """
+    recipe = recipe.for_target(profile.target)
     pipeline = pipeline or Pipeline.parse(recipe.passes)
     resolution = pipeline.resolve(model)
     specs = planned(resolution)
     target = find_target(profile.target)
-    choices = {name: target.plan_layer(spec, profile) for name, spec in specs.items()}
+    choices = plan_layers(target, specs, profile)
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data)
     artifact = artifact_bytes(target, specs.values(), model, profile)
@@ -72,8 +73,7 @@ def refusal(plan: Plan) -> CompressError | None:
 
 def check_storable(specs: Mapping[str, LayerSpec], profile: Profile) -> None:
     """Raises: UsageError or UnsupportedError naming what the profile's target cannot store."""
-    target = find_target(profile.target)
-    refused = {name: target.plan_layer(spec, profile) for name, spec in specs.items()}
+    refused = plan_layers(find_target(profile.target), specs, profile)
     reasons = _refusals(refused)
     if not reasons:
         return

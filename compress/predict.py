@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.hwprofiles import Profile
+from compress.image_model import ImageModule
+from compress.images import BATCH, CALIBRATION_SAMPLES
 from compress.layer import LayerKind, LayerSpec
 from compress.model import Model
 from compress.recipe import Recipe
@@ -16,6 +18,8 @@ from compress.recipe import Recipe
 BASE_MEMORY = 830_000_000
 BASE_SECONDS = 45.0
 """Fitted: load, capture, verification, and the timing of a small grid."""
+QUALITY_IMAGES = 1000
+"""Assumed where no number is given: how many the data hold is not known before they are read."""
 STORE_HEADER_BYTES = 450
 """Fitted: header of a store's file per layer."""
 
@@ -42,6 +46,8 @@ class Sizes:
     def of(cls, model: Model, specs: Iterable[LayerSpec], recipe: Recipe, needs_data: bool) -> Sizes:
         """From shapes alone."""
         specs = list(specs)
+        if model.image is not None:
+            return _image_sizes(model.image, model.source_bytes, specs, recipe, needs_data)
         per_segment: dict[int, int] = {}
         for spec in specs:
             per_segment[spec.segment] = per_segment.get(spec.segment, 0) + spec.shape[0] * spec.shape[1] * 4
@@ -67,6 +73,30 @@ class Sizes:
             vocabulary=int(config.vocab_size),
             window=recipe.quality.length,
         )
+
+
+def _image_sizes(image: ImageModule, source: int, specs: list[LayerSpec], recipe: Recipe, needs_data: bool) -> Sizes:
+    """Of an image classifier: an image is a token that takes as many multiplications as all layers do for it."""
+    weights = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
+    pixels = image.shape[0] * image.shape[1] * image.shape[2] * 4
+    calibration, quality = recipe.calibration, recipe.quality
+    given = calibration.samples if "samples" in calibration.model_fields_set else CALIBRATION_SAMPLES
+    images = given if needs_data else 0
+    return Sizes(
+        source=source,
+        float_weights=weights,
+        largest_block=weights,
+        outer=0,
+        activations=images * pixels,
+        largest_inputs=0,
+        statistics=sum(spec.shape[1] ** 2 * 4 for spec in specs) if needs_data else 0,
+        block_weights=image.multiplications,
+        tokens=images,
+        quality_tokens=quality.samples or QUALITY_IMAGES,
+        hidden_bytes=0,
+        vocabulary=image.classes,
+        window=BATCH,
+    )
 
 
 def _statistics(specs: Iterable[LayerSpec]) -> int:

@@ -35,6 +35,12 @@ METRICS: dict[str, dict[str, tuple[str, Better]]] = {  # task → metric → its
         "nll_change": ("nats/token", "lower"),
     },
     "encoder": {"cosine": ("1", "higher"), "nearest_neighbour_agreement": ("fraction", "higher")},
+    "image-classifier": {
+        "accuracy": ("fraction", "higher"),
+        "accuracy_change": ("percentage points", "higher"),
+        "kl": ("nats/image", "lower"),
+        "top1_agreement": ("fraction", "higher"),
+    },
 }
 FEWEST_NEIGHBOURS = 3  # of two samples each is the other's nearest, whatever the vectors
 

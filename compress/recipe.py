@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from compress.errors import UsageError, nearest
+from compress.export import TARGETS
 from compress.records import Record
 from compress.spec import Call, parse_call, parse_pipeline
 
@@ -33,14 +34,21 @@ class QualitySettings(Record):
 
 
 class Recipe(Record):
-    """What to do to a model. `passes` is the one-line text."""
+    """What to do to a model. `passes` is the one-line text; `also`: more passes, of the same text, for some export
+    targets by name (a graph stores embeddings in 8 bits, say, where checkpoints keep them in float)."""
 
     name: str
     passes: str
+    also: dict[str, str] = Field(default_factory=dict)
     calibration: CalibrationSettings = CalibrationSettings()
     quality: QualitySettings = QualitySettings()
     seed: int = 0
     summary: str = ""
+
+    def for_target(self, target: str) -> Recipe:
+        """The recipe with the passes that it has for a target."""
+        passes = [self.passes, *([self.also[target]] if target in self.also else [])]
+        return self.model_copy(update={"passes": ", ".join(passes), "also": {}})
 
 
 def presets() -> dict[str, Path]:
@@ -86,8 +94,13 @@ def parse(content: Mapping[str, Any], name: str, where: str) -> Recipe:
     if not content.get("passes"):
         raise UsageError(f"{where}: 'passes' is missing or empty. Give a list such as: passes: [gptq(bits=4)].")
     text = ", ".join(call.text() for call in _calls(content["passes"], where))
+    also = content.get("also", {})
+    if not isinstance(also, Mapping):
+        raise UsageError(f"{where}: 'also' maps export targets to passes, found {also!r}.")
+    _check_keys(also, set(TARGETS), f"{where}, also")
+    more = {str(target): ", ".join(call.text() for call in _calls(found, where)) for target, found in also.items()}
     try:
-        return Recipe(**{**content, "name": name, "passes": text})
+        return Recipe(**{**content, "name": name, "passes": text, "also": more})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -52,7 +52,7 @@ class Quality(Record):
 class Timing(Record):
     """Paired latency of baseline and variant at one setting; every figure here was measured."""
 
-    phase: Literal["prefill", "decode", "encode"]
+    phase: Literal["prefill", "decode", "encode", "infer"] = Field(description="infer: images, of which one is a token")
     batch: int
     prompt: int
     rounds: int
@@ -68,7 +68,9 @@ class Timing(Record):
 
     @property
     def name(self) -> str:
-        """`decode batch 1 prompt 128`."""
+        """`decode batch 1 prompt 128`, `infer batch 4`."""
+        if self.phase == "infer":
+            return f"{self.phase} batch {self.batch}"
         return f"{self.phase} batch {self.batch} prompt {self.prompt}"
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from compress import data, hwprofiles, manifest
-from compress.data import Calibration, Windows
+from compress.data import Calibration, Samples
 from compress.errors import InputError, UsageError
-from compress.evaluate import Evaluation, evaluate, verification_ids, verify_export
+from compress.evaluate import Evaluation, evaluate, kept_inputs, verification_inputs, verify_export
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.measure import BUDGET_S, deployable_bytes, measure, thread_count
@@ -36,6 +36,7 @@ from compress.workspace import Workspace, disk_errors, require_space
 KEPT = ("manifest.json", "model", "report.html", "report.json", "report.md")
 """What an artifact holds beside its target's folder."""
 QUALITY_SAMPLES = 128
+"""Windows; images are all taken unless a number is given."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     """
     progress = progress or Progress(quiet=True)
     started = time.monotonic()
+    request = replace(request, recipe=request.recipe.for_target(request.profile.target))
     model = load(request.model)
     pipeline = Pipeline.parse(request.recipe.passes)
     plan = make_plan(model, request.recipe, request.profile, pipeline)
@@ -81,7 +83,8 @@ def run(request: Request, progress: Progress | None = None) -> Report:
             )
             compress_memory = peak_memory()
             lowered = _export_both(result, request.profile, space.folder, progress)
-            verification = verify_export(result.model, lowered.folder, request.profile, windows.ids, lowered.bounds)
+            inputs = verification_inputs(windows)
+            verification = verify_export(result.model, lowered.folder, request.profile, inputs, lowered.bounds)
             evaluation = _evaluate(space.folder, result, request.profile, windows, progress)
             speed = _measure(space.folder, request, model, progress)
             cost = RunCost(
@@ -116,16 +119,17 @@ def require_agreement(out: Path, found: Verification) -> None:
     )
 
 
-def _data(model: Model, request: Request) -> tuple[Calibration | None, Windows]:
-    """Calibration and quality windows from --data (split) or from the recipe's own files."""
+def _data(model: Model, request: Request) -> tuple[Calibration | None, Samples]:
+    """Calibration and quality windows, or images, from --data (split) or from the recipe's own files."""
     recipe, seed = request.recipe, request.recipe.seed
     cal, qual = recipe.calibration, recipe.quality
-    samples = qual.samples or QUALITY_SAMPLES
+    samples = qual.samples or (QUALITY_SAMPLES if model.image is None else None)
+    wanted = cal.samples if "samples" in cal.model_fields_set else None
     if request.data and not (cal.data or qual.data):
         return data.split(
             model,
             request.data,
-            samples=cal.samples,
+            samples=wanted,
             quality_samples=samples,
             length=cal.length,
             quality_length=qual.length,
@@ -137,12 +141,12 @@ def _data(model: Model, request: Request) -> tuple[Calibration | None, Windows]:
     windows = data.quality_windows(model, quality_file, samples=samples, length=qual.length, seed=seed)
     if calibration_file is None:
         return None, windows
-    calibration = data.calibrate(model, calibration_file, samples=cal.samples, length=cal.length, seed=seed)
+    calibration = data.calibrate(model, calibration_file, samples=wanted, length=cal.length, seed=seed)
     data.check_disjoint(calibration.windows, windows)
     return calibration, windows
 
 
-def _fingerprint(model: Model, request: Request, calibration: Calibration | None, windows: Windows) -> dict[str, str]:
+def _fingerprint(model: Model, request: Request, calibration: Calibration | None, windows: Samples) -> dict[str, str]:
     return {
         "model": model.digest,
         "recipe": request.recipe.passes,
@@ -172,7 +176,7 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     return lowered
 
 
-def _evaluate(folder: Path, result: Result, profile: Profile, windows: Windows, progress: Progress) -> Evaluation:
+def _evaluate(folder: Path, result: Result, profile: Profile, windows: Samples, progress: Progress) -> Evaluation:
     target, threads = find_target(profile.target), thread_count(profile)
     baseline = target.session(folder / "baseline", threads)
     artifact = target.session(folder / target.FOLDER, threads)
@@ -186,6 +190,7 @@ def _measure(folder: Path, request: Request, model: Model, progress: Progress) -
         request.profile,
         vocabulary=model.vocabulary,
         longest=model.longest,
+        image=model.image.shape if model.image else None,
         seed=request.recipe.seed,
         budget_s=request.budget_s,
         progress=progress,
@@ -236,7 +241,7 @@ def _report(
     )
 
 
-def _facts(request: Request, model: Model, result: Result, windows: Windows, report: Report) -> dict[str, Any]:
+def _facts(request: Request, model: Model, result: Result, windows: Samples, report: Report) -> dict[str, Any]:
     """What the manifest records beside the files."""
     verification = report.verification
     assert verification is not None
@@ -251,7 +256,7 @@ def _facts(request: Request, model: Model, result: Result, windows: Windows, rep
         "quality_digest": windows.digest,
         "verification": {
             "bounds": {"shipped": verification.bound, "exact": verification.exact_bound},
-            "ids": verification_ids(model, windows.ids).tolist(),
+            "ids": kept_inputs(model, windows),
             "greedy_tokens": list(verification.greedy_tokens),
         },
         "metrics": _metrics(report),

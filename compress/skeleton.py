@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 
 from compress import experts
 from compress.errors import UnsupportedError
-from compress.layer import Layer, LayerKind, LayerSpec
+from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.transforms import Hadamard, transformed
 
 OUTER = -1
 """The segment of everything that is outside the blocks: embeddings, final norm, head."""
+
+PRE, TRANSFORMS, ROUNDING = "_compress_pre", "_compress_transforms", "_compress_rounding"
+"""Attributes of a module: the hook that transforms its input, its transforms, the hook that rounds what follows."""
 
 
 def build(
@@ -76,10 +81,12 @@ class Structure:
     head: str | None = None
 
     def user_kind(self, spec: LayerSpec, user: str) -> str:
-        """`embedding`, `head`, `expert` or `linear`: what one user of a layer is, for `kind:` patterns."""
+        """`embedding`, `head`, `expert`, `conv` or `linear`: what one user of a layer is, for `kind:` patterns."""
         if spec.kind is LayerKind.EMBEDDING and user == spec.name:
             return "embedding"
-        return "head" if user == self.head else ("expert" if spec.kind is LayerKind.EXPERT else "linear")
+        if user == self.head:
+            return "head"
+        return str(spec.kind) if spec.kind in (LayerKind.EXPERT, LayerKind.CONV) else "linear"
 
     def segment_layers(self, segment: int) -> tuple[LayerSpec, ...]:
         """The layers stored in a segment."""
@@ -101,7 +108,7 @@ def survey(module: nn.Module) -> Structure:
     count = len(module.get_submodule(path))  # type: ignore[arg-type]
     blocks = tuple(f"{path}.{index}" for index in range(count))
     layers = _layers(module, path)
-    aliases = _aliases(module)
+    aliases = tied_names(module)
     owned = {f"{user}.weight" for spec in layers.values() for user in spec.users}
     owned |= {f"{spec.name}.bias" for spec in layers.values()}  # a tied head may have one of its own, which is plain
     owned |= {name.rpartition(".")[0] for name in layers if layers[name].kind is LayerKind.EXPERT}
@@ -216,7 +223,8 @@ def _experts(name: str, module: nn.Module, segment: int) -> list[LayerSpec]:
     return specs
 
 
-def _aliases(module: nn.Module) -> dict[str, str]:
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Parameter names of one tensor: each later one → the first."""
     first: dict[int, str] = {}
     aliases = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -249,6 +257,7 @@ def put_layer(module: nn.Module, layer: Layer) -> None:
         child._parameters["weight"] = nn.Parameter(turned.reshape(child.weight.shape), requires_grad=False)  # type: ignore[arg-type]
         if layer.bias is not None and user == layer.name:
             child._parameters["bias"] = nn.Parameter(layer.bias.float(), requires_grad=False)
+        set_transforms(child, layer.pre)
         set_input_rounding(child, layer)
 
 
@@ -265,15 +274,42 @@ def _put_expert(module: nn.Module, user: str, weight: Tensor) -> None:
 
 def set_input_rounding(child: nn.Module, layer: Layer) -> None:
     """Round what enters a module as `layer.act` says; the hook of an earlier call is replaced."""
-    handle = child.__dict__.pop("_compress_rounding", None)
+    act = None if layer.kind is LayerKind.EMBEDDING else layer.act
+    replace_input_rounding(child, None if act is None else lambda values: _rounded(act, values))
+
+
+def replace_input_rounding(child: nn.Module, rounding: Callable[[Tensor], Tensor] | None) -> None:
+    """Pass what enters a module through a function, in place of the one of an earlier call; None: as it is."""
+    _hook(child, ROUNDING, rounding)
+
+
+def _hook(child: nn.Module, key: str, function: Callable[[Tensor], Tensor] | None) -> None:
+    """Hang a function of the input on a module under a key, in place of the one of an earlier call."""
+    handle = child.__dict__.pop(key, None)
     if handle is not None:
         handle.remove()
-    if layer.act is None or layer.kind is LayerKind.EMBEDDING:
-        return
-    act = layer.act
-    child.__dict__["_compress_rounding"] = child.register_forward_pre_hook(
-        lambda _module, inputs: (act.round(inputs[0]), *inputs[1:])
-    )
+    if function is not None:
+        hook = child.register_forward_pre_hook(lambda _module, inputs: (function(inputs[0]), *inputs[1:]))
+        child.__dict__[key] = hook
+
+
+def set_transforms(child: nn.Module, pre: tuple[Hadamard, ...]) -> None:
+    """Transform what enters a module, before it is rounded."""
+    _hook(child, PRE, partial(transformed, pre) if pre else None)
+    child.__dict__[TRANSFORMS] = pre
+
+
+def transforms(child: nn.Module) -> tuple[Hadamard, ...]:
+    """Those of a module's input. A hook that comes before all others sees the input without them."""
+    found: tuple[Hadamard, ...] = child.__dict__.get(TRANSFORMS, ())
+    return found
+
+
+def _rounded(act: ActSpec, values: Tensor) -> Tensor:
+    """Rounded inputs, whose gradient in training is that of the inputs themselves (straight through)."""
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return act.round(values)
+    return values + (act.round(values.detach()) - values.detach())
 
 
 def put_plain(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
@@ -287,9 +323,8 @@ def put_plain(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping
 def release(module: nn.Module, path: str) -> None:
     """Give a block's memory back: its parameters return to `meta`, its hooks go."""
     for child in module.get_submodule(path).modules():
-        handle = child.__dict__.pop("_compress_rounding", None)
-        if handle is not None:
-            handle.remove()
+        set_transforms(child, ())
+        _hook(child, ROUNDING, None)
         for key, parameter in child._parameters.items():
             if parameter is not None and parameter.device.type != "meta":
                 child._parameters[key] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -2,9 +2,9 @@
 
 `model/` holds config.json and the tokenizer's files as the source had them, `structure.json`, and for each segment
 `outer.safetensors` or `block-0000.safetensors`. A file's header carries, under the one key `compress`, JSON with the
-layers in it: name, kind, users, shape, format text (null: a plain weight), input grid text. Tensor names are
-`<layer>.weight` (plain) or `<layer>.weight.<part>` (the format's tensors), `<layer>.bias`, and the names of plain
-tensors. `open_store` gives a `Model` that reads it.
+layers in it: name, kind, users, shape, format text (null: a plain weight), input grid text, transforms of the input.
+Tensor names are `<layer>.weight` (plain) or `<layer>.weight.<part>` (the format's tensors), `<layer>.bias`,
+`<layer>.act.<part>` (a static input grid), and the names of plain tensors. `open_store` gives a `Model` that reads it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from compress.errors import InputError, ResourceError
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
-from compress.model import Model, load
+from compress.model import Model, load, reopen
 from compress.skeleton import OUTER, Structure
+from compress.transforms import parse_transform
 from compress.weights import digest_files, open_file
 
 SCHEMA = 1
@@ -124,6 +125,7 @@ def _describe(layer: Layer) -> dict[str, Any]:
         "act": str(layer.act.format) if layer.act else None,
         "act_static": sorted(layer.act.params or {}) if layer.act and layer.act.static else None,
         "bias": layer.bias is not None,
+        **({"pre": [str(transform) for transform in layer.pre]} if layer.pre else {}),
     }
 
 
@@ -134,7 +136,7 @@ def write_structure(
 
     Args: model: whose files are taken along; config: what the passes change in config.json.
     """
-    structure = {
+    structure: dict[str, Any] = {
         "schema": SCHEMA,
         "source_digest": source_digest,
         "blocks": len(model.structure.blocks),
@@ -142,7 +144,10 @@ def write_structure(
         "segments": [segment_file(segment) for segment in model.structure.segments],
         "edits": [],
     }
-    for path in (model.path / "config.json", *model.side_files()):
+    if model.image is not None:
+        structure["module"] = model.image.reference
+    beside = [] if model.image is not None else [model.path / "config.json", *model.side_files()]
+    for path in beside:
         shutil.copyfile(path, folder / path.name)
     if config:
         changed = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **config}
@@ -175,7 +180,8 @@ class StoreReader:
             parts = spec.format.tensor_specs(spec.shape)
             tensors = {part: handle.get_tensor(f"{spec.name}.weight.{part}") for part in parts}
             weight = QuantTensor(spec.format, tensors, spec.shape)
-        return Layer(spec.name, spec.kind, weight, bias, self._act(handle, spec), spec.users, spec.groups)
+        act = self._act(handle, spec)
+        return Layer(spec.name, spec.kind, weight, bias, act, spec.users, spec.groups, pre=spec.pre)
 
     def _act(self, handle: Any, spec: LayerSpec) -> ActSpec | None:
         """The input grid; a static one with its tensors."""
@@ -237,7 +243,7 @@ def open_store(folder: Path, keeper: object = None) -> Model:
         source_digest = str(info["source_digest"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
-    model = load(folder, weights=False)
+    model = reopen(info["module"], folder) if "module" in info else load(folder, weights=False)
     layers = {}
     for segment in model.structure.segments:
         for item in read_header(folder, segment):
@@ -263,6 +269,7 @@ def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder:
         shape = (int(item["shape"][0]), int(item["shape"][1]))
         form = parse_format(item["format"]) if item["format"] else None
         act = ActSpec(parse_format(item["act"]), item.get("act_static") is not None) if item["act"] else None
+        pre = tuple(parse_transform(str(text)) for text in item.get("pre", []))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InputError(f"{folder / segment_file(segment)} describes a layer badly ({error!r}).") from error
     if shape != base.shape:
@@ -277,6 +284,7 @@ def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder:
         users=tuple(item["users"]),
         format=form,
         act=act,
+        pre=pre,
         segment=segment,
         source_dtype=dtype,
         has_bias=bool(item["bias"]),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import experts, skeleton
-from compress.activations import allocate
+from compress.activations import allocate, rest
 from compress.collect import Collector, LayerStats, Stat
 from compress.errors import InputError, UnsupportedError
 from compress.layer import Layer, LayerKind
@@ -49,7 +49,7 @@ class BlockStream:
         self.outer: Mapping[str, Layer] = {}
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._size = 0
-        self._spill = spill
+        self.spill = spill
         self._with_reference = reference
 
     def start(self, outer: Mapping[str, Layer]) -> None:
@@ -58,16 +58,18 @@ class BlockStream:
         self._put_outer()
         self._learn_return_type()
         first = self._enter(self.batches[0])
-        self.hidden = allocate([(*batch.shape, first.shape[-1]) for batch in self.batches], self._spill)
+        self.hidden = allocate([(*batch.shape, first.shape[-1]) for batch in self.batches], self.spill)
         self.hidden[0].copy_(first)
         for place, batch in enumerate(self.batches[1:], 1):
             self.hidden[place].copy_(self._enter(batch))
+            rest(self.hidden[place])
         self._release_outer()
         if self._with_reference:
             shapes = [tuple(hidden.shape) for hidden in self.hidden]
-            self.reference, self.targets = allocate(shapes, self._spill), allocate(shapes, self._spill)
+            self.reference, self.targets = allocate(shapes, self.spill), allocate(shapes, self.spill)
             for kept, hidden in zip(self.reference, self.hidden, strict=True):
                 kept.copy_(hidden)
+                rest(kept, hidden)
 
     def _put_outer(self) -> None:
         for layer in self.outer.values():
@@ -153,7 +155,8 @@ class BlockStream:
         """Give a block's memory back."""
         skeleton.release(self.module, self.model.structure.blocks[index])
 
-    def _call(self, index: int, hidden: Tensor) -> Tensor:
+    def call(self, index: int, hidden: Tensor) -> Tensor:
+        """What the loaded block puts out for hidden states of a known shape. Keeps gradients."""
         block = self.module.get_submodule(self.model.structure.blocks[index])
         args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
         output = block(hidden.to(self.device), *args, **kwargs)
@@ -163,26 +166,28 @@ class BlockStream:
     def _outputs(self, index: int) -> Iterator[tuple[int, Tensor]]:
         for place, hidden in enumerate(self.hidden):
             with torch.no_grad():
-                output = self._call(index, hidden)
+                output = self.call(index, hidden)
             yield place, output
 
     def look_ahead(self, index: int) -> None:
         """Note what the loaded block, still as the stage received it, puts out in the reference stream."""
         for place, hidden in enumerate(self.reference):
             with torch.no_grad():
-                self.targets[place].copy_(self._call(index, hidden))
+                self.targets[place].copy_(self.call(index, hidden))
+            rest(hidden, self.targets[place])
 
     def runner(self, index: int) -> BlockRunner:
         """The loaded block for a block pass."""
         return BlockRunner(self, index)
 
-    def advance(self, index: int) -> None:
-        """Run the loaded block on every batch; its outputs become the next block's inputs."""
-        for place, output in self._outputs(index):
+    def advance(self, index: int, outputs: Iterable[Tensor] | None = None) -> None:
+        """Run the loaded block on every batch (or take its `outputs`); they become the next block's inputs."""
+        for place, output in self._outputs(index) if outputs is None else enumerate(outputs):
             if not bool(torch.isfinite(output).all()):
                 name = self.model.structure.blocks[index]
                 raise InputError(f"{name} puts out NaN or infinite values. The run stops here; check model and recipe.")
             self.hidden[place].copy_(output)
+            rest(self.hidden[place])
         self.reference, self.targets = self.targets, self.reference
 
     def collect(self, index: int, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
@@ -192,9 +197,10 @@ class BlockStream:
             for place, hidden in enumerate(self.hidden):
                 if Stat.CROSS in wants:
                     with collector.recording():
-                        self._call(index, self.reference[place])
-                self._call(index, hidden)
+                        self.call(index, self.reference[place])
+                self.call(index, hidden)
                 collector.next_batch()
+                rest(hidden)
         return collector.finish()
 
     def collect_head(self, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
@@ -205,16 +211,25 @@ class BlockStream:
                 collector.next_batch()
         return collector.finish()
 
+    @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
         """The model's output for each batch, from the hidden states after the last block: (B, T, V) float32, or
         (B, T, features) for an encoder."""
+        for _, output in self.tail():
+            yield output.float().cpu()
+
+    def tail(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per batch the hidden states after the last block, which take gradients where those are on, and the output."""
         self._put_outer()
         for place, batch in enumerate(self.batches):
-            stub = Stub(self._blocks()[0], self._size, self.hidden[place].to(self.device))
-            with torch.no_grad(), shortened(self._blocks(), [stub]):
+            hidden = self.hidden[place].to(self.device)
+            if torch.is_grad_enabled():
+                hidden = hidden.clone().requires_grad_(True)
+            stub = Stub(self._blocks()[0], self._size, hidden)
+            with shortened(self._blocks(), [stub]):
                 output = self.module(input_ids=batch.to(self.device), **_no_cache(self.module))
             result: Tensor = output.logits if "logits" in output else output.last_hidden_state
-            yield result.float().cpu()
+            yield hidden, result
         self._release_outer()
 
 
@@ -235,13 +250,17 @@ class BlockRunner:
         """Hidden states of a batch as the compressed prefix puts them out."""
         return self._stream.hidden[place]
 
+    def reference(self, place: int) -> Tensor:
+        """The same as the uncompressed prefix puts them out."""
+        return self._stream.reference[place]
+
     def targets(self, place: int) -> Tensor:
         """What the block as the stage received it puts out in the reference stream."""
         return self._stream.targets[place]
 
     def forward(self, place: int, hidden: Tensor | None = None) -> Tensor:
         """The block's output for a batch, by its own inputs or by others of the same shape."""
-        return self._stream._call(self._index, self.inputs(place) if hidden is None else hidden)
+        return self._stream.call(self._index, self.inputs(place) if hidden is None else hidden)
 
 
 def _no_cache(module: nn.Module) -> dict[str, Any]:

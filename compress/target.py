@@ -5,10 +5,10 @@ The engine knows targets through these names only, so a new target is its folder
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,26 +63,34 @@ class Choice(Protocol):
 
 
 class Session(Protocol):
-    """A written folder, loaded in its runtime."""
+    """A written folder, loaded in its runtime.
+
+    It may also have `level` ("ran" where it is the runtime itself that reads the files, which is what counts where
+    there is none, "checked" where only our own decoder did) and `notes` for the report.
+    """
 
     name: str
     is_decoder: bool
 
-    def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """(batch, length) → logits (batch, length, vocabulary), or an encoder's hidden states."""
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """Token ids (batch, length) → logits (batch, length, vocabulary), or an encoder's hidden states; images
+        (batch, channels, h, w) float32 → logits (batch, classes)."""
         ...
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """At most `count` tokens after a prompt; ends after one of `stop`."""
         ...
 
-    def call(self, ids: NDArray[np.int64], past: int) -> Callable[[], None]:
-        """One call to be timed: ids (batch, length) after `past` cached tokens."""
+    def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
+        """One call to be timed: ids (batch, length) after `past` cached tokens, or images."""
         ...
 
 
 class Target(Protocol):
-    """The module of a target."""
+    """The module of a target.
+
+    It may also have `plan_together(specs)`, the refusals (by layer) of what it does not take side by side.
+    """
 
     @property
     def RUNTIME(self) -> str:  # noqa: N802 (a constant of the module)
@@ -117,3 +125,12 @@ class Target(Protocol):
     def probe_command(self, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
         """A command that loads a folder, reads and decodes, and prints JSON: load_s, peak_memory_bytes."""
         ...
+
+
+def plan_layers(target: Target, specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, Choice | Refusal]:
+    """How a target would store each layer of a model, alone and beside the others."""
+    found = {name: target.plan_layer(spec, profile) for name, spec in specs.items()}
+    together: Callable[..., dict[str, Refusal]] | None = getattr(target, "plan_together", None)
+    if together is None or any(isinstance(answer, Refusal) for answer in found.values()):
+        return found
+    return {**found, **together(specs)}

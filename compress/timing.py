@@ -22,7 +22,7 @@ from compress.stats import MIN_ROUNDS, drift, half_width, is_stationary, noise_f
 
 Arm = Callable[[], object]
 Clock = Callable[[], float]
-Phase = Literal["prefill", "decode", "encode"]
+Phase = Literal["prefill", "decode", "encode", "infer"]
 Stop = Literal["width", "rounds", "budget"]
 
 WARMUP_CALLS = 200  # cap per arm

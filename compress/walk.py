@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from compress import store
+from compress import memory, products, store
 from compress.applying import apply_block, apply_layer
 from compress.blockpass import Block, BlockPass
 from compress.collect import LayerStats, Stat
 from compress.data import Calibration
+from compress.image_stream import Stream, open_stream, wiring_batch
 from compress.layer import Layer, LayerKind
 from compress.layerpass import LayerPass, Pass
 from compress.matching import Resolution
@@ -22,6 +22,7 @@ from compress.progress import Progress
 from compress.records import LayerResult
 from compress.skeleton import OUTER
 from compress.stream import BlockStream
+from compress.turns import Turns
 
 
 class Steps(Protocol):
@@ -65,12 +66,13 @@ class Walk:
         self.journal = journal
         wants = frozenset[Stat]().union(*(item.wants for item in passes.values()))
         self.reference = bool(wants & {Stat.REFERENCE, Stat.CROSS})
-        self.stream: BlockStream | None = None
+        self.stream: Stream | None = None
         if calibration is not None:
             batches = calibration.batches()
-            self.stream = BlockStream(model, batches, device=device, spill=folder, reference=self.reference)
+            self.stream = open_stream(model, batches, device=device, spill=folder, reference=self.reference)
         elif wants:  # only how layers are wired is asked for, which any few tokens show
-            self.stream = BlockStream(model, [torch.zeros(1, 2, dtype=torch.int64)], device=device)
+            self.stream = open_stream(model, [wiring_batch(model)], device=device)
+        self.turns: Turns | None = None
         self.results: list[Found] = []
 
     def run(self, progress: Progress) -> list[Found]:
@@ -100,19 +102,36 @@ class Walk:
             self._replay(index, self.journal.get(step))
             return
         layers, plain = self.model.layers(index), self.model.plain(index)
-        self._load(index, layers, plain)
+        ahead_in_turn = self._ahead_in_turn(layers)
+        self._load(index, layers, plain, ahead=not ahead_in_turn)
         found = self._apply_all(layers, list(layers), plain, index)
+        if ahead_in_turn and self.turns is not None:
+            with products.fast():
+                self.turns.look_ahead()
         store.write_segment(self.folder, index, layers, plain)
         if self.journal is not None:
             self.journal.add(step, [[place, result.model_dump(mode="json")] for place, result in found])
         self.results += found
         self._advance(index)
 
-    def _load(self, index: int, layers: dict[str, Layer], plain: dict[str, Tensor]) -> None:
+    def _load(self, index: int, layers: dict[str, Layer], plain: dict[str, Tensor], ahead: bool = True) -> None:
         if self.stream is None:
             return
         self.stream.load(index, layers, plain)
-        self.stream.look_ahead(index)
+        if ahead:
+            with products.fast():
+                self.stream.look_ahead(index)
+
+    def _ahead_in_turn(self, layers: dict[str, Layer]) -> bool:
+        """Whether turns will carry the reference stream over a block: where one pass alone changes it, taking all that
+        it changes in turn, and none needs to know before what the block puts out."""
+        passes = {place for name in layers for place, _ in self.resolution.passes[name] if place in self.passes}
+        chosen = [layer for name, layer in layers.items() if self.resolution.passes[name]]
+        if len(passes) != 1 or not isinstance(self.stream, BlockStream):
+            return False
+        item = self.passes[passes.pop()]
+        in_turn = item.in_turn and all(layer.kind is not LayerKind.EXPERT for layer in chosen)
+        return in_turn and Stat.CROSS in item.wants and Stat.REFERENCE not in item.wants
 
     def _replay(self, index: int, data: list[Any]) -> None:
         """A block that an earlier try finished: its results from the journal, its outputs by running it."""
@@ -126,9 +145,16 @@ class Walk:
         self._advance(index)
 
     def _advance(self, index: int) -> None:
-        if self.stream is not None:
-            self.stream.advance(index)
-            self.stream.release(index)
+        if self.stream is None:
+            return
+        with products.fast():
+            if self.turns is None:
+                self.stream.advance(index)
+            else:  # nothing has changed since: what it kept is still right
+                assert isinstance(self.stream, BlockStream)
+                self.stream.advance(index, self.turns.outputs())
+                self.turns = None
+        self.stream.release(index)
 
     def _apply_all(
         self, layers: dict[str, Layer], names: list[str], plain: dict[str, Tensor], index: int = OUTER
@@ -140,13 +166,29 @@ class Walk:
             chosen = {name: found_pass for name in names if (found_pass := self._pass_for(name, place)) is not None}
             if not chosen:
                 continue
-            stats = self._collect(item, layers, list(chosen), index)
-            if isinstance(item, BlockPass):
-                results = self._apply_block(item, chosen, layers, plain, source, stats, index)
-            else:
-                results = self._apply_layers(chosen, layers, source, stats, str(item), index)
-            found += [(place, result) for result in results]
+            self.turns = self._turns(item, list(chosen), index)
+            for group in [tuple(chosen)] if self.turns is None else self.turns.groups:
+                part = {name: chosen[name] for name in group}
+                with products.fast():
+                    stats = self._collect(item, layers, group, index)
+                memory.give_back()
+                if isinstance(item, BlockPass):
+                    results = self._apply_block(item, part, layers, plain, source, stats, index)
+                else:
+                    results = self._apply_layers(part, layers, source, stats, str(item), index)
+                found += [(place, result) for result in results]
+                if self.turns is not None:
+                    with products.fast():
+                        self.turns.settle(group)
+                memory.give_back()
         return found
+
+    def _turns(self, item: Pass, names: list[str], index: int) -> Turns | None:
+        """What brings the layers before a pass one group after the other, if it asks for that and the model allows."""
+        if not item.in_turn or index == OUTER or not isinstance(self.stream, BlockStream):
+            return None
+        specs = [self.model.structure.layers[name] for name in names]
+        return Turns(self.stream, index, specs, cross=Stat.CROSS in item.wants)
 
     def _apply_layers(
         self,
@@ -162,6 +204,8 @@ class Walk:
             assert isinstance(one, LayerPass)
             layers[name], result = apply_layer(one, layers[name], source[name], stats.get(name, LayerStats()), text)
             results.append(result)
+            if not one.part:  # what a rescaling pass made is what later errors are taken against
+                source[name] = layers[name]
             if self.stream is not None and index != OUTER:
                 self.stream.put(layers[name])
         return results
@@ -177,13 +221,17 @@ class Walk:
         index: int,
     ) -> list[LayerResult]:
         runner = self.stream.runner(index) if self.stream is not None and index != OUTER else None
-        block = Block(self._name(index), dict(layers), chosen, dict(plain), stats, runner)
+        block = Block(self._name(index), dict(layers), source, chosen, dict(plain), stats, runner)
         changed, changed_plain, results = apply_block(item, block, source, str(item))
         layers.update(changed)
         plain.update(changed_plain)
         if not item.part:  # what a rescaling pass made is what later errors are taken against
             source.update(changed)
-        if self.stream is not None and index != OUTER:
+        if self.turns is not None:  # only layers change in turn, and the parameters before are still needed
+            assert self.stream is not None and not changed_plain
+            for layer in changed.values():
+                self.stream.put(layer)
+        elif self.stream is not None and index != OUTER:
             self.stream.release(index)
             self.stream.load(index, layers, plain)
         return results
@@ -194,12 +242,15 @@ class Walk:
     def _pass_for(self, name: str, place: int) -> Pass | None:
         return next((item for index, item in self.resolution.passes[name] if index == place), None)
 
-    def _collect(self, item: Pass, layers: dict[str, Layer], names: list[str], index: int) -> dict[str, LayerStats]:
+    def _collect(self, item: Pass, layers: dict[str, Layer], names: Sequence[str], index: int) -> dict[str, LayerStats]:
         if not item.wants or self.stream is None:
             return {}
         wants = item.wants if index != OUTER else item.wants - {Stat.REFERENCE, Stat.CROSS}
-        if index != OUTER:
-            found = self.stream.collect(index, names, wants)
+        if self.turns is not None:
+            found = self.turns.collect(tuple(names), wants)
+        elif index != OUTER:
+            # against a reference that has not seen the errors made inside the block, a correction does harm
+            found = self.stream.collect(index, names, wants - {Stat.CROSS} if item.in_turn else wants)
         elif self.stream.hidden:
             found = self.stream.collect_head(names, wants)
         else:  # before the blocks nothing has run: an embedding's input is token ids

@@ -19,18 +19,24 @@ from compress.errors import UsageError, nearest
 if TYPE_CHECKING:
     from compress.target import Target
 
-# target → module with RUNTIME, FOLDER, plan_layer, predict_bytes, capture, write, session and probe_command
-# (compress/target.py)
+# target → module, or module:object, with RUNTIME, FOLDER, plan_layer, predict_bytes, capture, write, session and
+# probe_command (compress/target.py)
 TARGETS: dict[str, str] = {
     "onnx": "compress.export.onnx.target",
+    "checkpoint": "compress.export.checkpoint.target:COMPRESSED_TENSORS",
+    "checkpoint-gptq": "compress.export.checkpoint.target:GPTQ",
+    "checkpoint-awq": "compress.export.checkpoint.target:AWQ",
+    "checkpoint-bnb": "compress.export.checkpoint.target:BITSANDBYTES",
 }
 
 
 def find(name: str) -> Target:
-    """The module of a target. Raises: UsageError for an unknown one."""
+    """The module, or object of a module, of a target. Raises: UsageError for an unknown one."""
     if name not in TARGETS:
         raise UsageError(f"Unknown export target '{name}'.{nearest(name, TARGETS)}")
-    return cast("Target", import_module(TARGETS[name]))
+    path, _, member = TARGETS[name].partition(":")
+    module = import_module(path)
+    return cast("Target", getattr(module, member) if member else module)
 
 
 class _CallablePackage(ModuleType):

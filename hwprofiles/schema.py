@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Use = Literal["weight_only", "weight_and_activation", "embedding", "float"]
+# weight_and_activation rounds inputs at each call; weight_and_static_activation to a grid fixed beforehand
+Use = Literal["weight_only", "weight_and_activation", "weight_and_static_activation", "lookup", "embedding", "float"]
 Evidence = Literal["measured", "vendor", "derived", "unchecked"]
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 

@@ -16,7 +16,7 @@ if __name__ != "compress.passes":
 from compress.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from compress.layerpass import LayerPass
+    from compress.layerpass import Pass
 
 
 class Entry(NamedTuple):
@@ -29,7 +29,19 @@ class Entry(NamedTuple):
 PASSES: dict[str, Entry] = {
     "rtn": Entry("compress.passes.rtn:Rtn", "round each weight to the nearest point of its grid; needs no data"),
     "gptq": Entry("compress.passes.gptq:Gptq", "round column by column, later columns absorbing the error; needs data"),
-    "act_quant": Entry("compress.passes.act_quant:ActQuant", "round layer inputs at run time; needs no data"),
+    "awq": Entry("compress.passes.awq:Awq", "scale salient channels up, then round to nearest; needs data"),
+    "hqq": Entry("compress.passes.hqq:Hqq", "move each group's zero point until errors are sparse; needs no data"),
+    "bnb4": Entry("compress.passes.bnb4:Bnb4", "4-bit weights as bitsandbytes makes them; needs no data"),
+    "llm_int8": Entry("compress.passes.llm_int8:LlmInt8", "8-bit weights and inputs but for outliers; needs no data"),
+    "act_quant": Entry("compress.passes.act_quant:ActQuant", "round layer inputs at run time; static=true needs data"),
+    "smoothquant": Entry("compress.passes.smoothquant:SmoothQuant", "move the range of activations into the weights"),
+    "awq_scale": Entry("compress.passes.awq:AwqScale", "the scaling of awq alone, for another pass that rounds"),
+    "rotate": Entry("compress.passes.rotate:Rotate", "spread outliers by folded rotations; needs no data"),
+    "hadamard": Entry("compress.passes.hadamard:HadamardInputs", "rotate layer inputs at run time; needs no data"),
+    "autoround": Entry("compress.passes.autoround:AutoRound", "learn which way to round, block by block; needs data"),
+    "bias_correct": Entry("compress.passes.bias_correct:BiasCorrect", "take the mean error out of biases; needs data"),
+    "adaquant": Entry("compress.passes.adaquant:AdaQuant", "learn weights and grids layer by layer; needs data"),
+    "tune": Entry("compress.passes.tune:Tune", "tune scales, norms and biases by the whole model's output; needs data"),
 }
 
 
@@ -43,12 +55,12 @@ def table() -> dict[str, Entry]:
     return {**found, **PASSES}
 
 
-def find(name: str) -> type[LayerPass]:
+def find(name: str) -> type[Pass]:
     """The class of a pass. Raises: UsageError for an unknown name, with the nearest one."""
     if name not in table():
         raise UsageError(f"Unknown pass '{name}'.{nearest(name, table())}")
     module, _, cls = table()[name].path.partition(":")
-    found: type[LayerPass] = getattr(import_module(module), cls)
+    found: type[Pass] = getattr(import_module(module), cls)
     return found
 
 

@@ -2,100 +2,188 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from compress import solve
+from compress.blockpass import Block, BlockQuantPass, Changed
 from compress.collect import LayerStats, Stat
-from compress.formats.base import Format, Params
+from compress.errors import UsageError
+from compress.formats.base import Params, Rounder
+from compress.hessian import damped as hessian_damped
 from compress.hessian import inverse_factor
 from compress.layer import Layer, LayerKind
-from compress.layerpass import QuantPass
 
 
-class Gptq(QuantPass):
+class Gptq(BlockQuantPass):
     """GPTQ (Frantar et al. 2023, arXiv 2210.17323), with static groups: scales are fitted to the original groups first,
     then columns are taken in descending order of the Hessian's diagonal, so that no reordering is left at run time.
+    Then sweeps of descent choose scales and codes again, each with all others as they are (compress/solve.py).
 
     Settings: `format` the grid; `damp` share of the mean diagonal added to the Hessian (doubled, and reported, while
-    it cannot be factorised); `block` columns between two updates of all later columns; `clip` searches each group's
-    range; `order`: `static` as above or `given` for the stored order.
+    it cannot be factorised); `clip` searches each group's range; `order`: `static` as above or `given` for the stored
+    order; `refit` sweeps of descent after the columns (none for grouped convolutions and for formats that decide
+    several columns together); `sequential` takes the layers of a block in the order in which data reach them, each
+    with the inputs that the ones before it, already quantized, put out (not image models, nor within a mixture of
+    experts); `mismatch` how much of the difference between those inputs and the uncompressed model's the weight makes
+    up for first (`solve.matched`; needs `sequential`; 0 saves the second stream of activations, which is more than
+    half of the time).
     """
 
     name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
-    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT, LayerKind.CONV})
 
-    damp: float = Field(default=0.01, gt=0, le=1)
-    block: int = Field(default=128, ge=1)
+    damp: float = Field(default=0.05, gt=0, le=1)
     clip: bool = True
     order: str = Field(default="static", pattern="^(static|given)$")
+    refit: int = Field(default=4, ge=0)
+    sequential: bool = True
+    mismatch: float = Field(default=0.8, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check_order_of_work(self) -> Self:
+        if "mismatch" in self.model_fields_set and self.mismatch and not self.sequential:
+            raise UsageError(
+                f"gptq: mismatch={self.mismatch:g} needs sequential=true: a correction that does not know the errors "
+                "made inside the block does harm. Leave one of the two out, or set mismatch=0."
+            )
+        for pattern, settings in self.overrides.items():
+            late = "mismatch" in settings and Stat.CROSS not in self.wants
+            if "sequential" in settings or late:
+                name = "sequential" if "sequential" in settings else "mismatch"
+                raise UsageError(
+                    f"gptq: overrides of '{pattern}' may not set {name} here: it decides how data are collected for "
+                    "all layers. Set it for the whole pass; an override may then lower mismatch."
+                )
+        return self
+
+    @property
+    def wants(self) -> frozenset[Stat]:
+        return super().wants | ({Stat.CROSS} if self.sequential and self.mismatch else set())
+
+    @property
+    def in_turn(self) -> bool:
+        return self.sequential
+
+    def block(self, block: Block) -> Changed:
+        together: dict[object, list[tuple[Gptq, Layer]]] = {}
+        for name, item in block.chosen.items():
+            assert isinstance(item, Gptq)
+            layer, stats = block.layers[name], block.stats.get(name)
+            # layers that are fed the same tensor have the same statistics, so they can share a solve
+            alone = stats is None or layer.groups > 1
+            key = name if alone else (id(stats), item.damp, item.order, item.mismatch, item.resolved_format().step)
+            together.setdefault(key, []).append((item, layer))
+        changed: dict[str, Layer] = {}
+        for pairs in together.values():
+            item, layer = pairs[0]
+            stats = block.stats.get(layer.name, LayerStats())
+            found = [_grouped(item, layer, stats)] if layer.groups > 1 else _solved(pairs, stats)
+            changed |= {each.name: each for each in found}
+        return Changed(changed)
 
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
-        hessian = _hessian(layer, stats)
-        form = self.resolved_format()
-        never_on = hessian.diagonal() == 0
-        weight = layer.float_weight().masked_fill(never_on, 0.0)
-        params = form.fit(weight, search=self.clip)
-        order = self._order(hessian)
-        factor, used, tries = inverse_factor(hessian[order][:, order], self.damp)
-        codes = compensate(weight[:, order], factor, form, params, order, self.block)
-        packed = form.pack(codes[:, torch.argsort(order)], params, layer.shape)
-        return replace(layer, weight=packed, notes=_notes(stats, used, tries))
+        """One layer by itself."""
+        one = {layer.name: layer}
+        return self.block(Block(layer.name, one, one, {layer.name: self}, {}, {layer.name: stats})).layers[layer.name]
 
-    def _order(self, hessian: Tensor) -> Tensor:
-        if self.order == "given":
-            return torch.arange(hessian.shape[0])
-        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    def columns(self, hessian: Tensor) -> Tensor:
+        """(in,) int64: the order in which columns are taken; those that the format decides together stay so."""
+        units = torch.arange(len(hessian)).reshape(-1, self.resolved_format().step)
+        if self.order == "static":
+            units = units[torch.argsort(hessian.diagonal()[units].amax(-1), descending=True, stable=True)]
+        return units.flatten()
+
+    def target(self, weight: Tensor, stats: LayerStats, system: System) -> Tensor:
+        """The weight (out, in) to come close to."""
+        weight = weight.masked_fill(system.hessian.diagonal() == 0, 0.0)
+        if stats.cross is not None and self.mismatch:
+            weight = solve.matched(weight, stats.cross, system.factor, system.columns, self.mismatch)
+        # what scale layers share was settled before, and no weight may grow out of it
+        return weight if stats.peak is None else weight.clamp(-stats.peak, stats.peak)
+
+    def fit(self, weight: Tensor, stats: LayerStats) -> Params:
+        """The format's parameters for a weight (out, in)."""
+        return self.resolved_format().fit(weight, search=self.clip, peak=stats.peak)
+
+    def prepare(self, hessian: Tensor) -> System:
+        """What all rows that are multiplied with the same inputs have in common."""
+        columns = self.columns(hessian)
+        return System(hessian, columns, *inverse_factor(hessian[columns][:, columns], self.damp))
 
 
-def _hessian(layer: Layer, stats: LayerStats) -> Tensor:
-    """(in, in); the identity for an expert that no token was routed to."""
-    return torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
+@dataclass(frozen=True)
+class System:
+    """The Hessian in stored order, the order of the columns, the factor of the inverse in that order, the damping used
+    and how often it was doubled."""
+
+    hessian: Tensor
+    columns: Tensor
+    factor: Tensor
+    damp: float
+    doubled: int
+
+    def codes(self, weight: Tensor, rounder: Rounder, step: int) -> Tensor:
+        """Codes (out, in / step · …) in stored order."""
+        found = solve.compensate(weight[:, self.columns], self.factor, rounder, step)
+        places = torch.argsort(self.columns[::step])
+        return found.reshape(len(weight), len(places), -1)[:, places].flatten(1)
 
 
-def _notes(stats: LayerStats, damping: float, doubled: int) -> tuple[str, ...]:
+def _solved(pairs: Sequence[tuple[Gptq, Layer]], stats: LayerStats) -> list[Layer]:
+    """Layers that share their inputs, solved on end: one factor, and one loop over columns for all of their rows."""
+    first, layer = pairs[0]
+    hessian = torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
+    system = first.prepare(hessian)
+    rows = [layer.shape[0] for _, layer in pairs]
+    whole = first.target(torch.cat([layer.float_weight() for _, layer in pairs]), stats, system)
+    targets = torch.split(whole, rows)
+    forms = [item.resolved_format() for item, _ in pairs]
+    params = [item.fit(target, stats) for (item, _), target in zip(pairs, targets, strict=True)]
+    rounders = [form.rounder(each, system.columns) for form, each in zip(forms, params, strict=True)]
+    codes = torch.split(system.codes(whole, solve.stack(rounders, rows), forms[0].step), rows)
+    notes, damped = _notes(stats, system), hessian_damped(hessian, system.damp)
+    del system, rounders  # as large as the Hessian, and no longer needed
+    found = []
+    for (item, layer), form, target, chosen, fitted in zip(pairs, forms, targets, codes, params, strict=True):
+        packed = form.pack(chosen, fitted, layer.shape)
+        if item.refit and form.step == 1 and stats.hessian is not None:
+            packed = form.pack(
+                *solve.improve(target, packed.dequantize(), damped, form, fitted, item.refit), layer.shape
+            )
+        found.append(replace(layer, weight=packed, notes=notes))
+    return found
+
+
+def _grouped(item: Gptq, layer: Layer, stats: LayerStats) -> Layer:
+    """A grouped convolution: each group of output channels sees its own input channels of a patch, which stand
+    together."""
+    size, rows, form = layer.shape[1], layer.shape[0] // layer.groups, item.resolved_format()
+    whole = torch.eye(layer.groups * size) if stats.hessian is None else stats.hessian
+    starts = range(0, layer.groups * size, size)
+    systems = [item.prepare(whole[start : start + size, start : start + size]) for start in starts]
+    never_on = torch.stack([system.hessian.diagonal() == 0 for system in systems])
+    weight = layer.float_weight().masked_fill(never_on.repeat_interleave(rows, 0), 0.0)
+    params = item.fit(weight, stats)
+    # all rows each time, since a format's blocks may cross rows
+    codes = [system.codes(weight, form.rounder(params, system.columns), form.step) for system in systems]
+    chosen = torch.cat([each[place * rows :][:rows] for place, each in enumerate(codes)])
+    worst = max(systems, key=lambda system: system.doubled)
+    return replace(layer, weight=form.pack(chosen, params, layer.shape), notes=_notes(stats, worst))
+
+
+def _notes(stats: LayerStats, system: System) -> tuple[str, ...]:
     """What a reader of the report should know about the solve."""
     if stats.hessian is None:
         return ("no calibration token reached it: rounded as if its inputs were alike (identity Hessian)",)
-    inputs = stats.hessian.shape[0]
-    notes = [f"damping raised to {damping:g} to factorise the Hessian"] if doubled else []
+    inputs = len(stats.hessian)
+    notes = [f"damping raised to {system.damp:g} to factorise the Hessian"] if system.doubled else []
     if stats.tokens < inputs:
         notes.append(f"only {stats.tokens} tokens for {inputs} inputs: the Hessian is not full rank")
     return tuple(notes)
-
-
-def compensate(weight: Tensor, factor: Tensor, form: Format, params: Params, columns: Tensor, block: int) -> Tensor:
-    """Quantize the columns in turn, moving each one's error to those after it (paper, Algorithm 1).
-
-    Args: weight (out, in) float32 in processing order, overwritten; factor U (in, in) upper triangular with
-    UᵀU = H⁻¹; columns (in,) int64 original place of each column; block: columns per lazy update.
-    Returns: codes (out, in) in processing order.
-    """
-    count, step = weight.shape[1], form.step
-    codes = torch.empty_like(weight)
-    for start in range(0, count, block):
-        stop = min(start + block, count)
-        # the columns of one block beside each other in memory: they are read and written column by column
-        part, chosen = weight[:, start:stop].clone(), torch.empty(weight.shape[0], stop - start)
-        triangle, errors = factor[start:stop, start:stop], torch.empty_like(part)
-        for at in range(0, stop - start, step):
-            now, later = slice(at, at + step), slice(at + step, stop - start)
-            chosen[:, now], values = form.quantize(part[:, now], params, columns[start + at : start + at + step])
-            error = _divide(part[:, now] - values, triangle[now, now])
-            part[:, later] -= error @ triangle[now, later]
-            errors[:, now] = error
-        codes[:, start:stop] = chosen
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes
-
-
-def _divide(difference: Tensor, corner: Tensor) -> Tensor:
-    """e = (w − ŵ) / U_qq; where several columns are decided together, the same with their small triangle."""
-    if corner.numel() == 1:
-        return difference / corner
-    solved: Tensor = torch.linalg.solve_triangular(corner, difference, upper=True, left=False)
-    return solved

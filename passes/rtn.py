@@ -24,6 +24,6 @@ class Rtn(QuantPass):
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
         form = self.resolved_format()
         weight = layer.float_weight()
-        params = form.fit(weight, search=self.clip)
+        params = form.fit(weight, search=self.clip, peak=stats.peak)
         codes, _ = form.quantize(weight, params, torch.arange(weight.shape[1]))
         return layer.with_weight(form.pack(codes, params, layer.shape))

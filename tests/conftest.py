@@ -109,3 +109,83 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(llama: Path, tmp_path: Path) -> Path:
     """A model folder that a test may damage."""
     return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+CNN = '''
+"""A small classifier of 12x12 images: a stem, a depthwise and a grouped convolution, a residual, five classes."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.depth = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8)
+        self.after_depth = nn.BatchNorm2d(8)
+        self.point = nn.Conv2d(8, 16, (1, 1), bias=False)
+        self.after_point = nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 16, 3, padding="same", dilation=2, groups=4, bias=False)
+        self.after_grouped = nn.BatchNorm2d(16)
+        self.twice = nn.Conv2d(16, 16, 2, padding="same")
+        self.kept = nn.BatchNorm2d(16)
+        self.last = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16 * 6 * 6, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(self.after_point(self.point(F.relu(self.after_depth(self.depth(x))))))
+        x = F.relu(self.after_grouped(self.grouped(x)) + x)
+        y = self.twice(x)
+        x = self.last(self.kept(y) + y)
+        return self.head(x.flatten(1))
+
+
+def net():
+    made, maker = Net(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=maker)
+                spread = 6 if tensor.ndim > 1 else 1
+                tensor.copy_(noise + 0.5 if "var" in name or name.endswith("weight") and tensor.ndim == 1
+                             else (noise - 0.5) * spread / max(1, tensor[0].numel()) ** 0.5)
+    return made
+
+
+def sample_inputs(batch=2):
+    return (torch.randn(batch, 3, 12, 12, generator=torch.Generator().manual_seed(0)),)
+'''
+
+
+@pytest.fixture(scope="session")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small classifier as `file.py:callable`. Do not write beside it."""
+    path = tmp_path_factory.mktemp("code") / "tiny_cnn.py"
+    path.write_text(CNN)
+    return f"{path}:net"
+
+
+@pytest.fixture(scope="session")
+def images_file(cnn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 random images (uint8, channels last), of which the classifier gets about 90 % right."""
+    import numpy as np
+    import torch
+
+    import compress
+    from compress.image_stream import whole_module
+
+    maker = np.random.default_rng(0)
+    pixels = maker.integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)
+    model = compress.load(cnn)
+    assert model.image is not None
+    with torch.no_grad():
+        logits = whole_module(model)(model.image.preprocess(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())))
+    labels = np.where(maker.random(80) < 0.9, logits.argmax(-1).numpy(), maker.integers(0, 5, 80))
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    np.savez(path, images=pixels, labels=labels)
+    return path

@@ -89,7 +89,7 @@ def test_the_example_of_a_pass_parses_to_its_defaults(name: str) -> None:
 def test_the_defaults_are_those_of_the_fields() -> None:
     found = pass_settings(find("gptq"))
     assert found["format"]["default"] == "int4(group=128)"
-    assert found["damp"] == {"type": "number", "default": 0.01, "allowed": "more than 0, at most 1"}
+    assert found["damp"] == {"type": "number", "default": 0.05, "allowed": "more than 0, at most 1"}
     assert found["order"] == {"type": "string", "default": "static", "allowed": "static, given"}
     assert found["bits"] == {"type": "integer or null", "default": None}
     assert "int4" in found["format"]["allowed"]
@@ -99,7 +99,7 @@ def test_a_pass_says_what_it_needs_and_treats() -> None:
     text = describe_pass(find("gptq"))
     assert text.startswith("gptq\n\nGPTQ (Frantar et al. 2023")
     assert "needs:    hessian, so calibration data" in text
-    assert "treats:   expert, linear layers" in text
+    assert "treats:   conv, expert, linear layers" in text
     assert "`targets` layer patterns" in text
     assert "needs:    no data" in describe_pass(find("rtn"))
 

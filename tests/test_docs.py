@@ -43,7 +43,7 @@ def test_every_pass_is_in_the_readme_with_its_summary(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(recipe.presets()))
 def test_every_preset_is_in_the_readme(name: str) -> None:
-    assert f"`{name}`" in README
+    assert f"| `{name}` | {recipe.load(name).summary} |" in README
 
 
 def test_the_recipe_of_the_readme_parses() -> None:

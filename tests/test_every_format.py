@@ -9,10 +9,15 @@ from compress.formats import FORMATS, NAMES, parse_format
 
 # at least one text per line of the table
 SAMPLES = [
-    *(f"{name}(channel)" for name in NAMES),
+    *(f"int{bits}(channel)" for bits in range(2, 9)),
     "int4(group=32)",
     "int3(group=16, asymmetric)",
     "int4(group=32, signed)",
+    *("fp8_e4m3(channel)", "fp8_e4m3(group=32)", "fp8_e5m2(tensor)", "fp6_e2m3(group=32)", "fp6_e3m2(channel)"),
+    *("fp4_e2m1(group=16, scale=float32)", "fp3_e1m1(channel, scale=e8m0)", "fp5_e2m2(group=24)", "fp7_e3m3(channel)"),
+    *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
+    *("nf4(block=64)", "nf4(block=64, double)", "fp4(block=32)", "table(bits=3, group=16)", "table(bits=5, block=64)"),
+    "int4(group=32, float_zero)",
 ]
 
 
@@ -23,6 +28,10 @@ def weight(rows: int = 5, columns: int = 70) -> torch.Tensor:
 def test_every_line_of_the_table_has_a_sample() -> None:
     for pattern in FORMATS:
         assert any(re.fullmatch(pattern, text.partition("(")[0]) for text in SAMPLES), pattern
+
+
+def test_every_name_offered_to_a_user_has_a_sample() -> None:
+    assert set(NAMES) <= {text.partition("(")[0] for text in SAMPLES}
 
 
 @pytest.mark.parametrize("text", SAMPLES)
@@ -42,6 +51,14 @@ def test_stored_tensors_have_the_planned_shapes_and_decode_to_the_chosen_values(
     assert stored.nbytes == form.stored_bytes((5, 70)) == round(stored.bits_per_weight * 350 / 8)
     assert torch.equal(stored.dequantize(), values)
     assert all(tensor.is_contiguous() for tensor in stored.tensors.values())
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_a_peak_that_is_the_weights_own_changes_nothing_and_a_larger_one_only_where_it_is_shared(text: str) -> None:
+    form, own = parse_format(text), float(weight().abs().max())
+    alone, same, larger = (form.fit(weight(), peak=peak) for peak in (None, own, 2 * own))
+    assert all(torch.equal(same[name], tensor) for name, tensor in alone.items())
+    assert any(not torch.equal(larger[name], tensor) for name, tensor in alone.items()) == form.shares_peak
 
 
 @pytest.mark.parametrize("text", SAMPLES)

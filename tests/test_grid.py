@@ -80,6 +80,37 @@ def test_quantizing_some_columns_equals_those_columns_of_the_whole() -> None:
     assert torch.equal(form.quantize(weight[:, some], params, some)[1], whole[:, some])
 
 
+@pytest.mark.parametrize("text", FORMATS)
+def test_the_rounder_of_a_loop_gives_what_quantizing_gives(text: str) -> None:
+    form, weight = parse_format(text), weights()
+    params, columns = form.fit(weight, search=True), torch.tensor([99, 3, 40, 41])
+    codes, values = form.quantize(weight[:, columns], params, columns)
+    rounder = form.rounder(params, columns)
+    for at in range(4):
+        chosen, rounded = rounder(weight.T[columns][at : at + 1], at)
+        assert torch.equal(chosen[0].float(), codes[:, at]) and torch.equal(rounded[0], values[:, at])
+
+
+@pytest.mark.parametrize("text", [text for text in FORMATS if "tensor" not in text])
+def test_a_rescaled_group_is_stored_as_it_is_told(text: str) -> None:
+    form, weight = parse_format(text), weights()
+    params = {name: value.clone() for name, value in form.fit(weight).items()}
+    codes, before = form.quantize(weight, params, torch.arange(100))
+    span = form.refit_span(100)
+    factor = torch.linspace(0.5, 1.5, 9)
+    factor[4] = 1e-12  # a scale that float16 could not hold stays as it is
+    done = form.rescale(params, 0, factor)
+    after = form.pack(codes, params, (9, 100)).dequantize()
+    assert torch.allclose(after[:, :span], before[:, :span] * done[:, None], rtol=1e-5, atol=0)
+    assert torch.equal(after[:, span:], before[:, span:])
+    kept = torch.arange(9) != 4
+    assert torch.allclose(done[kept], factor[kept], rtol=1e-3) and done[4] == 1
+
+
+def test_one_scale_for_all_is_not_refitted_row_by_row() -> None:
+    assert parse_format("int8(tensor)").refit_span(100) == 0
+
+
 def test_the_signed_scheme_puts_the_largest_magnitude_on_the_extra_code() -> None:
     weight = torch.tensor([[0.1, -0.2, 0.8, 0.4], [0.1, -0.8, 0.2, 0.4]])
     form = parse_format("int2(channel, signed)")
@@ -97,6 +128,13 @@ def test_the_range_search_never_does_worse_than_the_extremes() -> None:
         found = grid.search_range(groups, 3, scheme)
         before = grid.range_error(groups, plain[0].half().float(), plain[1], 3, None)
         assert bool((grid.range_error(groups, *found, 3, None) <= before).all())
+
+
+def test_the_search_may_give_the_extra_code_to_the_smaller_side() -> None:
+    """Twelve at −0.7 and one at 0.9 at 2 bits: the codes that reach 0.9 leave twelve errors, the others one."""
+    groups = torch.tensor([[[0.9] + 12 * [-0.7]]])
+    plain, found = grid.fit_range(groups, 2, "signed"), grid.search_range(groups, 2, "signed")
+    assert plain[0].item() < 0 < found[0].item()
 
 
 def test_a_group_of_zeros_stays_zero() -> None:

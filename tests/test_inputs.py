@@ -269,6 +269,8 @@ def test_calibration_draws_the_same_windows_for_the_same_seed(llama: Path, text_
         ("passes: [{rtn: 4}]", "are a mapping"),
         ("- rtn", "is a mapping with 'passes'"),
         ("passes: [rtn", "is not YAML"),
+        ("passes: [rtn]\nalso: [rtn]", "'also' maps export targets to passes"),
+        ("passes: [rtn]\nalso: {onnxx: [rtn]}", "Did you mean 'onnx'"),
         ("passes: [!!python/object/apply:os.system [echo]]", "is not YAML"),
     ],
 )
@@ -286,7 +288,16 @@ def test_every_preset_parses_and_says_what_it_is_for() -> None:
     for name in recipe.presets():
         found = recipe.load(name)
         assert found.summary
-        assert str(Pipeline.parse(found.passes)) == found.passes
+        for target in ("", *found.also):
+            text = found.for_target(target).passes
+            assert str(Pipeline.parse(text)) == text
+
+
+def test_a_target_gets_the_passes_that_a_recipe_has_for_it(tmp_path: Path) -> None:
+    found = recipe.load(str(write(tmp_path / "r.yaml", "passes: [gptq]\nalso: {onnx: [act_quant, 'tune(steps=2)']}")))
+    assert found.for_target("checkpoint").passes == "gptq"
+    assert found.for_target("onnx").passes == "gptq, act_quant, tune(steps=2)"
+    assert found.for_target("onnx").for_target("onnx").passes == "gptq, act_quant, tune(steps=2)"
 
 
 def test_yaml_and_one_line_passes_are_the_same(tmp_path: Path) -> None:

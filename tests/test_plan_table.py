@@ -124,7 +124,7 @@ def test_every_cost_is_in_a_column_called_predicted() -> None:
 def test_matches_are_counted_per_pass_and_pattern() -> None:
     found = tables(plan())["matches"]
     assert found.rows == ((GPTQ, "default", "150"), (RTN, "kind:embedding", "1"))
-    assert "every linear layer and expert inside the blocks" in found.notes[0]
+    assert "every linear layer, convolution and expert inside the blocks" in found.notes[0]
     assert tables(plan(matches={RTN: {"kind:embedding": 1}}))["matches"].notes == ()
 
 

@@ -56,6 +56,15 @@ def test_allocated_views_keep_their_shapes_and_values_above_the_limit(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_rests_outside_memory_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "SPILL_BYTES", 4 * 5000)
+    (usual,), views = activations.allocate([(50, 100)]), activations.allocate([(3, 4321), (2, 999)], tmp_path)
+    for place, view in enumerate([usual, *views]):
+        view.fill_(place)
+    activations.rest(usual, views[0], views[1][1:])
+    assert [bool((view == place).all()) for place, view in enumerate([usual, *views])] == [True] * 3
+
+
 def test_a_block_that_puts_out_nan_for_any_window_stops_the_run(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = compress.load(llama)
     stream = BlockStream(model, list(windows().ids.split(1)))

@@ -16,10 +16,19 @@ if TYPE_CHECKING:
 # pattern of the name → class, imported on first use
 FORMATS: dict[str, str] = {
     r"int(?P<bits>[2-8])": "compress.formats.int_grid:IntGrid",
+    r"fp(?P<bits>\d)_e(?P<exponent>\d)m(?P<mantissa>\d)|mxfp4|mxfp6_e2m3|mxfp6_e3m2|mxfp8_e4m3|mxfp8_e5m2|nvfp4": (
+        "compress.formats.float_grid:FloatGrid"
+    ),
+    r"(?P<table>nf4|fp4|table)": "compress.formats.lookup:Lookup",
 }
 
 # what a user may type, for error texts
-NAMES = tuple(f"int{bits}" for bits in range(2, 9))
+NAMES = (
+    *(f"int{bits}" for bits in range(2, 9)),
+    *("fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"),
+    *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
+    *("nf4", "fp4", "table"),
+)
 
 
 @lru_cache(maxsize=1024)

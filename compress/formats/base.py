@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
@@ -17,6 +18,9 @@ Params = dict[str, Tensor]
 """A format's fitted parameters by name (scales, zero points, codebooks …)."""
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
+
+Rounder = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Codes (step · …, out) and values (step, out) of some columns (step, out) float32, and the place of the first."""
 
 
 class Format(ABC):
@@ -57,6 +61,26 @@ class Format(ABC):
         """Codes and decoded values for some columns: weight (out, len(columns)), columns (n,) int64 original
         positions. Returns codes (out, n / step · …) and values (out, n) float32."""
 
+    def rounder(self, params: Params, columns: Tensor) -> Rounder:
+        """`quantize` for a loop over columns (n,) int64, `step` at a time, with weights turned to (in, out)."""
+
+        def turned(weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
+            codes, values = self.quantize(weight.T, params, columns[at : at + self.step])
+            return codes.T, values.T
+
+        return turned
+
+    def refit_span(self, columns: int) -> int:
+        """How many input columns share a scale that `rescale` can change in each row by itself; 0: there is none."""
+        return 0
+
+    def rescale(self, params: Params, group: int, factor: Tensor) -> Tensor:
+        """Multiply the scales of one group of columns, in place, by factor (out,) > 0.
+
+        Returns: what they were multiplied with once stored, (out,).
+        """
+        raise NotImplementedError(f"{self} has no scales to refit")
+
     @abstractmethod
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
         """Codes of the whole weight in original column order, with its parameters, as stored tensors."""
@@ -76,6 +100,11 @@ class Format(ABC):
 
 class ActivationFormat(ABC):
     """A format that can also round activations at run time."""
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether these settings can; some are for weights only."""
+        return True
 
     @abstractmethod
     def round_activation(self, values: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 MAX_KINDS = 24  # rows of one table: a screen
 _WHERE = "`compress plan --json`"
-_DEFAULT = "default: no targets were given, so every linear layer and expert inside the blocks but routers."
+_DEFAULT = (
+    "default: no targets were given, so every linear layer, convolution and expert inside the blocks but routers."
+)
 _NONE = "-"
 
 

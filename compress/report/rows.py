@@ -11,7 +11,7 @@ from compress.report.format import NOT_MEASURED, clean
 from compress.report.table import Block, Page, Table, capped
 from compress.report.verdict import RELATIVE, metric_name
 
-_METRIC_ORDER = ("perplexity", "accuracy", "kl", "top1_agreement", "nll_change")
+_METRIC_ORDER = ("perplexity", "accuracy", "accuracy_change", "kl", "top1_agreement", "nll_change")
 _NONE = "-"  # a cell that does not apply, as against one that was not measured
 
 
@@ -75,11 +75,12 @@ def gate_table(gates: Sequence[Gate]) -> Table:
 
 def speed_table(speed: Speed | None) -> Table:
     """One row per setting, both arms in it, with the noise floor beside the speed-up."""
+    timings = speed.timings if speed else ()
+    unit = "images" if any(timing.phase == "infer" for timing in timings) else "tokens"
     columns = (
-        "phase", "batch", "prompt", "baseline ms", "variant ms", "baseline tokens/s", "variant tokens/s", "speed-up",
+        "phase", "batch", "prompt", "baseline ms", "variant ms", f"baseline {unit}/s", f"variant {unit}/s", "speed-up",
         "noise floor", "verdict",
     )  # fmt: skip
-    timings = speed.timings if speed else ()
     rows, notes = capped((_timing_row(timing) for timing in timings), _speed_notes(speed))
     return Table("speed", "Speed", columns, "lrrrrrrrrl", rows, keys=3, notes=notes)
 
@@ -167,7 +168,7 @@ def _timing_row(timing: Timing) -> tuple[str, ...]:
     return (
         timing.phase,
         str(timing.batch),
-        str(timing.prompt),
+        _NONE if timing.phase == "infer" else str(timing.prompt),
         fmt.significant(1000 * timing.baseline_s),
         fmt.significant(1000 * timing.variant_s),
         fmt.significant(timing.baseline_tokens_per_s),

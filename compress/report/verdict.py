@@ -9,6 +9,7 @@ from compress.report import format as fmt
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
+    "accuracy_change": "accuracy change",
     "ece": "calibration error",
     "kl": "KL",
     "nll": "loss",
@@ -18,8 +19,10 @@ METRIC_NAMES = {
     "top1_agreement": "top-1 agreement",
 }
 # Metrics that compare with the baseline: the baseline itself has no figure for them.
-RELATIVE = frozenset({"kl", "top1_agreement", "nll_change", "flips", "cosine", "nearest_neighbour_agreement"})
-_HEADLINE_METRICS = ("kl", "perplexity", "accuracy", "cosine")
+RELATIVE = frozenset(
+    {"kl", "top1_agreement", "nll_change", "accuracy_change", "flips", "cosine", "nearest_neighbour_agreement"}
+)
+_HEADLINE_METRICS = ("kl", "perplexity", "accuracy", "accuracy_change", "cosine")
 _MAX_NAMED = 3
 
 
@@ -29,7 +32,7 @@ def metric_name(key: str) -> str:
 
 
 def headline_timing(speed: Speed | None) -> Timing | None:
-    """The decode setting with the smallest batch, else the first setting."""
+    """The decode setting with the smallest batch, else the first setting (of images that with the smallest batch)."""
     if speed is None or not speed.timings:
         return None
     decode = [timing for timing in speed.timings if timing.phase == "decode"]

@@ -5,9 +5,12 @@ One file per lowering; the table says which is asked first. A format that none a
 
 from __future__ import annotations
 
-# asked in this order; each module offers `choose(spec, runtime)`, `stored_bytes`, `linear` and, where it can, `gather`
+# asked in this order; each module offers `choose(spec, runtime)`, and what it lowers of `linear`, `gather` and `conv`
 LOWERINGS: tuple[str, ...] = (
     "compress.export.onnx.float_matmul",
     "compress.export.onnx.dynamic_quantize",
+    "compress.export.onnx.static_qdq",
     "compress.export.onnx.matmul_nbits",
+    "compress.export.onnx.matmul_bnb4",
+    "compress.export.onnx.decoded_conv",
 )

@@ -1,6 +1,7 @@
 """Capture the float graph once per structure, without weights: placeholders for layers and attention.
 
-Domain `compress`: `Linear(x) {layer}`, `Embedding(ids) {layer}`, and those of `interfaces`. Other parameters become
+Domain `compress`: `Linear(x) {layer}`, `Embedding(ids) {layer}`, `Conv(x) {layer, kernel, strides, pads, dilations,
+group}` with ONNX Conv's own meaning (compress/export/onnx/conv.py), and those of `interfaces`. Other parameters become
 graph inputs named like them, so nothing is baked in; the target turns them into initializers.
 """
 
@@ -22,8 +23,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from compress import experts
 from compress.errors import UnsupportedError
-from compress.export.onnx import interfaces
+from compress.export.onnx import conv, interfaces
 from compress.export.onnx.interfaces import DOMAIN, PLACEHOLDER, PastSlots
+from compress.layer import LayerSpec
 from compress.model import Model, Task
 
 PARAMETER = "parameter::"
@@ -40,7 +42,7 @@ def _placeholders(module: nn.Module, model: Model) -> Iterator[None]:
             child.__dict__["_compress_layer"] = name
         elif experts.is_experts(child):
             child.__dict__["_compress_experts"] = name
-    saved: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, Conv1D)}
+    saved: dict[Any, Any] = {cls: cls.forward for cls in (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)}
 
     def forward(self: nn.Module, values: Tensor) -> Tensor:
         spec = names.get(self.__dict__.get("_compress_layer", ""))
@@ -48,19 +50,13 @@ def _placeholders(module: nn.Module, model: Model) -> Iterator[None]:
             original: Tensor = next(f for c, f in saved.items() if isinstance(self, c))(self, values)
             return original
         name = self.__dict__["_compress_layer"]
-        is_gather = isinstance(self, nn.Embedding)
-        size = (*values.shape, spec.shape[1]) if is_gather else (*values.shape[:-1], spec.shape[0])
-        out = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{'Embedding' if is_gather else 'Linear'}",
-            (values,),
-            {"layer": name},
-            dtype=torch.float32,
-            shape=size,
-            version=1,
-        )
+        out = _placeholder(self, values, name, spec)
         lowered = spec.has_bias and name == spec.name  # with the layer; a tied head's own bias is a plain tensor
         bias = None if lowered else getattr(self, "bias", None)
-        return out if bias is None else out + bias
+        if bias is None:
+            return out
+        biased: Tensor = out + (bias[:, None, None] if isinstance(self, nn.Conv2d) else bias)
+        return biased
 
     for cls in saved:
         cls.forward = forward
@@ -69,6 +65,22 @@ def _placeholders(module: nn.Module, model: Model) -> Iterator[None]:
     finally:
         for cls, original in saved.items():
             cls.forward = original
+
+
+def _placeholder(module: nn.Module, values: Tensor, name: str, spec: LayerSpec) -> Tensor:
+    """The node that stands for one compressible layer."""
+    attributes: dict[str, Any] = {"layer": name}
+    if isinstance(module, nn.Conv2d):
+        kind, more, size = "Conv", conv.geometry(module), conv.output_shape(module, values)
+        attributes |= more
+    elif isinstance(module, nn.Embedding):
+        kind, size = "Embedding", (*values.shape, spec.shape[1])
+    else:
+        kind, size = "Linear", (*values.shape[:-1], spec.shape[0])
+    out: Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{kind}", (values,), attributes, dtype=torch.float32, shape=size, version=1
+    )
+    return out
 
 
 class _Decoder(nn.Module):
@@ -124,6 +136,18 @@ class _Encoder(nn.Module):
         return hidden
 
 
+class _Images(nn.Module):
+    """(images, parameters) → logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = torch.func.functional_call(self.model, parameters, (images,))
+        return logits
+
+
 def cache_shapes(config: Any) -> list[tuple[int, int]]:
     """(key-value heads, head size) of each layer's cache."""
     text = config.get_text_config()
@@ -161,12 +185,14 @@ def capture_graph(model: Model, opset: int) -> bytes:
 
     Raises: UnsupportedError when the model cannot be traced, naming why.
     """
-    module = _skeleton(model)
+    module = _skeleton(model) if model.image is None else model.skeleton()
     # sizes of plain tensors only: their values come from the store, as initializers
     parameters = {
         name: torch.zeros(shape) for name, (shape, dtype) in model.plain_shapes.items() if dtype.is_floating_point
     }
     with _placeholders(module, model), _quiet():
+        if model.image is not None:
+            return _export(_Images(module), _image_inputs(model.image.shape, parameters), opset)
         if model.task is Task.ENCODER:
             return _export(_Encoder(module), _encoder_inputs(parameters), opset)
         return _export(_Decoder(module), _decoder_inputs(model, parameters), opset)
@@ -205,6 +231,12 @@ def _encoder_inputs(parameters: dict[str, Tensor]) -> Inputs:
     dynamic = ({0: dim, 1: dim}, {0: dim, 1: dim}, _fixed(parameters))
     names = ["input_ids", "attention_mask", *(PARAMETER + name for name in parameters)]
     return (ids, mask, parameters), dynamic, names, ["last_hidden_state"]
+
+
+def _image_inputs(shape: tuple[int, int, int], parameters: dict[str, Tensor]) -> Inputs:
+    dynamic = ({0: torch.export.Dim.DYNAMIC}, _fixed(parameters))
+    names = ["images", *(PARAMETER + name for name in parameters)]
+    return (torch.zeros(2, *shape), parameters), dynamic, names, ["logits"]
 
 
 def _export(wrapper: nn.Module, inputs: Inputs, opset: int) -> bytes:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compress.export.onnx.float_matmul import add_bias
+from compress.export.onnx.float_matmul import float_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.lowering import Choice, Source
 from compress.formats.base import QuantTensor
@@ -25,12 +25,13 @@ BOUNDS = Bounds(shipped=0.25, exact=0.25)
 
 def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
     """Takes symmetric int2 … int8 weights per channel or tensor with `int8(tensor, asymmetric)` inputs."""
-    if spec.act is None or spec.format is None:
+    if spec.act is None or spec.act.static or spec.format is None:
         return None
     if spec.act.format != INPUT:
         return Refusal(f"inputs in {spec.act.format}: DynamicQuantizeMatMul rounds them to {INPUT} only")
     form = spec.format
-    if not isinstance(form, IntGrid) or form.group not in ("channel", "tensor") or form.scheme == "asymmetric":
+    shifted = isinstance(form, IntGrid) and form.scheme in ("asymmetric", "float_zero")
+    if not isinstance(form, IntGrid) or form.group not in ("channel", "tensor") or shifted:
         return Refusal(f"{form}: DynamicQuantizeMatMul takes int8(channel) or int8(tensor), not this group or scheme")
     if spec.kind is not LayerKind.LINEAR:
         return Refusal(f"a {spec.kind} has no rounded input")
@@ -43,18 +44,19 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
     return Choice("DynamicQuantizeMatMul", support.state, __name__, size, note, bounds=BOUNDS)
 
 
-def _tensors(source: Source) -> tuple[Tensor, Tensor]:
-    """Weight (in, out) int8 and scale (out,) float32."""
+def signed_weight(source: Source) -> tuple[Tensor, Tensor]:
+    """Weight (out, in) int8 and scale (out,) float32 of a grid without zero points."""
     weight = source.read().weight
     assert isinstance(weight, QuantTensor) and isinstance(weight.format, IntGrid)
     codes, scale, zero = weight.format.unpack(weight.tensors, weight.shape)
     signed = codes.to(torch.int16) - zero[:, :1].to(torch.int16)
-    return signed.to(torch.int8).T.contiguous(), scale[:, 0].float().contiguous()
+    return signed.to(torch.int8), scale[:, 0].float().contiguous()
 
 
 def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     """values (…, in) → (…, out)."""
     name, (rows, columns) = f"{source.spec.name}.weight", source.spec.shape
-    weight = graph.initializer(f"{name}.codes", lambda: _tensors(source)[0], torch.int8, (columns, rows))
-    scale = graph.initializer(f"{name}.scale", lambda: _tensors(source)[1], torch.float32, (rows,))
-    return add_bias(graph, source, graph.node("DynamicQuantizeMatMul", [values, weight, scale], domain=MICROSOFT))
+    weight = graph.initializer(f"{name}.codes", lambda: signed_weight(source)[0].T, torch.int8, (columns, rows))
+    scale = graph.initializer(f"{name}.scale", lambda: signed_weight(source)[1], torch.float32, (rows,))
+    inputs = [values, weight, scale, None, float_bias(graph, source)]
+    return graph.node("DynamicQuantizeMatMul", inputs, domain=MICROSOFT)

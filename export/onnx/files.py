@@ -9,10 +9,12 @@ from typing import Any
 
 from compress.errors import InputError
 from compress.export.onnx.capture import cache_shapes
+from compress.image_model import ImageModule
 from compress.model import Model, Task
 
 GRAPH = "model.onnx"
 DATA = "model.onnx_data"
+PREPROCESSING = "preprocessing.json"
 
 # model types that onnxruntime-genai 0.18 knows by name; any other decoder of this form is its generic `decoder`
 _GENAI_TYPES = frozenset(
@@ -34,7 +36,12 @@ _GENAI_TYPES = frozenset(
 
 
 def write(model: Model, folder: Path) -> None:
-    """config.json, generation_config.json, tokenizer files, and genai_config.json for a decoder."""
+    """config.json, generation_config.json, tokenizer files, and genai_config.json for a decoder; for an image
+    classifier how its inputs are made."""
+    if model.image is not None:
+        text = json.dumps(_preprocessing(model.image), indent=2, sort_keys=True) + "\n"
+        (folder / PREPROCESSING).write_text(text, encoding="utf8")
+        return
     config = {key: value for key, value in model.raw_config.items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")
     for path in model.side_files():
@@ -43,6 +50,17 @@ def write(model: Model, folder: Path) -> None:
     if model.task is Task.CAUSAL_LM:
         text = json.dumps(genai_config(model), indent=2) + "\n"
         (folder / "genai_config.json").write_text(text, encoding="utf8")
+
+
+def _preprocessing(image: ImageModule) -> dict[str, Any]:
+    channels, height, width = image.shape
+    return {
+        "input": {"name": "images", "channels": channels, "height": height, "width": width},
+        "output": {"name": "logits", "classes": image.classes},
+        "preprocessing": image.preprocess.text,
+        "mean": list(image.preprocess.mean),
+        "std": list(image.preprocess.std),
+    }
 
 
 def _rename_tokenizer_class(path: Path) -> None:

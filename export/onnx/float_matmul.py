@@ -1,10 +1,11 @@
-"""Layers that no pass quantized: MatMul and Gather in float32, stored in the source's dtype."""
+"""Layers that no pass quantized: MatMul, Conv and Gather in float32, stored in the source's dtype."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from torch import Tensor
 
+from compress.export.onnx import conv as convolution
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.lowering import Choice, Source
 from compress.hwprofiles import Runtime
@@ -20,7 +21,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         return Refusal(
             f"its input is {spec.act.format}, but its weight is not quantized; quantize it, e.g. to int8(channel)"
         )
-    operator = "Gather" if spec.kind is LayerKind.EMBEDDING else "MatMul"
+    operator = {LayerKind.EMBEDDING: "Gather", LayerKind.CONV: "Conv"}.get(spec.kind, "MatMul")
     return Choice(operator, "fast", __name__, spec.source_bytes + spec.bias_bytes)
 
 
@@ -50,16 +51,34 @@ def gather(graph: GraphBuilder, source: Source, ids: ir.Value) -> ir.Value:
     return graph.node("Gather", [_weight(graph, source), ids], {"axis": 0})
 
 
-def add_bias(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
-    """Add the layer's bias, if it has one."""
+def conv(graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node) -> ir.Value:
+    """values (batch, channels, h, w) → (batch, out, h', w'); node: the placeholder."""
+    spec = source.spec
+
+    def read() -> Tensor:
+        weight = source.read().weight
+        assert isinstance(weight, Tensor)
+        return weight.reshape(convolution.weight_shape(spec))
+
+    weight = graph.float_initializer(f"{spec.name}.weight", read, spec.source_dtype, convolution.weight_shape(spec))
+    return graph.node("Conv", [values, weight, float_bias(graph, source)], convolution.attributes(node))
+
+
+def float_bias(graph: GraphBuilder, source: Source) -> ir.Value | None:
+    """The layer's bias (out,) as float32, None where it has none."""
     spec = source.spec
     if not spec.has_bias:
-        return values
+        return None
 
     def read() -> Tensor:
         bias = source.read().bias
         assert bias is not None
         return bias
 
-    bias = graph.float_initializer(f"{spec.name}.bias", read, spec.stored_bias_dtype, [spec.shape[0]])
-    return graph.node("Add", [values, bias])
+    return graph.float_initializer(f"{spec.name}.bias", read, spec.stored_bias_dtype, [spec.shape[0]])
+
+
+def add_bias(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
+    """Add the layer's bias, if it has one."""
+    bias = float_bias(graph, source)
+    return values if bias is None else graph.node("Add", [values, bias])

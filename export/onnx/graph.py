@@ -21,12 +21,15 @@ _IR_TYPES = {
     torch.int8: ir.DataType.INT8,
     torch.int64: ir.DataType.INT64,
 }
+_NARROW_TYPES = {torch.int8: ir.DataType.INT4, torch.uint8: ir.DataType.UINT4}
 
 
-def to_ir(tensor: Tensor, name: str) -> ir.Tensor:
-    """A torch tensor as an onnx_ir tensor; bfloat16 travels as its 16 bits."""
+def to_ir(tensor: Tensor, name: str, narrow: bool = False) -> ir.Tensor:
+    """A torch tensor as an onnx_ir tensor; bfloat16 travels as its 16 bits; narrow: bytes as 4 bits each."""
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
+    if narrow:
+        array = tensor.numpy().astype(_NARROW_TYPES[tensor.dtype].numpy())
+    elif tensor.dtype == torch.bfloat16:
         array = tensor.view(torch.uint16).numpy().view(ir.DataType.BFLOAT16.numpy())
     else:
         array = tensor.numpy()
@@ -79,12 +82,18 @@ class GraphBuilder:
             self.shared[key] = self._register(name, ir.Tensor(array, name=name))
         return self.shared[key]
 
-    def initializer(self, name: str, make: Callable[[], Tensor], dtype: torch.dtype, shape: Sequence[int]) -> ir.Value:
-        """A stored tensor that is made when it is written, one at a time."""
+    def initializer(
+        self, name: str, make: Callable[[], Tensor], dtype: torch.dtype, shape: Sequence[int], narrow: bool = False
+    ) -> ir.Value:
+        """A stored tensor that is made when it is written, one at a time. narrow: int8 or uint8 in 4 bits each."""
         key = ("initializer", name)
         if key not in self.shared:
             lazy = ir.LazyTensor(
-                lambda: to_ir(make(), name), dtype=_IR_TYPES[dtype], shape=ir.Shape(list(shape)), name=name, cache=False
+                lambda: to_ir(make(), name, narrow),
+                dtype=(_NARROW_TYPES if narrow else _IR_TYPES)[dtype],
+                shape=ir.Shape(list(shape)),
+                name=name,
+                cache=False,
             )
             self.shared[key] = self._register(name, lazy)
         return self.shared[key]

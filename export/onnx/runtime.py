@@ -62,18 +62,22 @@ class Session:
         # heads and head size stand at the outputs; the inputs leave them open (see target.py)
         present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self.cache_names}
         self._cache = {name: (int(shape[1]), int(shape[3])) for name, shape in present.items()}
-        self.is_decoder = self.outputs[0] == "logits"
+        self.takes_images = names[0] == "images"
+        self.is_decoder = self.outputs[0] == "logits" and not self.takes_images
 
-    def feeds(self, ids: Ids, past: int = 0) -> dict[str, NDArray[Any]]:
-        """Inputs for ids (batch, length) after `past` cached tokens, whose keys and values are zero."""
+    def feeds(self, ids: NDArray[Any], past: int = 0) -> dict[str, NDArray[Any]]:
+        """Inputs for ids (batch, length) after `past` cached tokens, whose keys and values are zero; or for images."""
+        if self.takes_images:
+            return {"images": ids}
         batch, length = ids.shape
         feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, past + length), np.int64)}
         for name, (heads, size) in self._cache.items():
             feeds[name] = np.zeros((batch, heads, past, size), np.float32)
         return feeds
 
-    def logits(self, ids: Ids) -> NDArray[np.float32]:
-        """The first output for ids (batch, length): logits (batch, length, vocabulary), or hidden states."""
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """The first output for ids (batch, length): logits (batch, length, vocabulary), or hidden states; for images
+        (batch, channels, h, w) logits (batch, classes)."""
         result: NDArray[np.float32] = self.session.run([self.outputs[0]], self.feeds(ids))[0]
         return result
 
@@ -92,7 +96,7 @@ class Session:
             feeds |= dict(zip(self.cache_names, present, strict=True))
         return tokens
 
-    def call(self, ids: Ids, past: int) -> Callable[[], None]:
+    def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
         """One timed call: ids (batch, length) after `past` cached tokens, all outputs computed."""
         feeds = self.feeds(ids, past)
         return lambda: self.session.run(None, feeds) and None
@@ -125,7 +129,9 @@ def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, flo
     """Load, read a prompt, decode: seconds to load and peak memory of this whole process."""
     session = Session(folder, threads)
     ids = np.ones((1, prompt), np.int64)
-    if session.is_decoder:
+    if session.takes_images:
+        session.logits(np.zeros((1, *session.session.get_inputs()[0].shape[1:]), np.float32))
+    elif session.is_decoder:
         session.greedy(ids[0].tolist(), tokens)
     else:
         session.logits(ids)

@@ -1,0 +1,171 @@
+"""The forward stream of an image classifier: one block, which is the whole module, from images to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress import skeleton
+from compress.collect import Collector, LayerStats, Stat
+from compress.errors import InputError
+from compress.layer import Layer
+from compress.model import Model, Task
+from compress.stream import BlockStream
+
+
+class ImageStream:
+    """As `BlockStream`, with batches of images (n, channels, h, w) float32 in place of hidden states.
+
+    `hidden` holds the images, and after `advance` the logits. The reference stream enters the one block with the same
+    images, so only its targets differ.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Sequence[Tensor],
+        *,
+        device: str = "cpu",
+        spill: Path | None = None,
+        reference: bool = False,
+    ) -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self.module = model.skeleton()
+        self.hidden: list[Tensor] = list(batches)
+        self.targets: list[Tensor] = []
+        self._with_reference = reference
+
+    def start(self, outer: Mapping[str, Layer]) -> None:
+        """Nothing is outside the block."""
+
+    def load(self, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
+        """Put the weights in place."""
+        for layer in layers.values():
+            skeleton.put_layer(self.module, layer)
+        skeleton.put_plain(self.module, plain, self.model.structure.aliases)
+        self.module.to(self.device)
+
+    def put(self, layer: Layer) -> None:
+        """Replace one layer."""
+        skeleton.put_layer(self.module, layer)
+        for user in layer.users:
+            self.module.get_submodule(user).to(self.device)
+
+    def release(self, index: int) -> None:
+        """Give the memory back."""
+        skeleton.release(self.module, self.model.structure.blocks[index])
+
+    def run(self, images: Tensor) -> Tensor:
+        """Logits (n, classes) of a batch. Keeps gradients."""
+        result: Tensor = self.module(images.to(self.device))
+        return result
+
+    def look_ahead(self, index: int) -> None:
+        """Note what the module, still as the stage received it, puts out."""
+        if self._with_reference:
+            self.targets = [self._logits(images) for images in self.hidden]
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.run(images).float().cpu()
+
+    def runner(self, index: int) -> ImageRunner:
+        """The module for a block pass."""
+        return ImageRunner(self)
+
+    def advance(self, index: int) -> None:
+        """Run the module on every batch. Raises: InputError where it puts out NaN or infinite values."""
+        outputs = [self._logits(images) for images in self.hidden]
+        if not all(bool(torch.isfinite(output).all()) for output in outputs):
+            raise InputError("The model puts out NaN or infinite values. The run stops here; check model and recipe.")
+        self.hidden = outputs
+
+    def collect(self, index: int, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
+        """Statistics of the inputs of some layers."""
+        collector = Collector(self.module, [self.model.structure.layers[name] for name in names], wants)
+        with collector.attached():
+            for images in self.hidden:
+                if Stat.CROSS in wants:
+                    with collector.recording():
+                        self._logits(images)
+                self._logits(images)
+                collector.next_batch()
+        return collector.finish()
+
+    def collect_head(self, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
+        """No layer is outside the block."""
+        return {}
+
+    def logits(self) -> Iterator[Tensor]:
+        """The logits of each batch, after `advance`."""
+        yield from self.hidden
+
+
+class ImageRunner:
+    """The loaded module and its batches, as block passes see them (`compress.blockpass.Runner`)."""
+
+    def __init__(self, stream: ImageStream) -> None:
+        self._stream = stream
+        self.root = self.module = stream.module
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._stream.hidden)
+
+    def inputs(self, place: int) -> Tensor:
+        """Images (n, channels, h, w) of a batch."""
+        return self._stream.hidden[place]
+
+    def reference(self, place: int) -> Tensor:
+        """The same images: nothing comes before the one block."""
+        return self.inputs(place)
+
+    def targets(self, place: int) -> Tensor:
+        """Logits (n, classes) of the module as the stage received it."""
+        return self._stream.targets[place]
+
+    def forward(self, place: int, hidden: Tensor | None = None) -> Tensor:
+        """Logits of a batch, or of other images of the same shape."""
+        return self._stream.run(self.inputs(place) if hidden is None else hidden)
+
+
+Stream = BlockStream | ImageStream
+
+
+def open_stream(
+    model: Model, batches: Sequence[Tensor], *, device: str = "cpu", spill: Path | None = None, reference: bool = False
+) -> Stream:
+    """The stream for a model's kind. Args: see `BlockStream`; for an image classifier batches of images."""
+    kind = ImageStream if model.task is Task.IMAGE else BlockStream
+    return kind(model, batches, device=device, spill=spill, reference=reference)
+
+
+def wiring_batch(model: Model) -> Tensor:
+    """The least input that shows how layers are wired."""
+    if model.image is not None:
+        return torch.zeros(1, *model.image.shape)
+    return torch.zeros(1, 2, dtype=torch.int64)
+
+
+def whole_module(model: Model) -> nn.Module:
+    """An image classifier with all its weights, decoded to float32."""
+    module = model.skeleton()
+    for segment in model.structure.segments:
+        for layer in model.layers(segment).values():
+            skeleton.put_layer(module, layer)
+        skeleton.put_plain(module, model.plain(segment), model.structure.aliases)
+    return module
+
+
+def image_logits(model: Model, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Logits (n, classes) float32 of each batch of images."""
+    module = whole_module(model)
+    for images in batches:
+        with torch.no_grad():
+            logits = module(images).float()
+        yield logits  # outside: whoever takes it keeps its own mode

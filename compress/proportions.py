@@ -1,0 +1,47 @@
+"""Intervals of proportions of independent trials, plain and paired: pure functions of counts."""
+
+from __future__ import annotations
+
+import math
+
+from scipy import stats as distributions
+
+from compress.records import Interval
+
+
+def proportion(hits: int, trials: int, level: float = 0.95) -> tuple[float, Interval]:
+    """hits / trials and its score interval (Wilson 1927; Agresti and Coull 1998): never outside 0 to 1, and of some
+    width even where all or none hit. trials ≥ 1."""
+    if not 0 <= hits <= trials or trials < 1:
+        raise ValueError(f"{hits} hits of {trials} trials are no proportion")
+    z, value = _quantile(level), hits / trials
+    whole = 1 + z * z / trials
+    centre = (value + z * z / (2 * trials)) / whole
+    half = z * math.sqrt(value * (1 - value) / trials + z * z / (4 * trials * trials)) / whole
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    # at either end the bound is exact, which rounding may miss by an ulp
+    return value, Interval(low=0.0 if hits == 0 else low, high=1.0 if hits == trials else high, level=level)
+
+
+def paired_change(gained: int, lost: int, trials: int, level: float = 0.95) -> tuple[float, Interval]:
+    """(gained − lost) / trials: the change of a proportion over the same trials, and its interval.
+
+    gained: trials that only the second arm hit; lost: those that only the first did. Only these discordant pairs count
+    (McNemar 1947). The interval is Wald's with half a trial added to each of the four cells (Agresti and Min 2005,
+    Statistics in Medicine 24), which keeps its level where discordant pairs are few, and has a width where there are
+    none. trials ≥ 1.
+    """
+    if min(gained, lost) < 0 or gained + lost > trials or trials < 1:
+        raise ValueError(f"{gained} gained and {lost} lost of {trials} trials do not fit together")
+    whole, more, less = trials + 2, gained + 0.5, lost + 0.5
+    centre = (more - less) / whole
+    error = math.sqrt((more + less) - (more - less) ** 2 / whole) / whole
+    half = _quantile(level) * error
+    interval = Interval(low=max(-1.0, centre - half), high=min(1.0, centre + half), level=level)
+    return (gained - lost) / trials, interval
+
+
+def _quantile(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"an interval's level must lie between 0 and 1, found {level}")
+    return float(distributions.norm.ppf(0.5 + level / 2))

@@ -1,0 +1,158 @@
+"""The column solvers behind GPTQ: pure functions on tensors.
+
+All minimise tr((W − Ŵ) H (W − Ŵ)ᵀ), the squared error of a layer's output, over what a format can store. They work on
+weights turned to (in, out), so that what is decided together lies together in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compress.formats.base import Format, Params, Rounder
+
+# Columns decided one by one before what they did to the others is caught up with by one matrix product.
+RUN = 64
+
+
+def stack(rounders: Sequence[Rounder], rows: Sequence[int]) -> Rounder:
+    """One rounder for weights on end, each of which has `rows` output rows."""
+    if len(rounders) == 1:
+        return rounders[0]
+
+    def together(weight: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        parts = zip(rounders, torch.split(weight, list(rows), 1), strict=True)
+        codes, values = zip(*(rounder(part, at) for rounder, part in parts), strict=True)
+        return torch.cat(codes, 1), torch.cat(values, 1)
+
+    return together
+
+
+def matched(weight: Tensor, cross: Tensor, factor: Tensor, columns: Tensor, share: float) -> Tensor:
+    """The real-valued weight whose output on the inputs that the layer will get comes closest to that of `weight` on
+    the inputs that it was made for.
+
+    With X those of the compressed prefix, X + ΔX those of the uncompressed one, ||w (X + share · ΔX) − v X||² + λ ||w −
+    v||² has its minimum at v = w + share · w C (H + λI)⁻¹, C = ΔX Xᵀ, H = X Xᵀ; what GPTQ then does around v it does
+    around the best that can be reached. GPTAQ (Li et al. 2025, arXiv 2504.02692, eq. 5) starts from the same
+    objective and keeps of C (H + λI)⁻¹ what points to later columns.
+
+    Args: weight (out, in); cross C (in, in) float32, row i of which belongs to the i-th entry of ΔX; factor as in
+    `compensate`, of the columns in the order `columns`. C and H as means over the same tokens.
+    """
+    # (weight · cross) · inverse where the weight is low, weight · (cross · inverse) where it is high
+    start = cross if len(weight) > len(cross) else weight @ cross
+    moved = ((start[:, columns] @ factor.T) @ factor)[:, torch.argsort(columns)]
+    return weight + share * (weight @ moved if len(weight) > len(cross) else moved)
+
+
+def compensate(weight: Tensor, factor: Tensor, rounder: Rounder, step: int = 1) -> Tensor:
+    """Quantize the columns in turn, moving each one's error to those after it (GPTQ, arXiv 2210.17323, Algorithm 1).
+
+    The lazy updates are nested: each half of the columns is caught up with the other in one product, down to runs of
+    `RUN`.
+
+    Args: weight (out, in) float32 in processing order; factor U (in, in) float32 upper triangular with UᵀU = H⁻¹;
+    rounder: of these columns in this order; step: columns that it decides together.
+    Returns: codes (out, in / step · …) in processing order.
+    """
+    left = weight.T.clone(memory_format=torch.contiguous_format)
+    codes: list[Tensor] = []
+    _compensate(left, factor, rounder, step, 0, left.shape[0], codes)
+    return torch.cat(codes).T
+
+
+def _compensate(
+    left: Tensor, factor: Tensor, rounder: Rounder, step: int, start: int, stop: int, codes: list[Tensor]
+) -> None:
+    """Columns start … stop of `left` (in, out), in which errors e = (w − ŵ) / U_qq take the place of what is done."""
+    if stop - start <= max(RUN, step):
+        _run(left, factor, rounder, step, start, stop, codes)
+        return
+    middle = start + -(-(stop - start) // 2 // step) * step
+    _compensate(left, factor, rounder, step, start, middle, codes)
+    left[middle:stop].addmm_(factor[start:middle, middle:stop].T, left[start:middle], alpha=-1)
+    _compensate(left, factor, rounder, step, middle, stop, codes)
+
+
+def _run(left: Tensor, factor: Tensor, rounder: Rounder, step: int, start: int, stop: int, codes: list[Tensor]) -> None:
+    corners = factor.diagonal()[start:stop].tolist()
+    for at in range(start, stop, step):
+        now, later = slice(at, at + step), slice(at + step, stop)
+        column = left[now]
+        chosen, values = rounder(column, at)
+        codes.append(chosen)
+        column.sub_(values)
+        if step == 1:
+            column.div_(corners[at - start])
+        else:
+            column.copy_(torch.linalg.solve_triangular(factor[now, now].T, column, upper=False))
+        left[later].addmm_(factor[now, later].T, column, alpha=-1)
+
+
+def improve(
+    weight: Tensor, start: Tensor, hessian: Tensor, form: Format, params: Params, sweeps: int
+) -> tuple[Tensor, Params]:
+    """Sweeps of descent over all groups of columns, from a start such as GPTQ's: first each row's scale of the group
+    takes its least-squares value, then each column the codes that are best with everything else as it is.
+
+    No step makes the error larger. GuidedQuant's LNQ (arXiv 2505.07004) alternates the same two with all scales of a
+    row at once; group by group costs less and came out even. Scales stay as they are where the format has none to
+    refit (`Format.refit_span`).
+
+    Args: weight (out, in) float32, the target; start (out, in) float32, the decoded start; hessian (in, in) float32,
+    damped; params: those of the start, left alone.
+    Returns: codes (out, in) and parameters.
+    """
+    columns = weight.shape[1]
+    params = {name: value.clone() for name, value in params.items()}
+    values = start.T.contiguous()
+    slope = hessian @ (weight.T - values)  # minus half the gradient, (in, out)
+    codes: list[Tensor] = []
+    span = form.refit_span(columns)
+    groups = list(range(0, columns, span or 2 * RUN))
+    for sweep in range(sweeps):
+        codes = []
+        for place, first in enumerate(groups):
+            group = slice(first, min(first + (span or 2 * RUN), columns))
+            before, near, block = values[group].clone(), slope[group].clone(), hessian[group, group]
+            if span:
+                _rescale(values[group], near, block, form, params, place)
+            codes += _descend(values[group], near, block, form.rounder(params, torch.arange(first, group.stop)))
+            # in the last sweep only the columns still to come need to know
+            rest = slice(group.stop if sweep == sweeps - 1 else 0, columns)
+            slope[rest].addmm_(hessian[rest, group], before.sub_(values[group]))
+    return torch.cat(codes).T, params
+
+
+def _rescale(values: Tensor, slope: Tensor, hessian: Tensor, form: Format, params: Params, place: int) -> None:
+    """The best scale of each row in one group of columns: w = scale · unit is linear in it, so one division finds it.
+
+    values, slope (group, out) and the corner (group, group) of the Hessian; the first two follow.
+    """
+    reaction = hessian @ values
+    gain, curvature = (values * slope).sum(0), (values * reaction).sum(0)
+    wanted = 1 + torch.where(curvature > 0, gain / curvature, 0.0)
+    factor = form.rescale(params, place, torch.where(wanted > 0, wanted, 1.0))
+    slope.sub_(reaction.mul_(factor - 1))
+    values.mul_(factor)
+
+
+def _descend(values: Tensor, slope: Tensor, hessian: Tensor, rounder: Rounder) -> list[Tensor]:
+    """Codes of a group's columns, each the best with all others as they are; values and slope (group, out) follow."""
+    codes = []
+    curvatures = hessian.diagonal().tolist()
+    moved = torch.empty_like(values[:RUN])
+    for start in range(0, len(values), RUN):
+        stop = min(start + RUN, len(values))
+        for at in range(start, stop):
+            column, step = values[at : at + 1], moved[at - start : at - start + 1]
+            chosen, best = rounder(torch.add(column, slope[at : at + 1], alpha=1 / curvatures[at]), at)
+            codes.append(chosen)
+            torch.sub(best, column, out=step)
+            column.copy_(best)
+            slope[at + 1 : stop].addmm_(hessian[at + 1 : stop, at : at + 1], step, alpha=-1)
+        slope[stop:].addmm_(hessian[stop:, start:stop], moved[: stop - start], alpha=-1)
+    return codes

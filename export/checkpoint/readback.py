@@ -1,0 +1,123 @@
+"""Decoding our own files of other layouts, from the formats' descriptions: the twin of what wrote them.
+
+Slow and obvious: each code is put together bit by bit. Used where a layout's own reader is not installed, and by tests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compress.errors import InputError
+
+Take = Mapping[str, Tensor]
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name, packed weights decoded to float32 (out, in).
+
+    Raises: InputError for a layout that is not known here.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))["quantization_config"]
+    method = str(config["quant_method"])
+    if method not in DECODERS:
+        raise InputError(f"{folder}: quant_method '{method}' is decoded by its own reader only.")
+    tensors = stored(folder)
+    marker, decode = DECODERS[method]
+    modules = [name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")]
+    if method == "bitsandbytes":  # float weights have the same name
+        modules = [name for name in modules if {f"{name}.SCB", f"{name}.weight.absmax"} & set(tensors)]
+    found: dict[str, Tensor] = {}
+    for module in modules:
+        prefix = f"{module}."
+        own = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        found[f"{module}.weight"] = decode(own, _of_module(config, module))
+        if "bias" in own:
+            found[f"{module}.bias"] = own["bias"]
+    return tensors | found
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder as they are."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (a handle, not a dict)
+    return tensors
+
+
+def _of_module(config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The settings of one module: GPTQModel's `dynamic` has those that differ, by `+:` and a pattern."""
+    found = dict(config)
+    for pattern, settings in (config.get("dynamic") or {}).items():
+        if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), module):
+            found |= settings
+    return found
+
+
+def stream_codes(words: Tensor, bits: int, count: int) -> Tensor:
+    """Codes 0 … count − 1 of each row of int32 words: bit i of code k is bit k · bits + i of the row's stream."""
+    row = words.to(torch.int64) & 0xFFFFFFFF
+    codes = torch.zeros(words.shape[0], count, dtype=torch.int64)
+    place = torch.arange(count) * bits
+    for bit in range(bits):
+        at = place + bit
+        codes |= ((row[:, at // 32] >> (at % 32)) & 1) << bit
+    return codes
+
+
+def awq_codes(words: Tensor) -> Tensor:
+    """Codes of AWQ words (rows, n): nibble 0 … 7 of a word is column 0, 2, 4, 6, 1, 3, 5, 7 of its eight."""
+    codes = torch.zeros(words.shape[0], words.shape[1] * 8, dtype=torch.int64)
+    for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        codes[:, column::8] = (words.to(torch.int64) >> (4 * nibble)) & 15
+    return codes
+
+
+def _gptq(own: Take, config: Mapping[str, Any]) -> Tensor:
+    bits, (inputs,) = int(config["bits"]), own["g_idx"].shape
+    outputs = own["scales"].shape[1]
+    codes = stream_codes(own["qweight"].T, bits, inputs).T
+    zeros = stream_codes(own["qzeros"], bits, outputs)
+    if config["checkpoint_format"] == "gptq":  # version 1 holds them less one
+        zeros = zeros + 1
+    group = own["g_idx"].long()
+    return ((codes - zeros[group]).float() * own["scales"].float()[group]).T.contiguous()
+
+
+def _awq(own: Take, config: Mapping[str, Any]) -> Tensor:
+    codes, zeros = awq_codes(own["qweight"]), awq_codes(own["qzeros"])
+    size = int(config["group_size"]) if config["group_size"] > 0 else len(codes)
+    group = torch.arange(len(codes)) // size
+    return ((codes - zeros[group]).float() * own["scales"].float()[group]).T.contiguous()
+
+
+def _bitsandbytes(own: Take, config: Mapping[str, Any]) -> Tensor:
+    if "SCB" in own:
+        return own["weight"].float() * (own["SCB"].float()[:, None] / 127)
+    state = json.loads(bytes(own[f"weight.quant_state.bitsandbytes__{config['bnb_4bit_quant_type']}"].tolist()))
+    pairs = own["weight"].flatten()
+    codes = torch.stack([pairs >> 4, pairs & 15], 1).flatten().long()
+    scales = own["weight.absmax"]
+    if "weight.nested_absmax" in own:
+        place = torch.arange(len(scales)) // state["nested_blocksize"]
+        scales = own["weight.nested_quant_map"][scales.long()] * own["weight.nested_absmax"][place]
+        scales = scales + state["nested_offset"]
+    rows, columns = state["shape"]
+    values = own["weight.quant_map"][codes][: rows * columns]
+    return (values * scales[torch.arange(rows * columns) // state["blocksize"]]).reshape(rows, columns)
+
+
+# quant_method → the tensor by which a packed module is known, and what decodes it
+DECODERS: dict[str, tuple[str, Callable[[Take, Mapping[str, Any]], Tensor]]] = {
+    "gptq": ("qweight", _gptq),
+    "awq": ("qweight", _awq),
+    "bitsandbytes": ("weight", _bitsandbytes),
+}

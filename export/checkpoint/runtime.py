@@ -1,0 +1,216 @@
+"""Loading a written folder with transformers, as anyone would, and running it in torch on the CPU.
+
+Packed weights are decoded to float32 before the first call, by the reader's own code: what runs is what was written,
+at the speed of a float model. Where the reader of a layout is not installed, `readback` decodes instead, and the
+session says that it only checked the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compress.errors import InputError
+from compress.export.checkpoint import readback, readers
+from compress.memory import peak_memory
+
+Ids = NDArray[np.int64]
+Level = Literal["ran", "built", "checked"]
+
+
+class Session:
+    """A checkpoint folder in torch.
+
+    Args: threads for torch while a call runs; exact: inputs are rounded by our own grids instead of the reader's, and
+    weights decoded in float32 where the reader takes less.
+    Raises: InputError where transformers does not load the folder, or would fill a part of it with random numbers.
+    """
+
+    def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
+        self.threads = threads
+        raw = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        config = raw.get("quantization_config") or {}
+        started = time.perf_counter()
+        self.note = _obstacle(config)
+        beforehand = self.note or (exact and readers.needs_float32(config))
+        self.model = _load(folder, raw, _decoded(folder, config) if beforehand else None)
+        if not beforehand and config.get("quant_method") == "compressed-tensors":
+            readers.decode(self.model, exact)
+            if exact:
+                readers.our_rounding(self.model)
+        self.load_s = time.perf_counter() - started
+        self.level: Level = "checked" if self.note else "ran"
+        self.notes = (self.note,) if self.note else ()
+        self.name = _name(config.get("quant_method"), not self.note)
+        self.is_decoder = self.model.get_output_embeddings() is not None
+
+    @torch.no_grad()
+    def logits(self, ids: Ids) -> NDArray[np.float32]:
+        """See compress.target.Session."""
+        with self._running():
+            output = self.model(input_ids=torch.from_numpy(ids), **self._uncached())
+        first = output.logits if self.is_decoder else output.last_hidden_state
+        result: NDArray[np.float32] = first.float().numpy()
+        return result
+
+    @torch.no_grad()
+    def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
+        """See compress.target.Session."""
+        ids, cache, tokens = torch.tensor([list(prompt)]), None, list[int]()
+        with self._running():
+            for _ in range(count):
+                output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
+                tokens.append(token)
+                if token in stop:
+                    break
+                ids = torch.tensor([[token]])
+        return tokens
+
+    @torch.no_grad()
+    def call(self, ids: Ids, past: int) -> Callable[[], None]:
+        """See compress.target.Session. The cached tokens are zeros, read once."""
+        tensor, cache = torch.from_numpy(ids), None
+        if past and self.is_decoder:
+            with self._running():
+                filler = torch.zeros((len(ids), past), dtype=torch.int64)
+                cache = self.model(input_ids=filler, use_cache=True, logits_to_keep=1).past_key_values
+
+        @torch.no_grad()
+        def once() -> None:
+            with self._running():
+                if self.is_decoder:
+                    self.model(input_ids=tensor, past_key_values=_fork(cache), use_cache=True)
+                else:
+                    self.model(input_ids=tensor)
+
+        return once
+
+    def _uncached(self) -> dict[str, Any]:
+        return {"use_cache": False} if self.is_decoder else {}
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """torch with this session's threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _fork(cache: Any) -> Any:
+    """A cache that may grow while the original stays: layers put new tensors in place of theirs, none is written to."""
+    if cache is None:
+        return None
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked
+
+
+def _load(folder: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> Any:
+    """The model in float32. tensors: decoded ones by file name, instead of the folder's."""
+    import transformers
+
+    maker = getattr(transformers, raw["architectures"][0])
+    settings: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+    source: Path | None = folder
+    if tensors is not None:
+        plain = {key: value for key, value in raw.items() if key != "quantization_config"}
+        config = transformers.AutoConfig.for_model(**plain)
+        source, settings = None, settings | {"config": config, "state_dict": tensors}
+    try:
+        with quiet():
+            model, info = maker.from_pretrained(source, **settings)
+    except Exception as error:  # transformers and its readers raise errors of many kinds
+        raise InputError(f"transformers {transformers.__version__} cannot load {folder} ({error}).") from error
+    # an encoder's base may have a pooler that the source's own architecture has not; hidden states come before it
+    lost = [name for name in sorted(info["missing_keys"]) if "pooler." not in name] + sorted(info["mismatched_keys"])
+    if lost:
+        raise InputError(
+            f"transformers {transformers.__version__} loads {folder}, but finds no {lost[0]} in it and would leave it "
+            "random. Please report this."
+        )
+    model.eval()
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and reports of other libraries on stderr; what matters of them becomes an error or a note."""
+    from transformers.utils import logging as reports
+
+    shown, verbosity = reports.is_progress_bar_enabled(), reports.get_verbosity()
+    reports.disable_progress_bar()
+    reports.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells each call that inputs are rounded
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        reports.set_verbosity(verbosity)
+        if shown:
+            reports.enable_progress_bar()
+
+
+def _obstacle(config: dict[str, Any]) -> str:
+    """Why transformers cannot load such a folder here; empty where it can."""
+    method = config.get("quant_method")
+    absent = [name for name in readers.PACKAGES.get(method, ()) if util.find_spec(name) is None]
+    if absent:
+        return (
+            f"{' and '.join(absent)} not installed, so this package's own reader, written from the format's "
+            f"description, decoded the {method} weights: the folder has not run in another tool"
+        )
+    return readers.PACKED_ZERO if method == "compressed-tensors" and readers.has_packed_zero(config) else ""
+
+
+def _decoded(folder: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    if config["quant_method"] == "compressed-tensors":
+        return readers.decompress_files(readback.stored(folder), config)
+    return readback.read(folder)
+
+
+def _name(method: str | None, by_reader: bool) -> str:
+    loader = f"transformers {metadata.version('transformers')}"
+    if method is None:
+        return f"{loader} CPU"
+    package = readers.PACKAGES[method][0]
+    if by_reader:
+        return f"{loader} CPU with {package.replace('_', '-')} {metadata.version(package)}"
+    return f"{loader} CPU on {method} weights decoded beforehand"
+
+
+def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
+    """Load, read a prompt, decode: seconds to load and peak memory of this whole process."""
+    session = Session(folder, threads)
+    ids = np.ones((1, prompt), np.int64)
+    if session.is_decoder:
+        session.greedy(ids[0].tolist(), tokens)
+    else:
+        session.logits(ids)
+    return {"load_s": session.load_s, "peak_memory_bytes": peak_memory()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=8)
+    given = parser.parse_args()
+    print(json.dumps(probe(given.folder, given.threads, given.prompt, given.tokens)))

@@ -1,0 +1,274 @@
+"""The `checkpoint` targets: one class, one object per layout. See compress.target.Target."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import UnsupportedError, UsageError
+from compress.export.checkpoint.awq import Awq
+from compress.export.checkpoint.bitsandbytes import BitsAndBytes
+from compress.export.checkpoint.compressed_tensors import CompressedTensors
+from compress.export.checkpoint.gptq import Gptq
+from compress.export.checkpoint.layout import Choice, Layout, Packed, plain_choice, rows_of
+from compress.export.checkpoint.names import FileNames, Place
+from compress.export.checkpoint.runtime import Session
+from compress.export.checkpoint.writer import SHARD_BYTES, ShardWriter, header_bytes
+from compress.hwprofiles import Profile
+from compress.layer import Layer, LayerKind, LayerSpec
+from compress.model import Model, Task
+from compress.records import Bounds
+from compress.target import Lowered, Refusal, plan_layers
+
+CONFIG = "config.json"
+Names = dict[str, tuple[Place, ...]]
+
+
+class CheckpointTarget:
+    """Writes a model as a folder of transformers with the weights of one layout. Nothing is captured."""
+
+    RUNTIME = "transformers"
+    FOLDER = "checkpoint"
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def plan_layer(self, spec: LayerSpec, profile: Profile) -> Choice | Refusal:
+        """See Target. The profile does not matter: the folder is for other tools, on whatever machine."""
+        if spec.pre:
+            return Refusal(
+                f"{', '.join(map(str, spec.pre))} of its inputs at run time: {self.layout.name} folders are written "
+                "without. Leave online transforms out of the recipe"
+            )
+        if spec.pre:
+            return Refusal(f"inputs through {spec.pre[0]}: {self.layout.name} transforms none. Leave out hadamard")
+        if spec.format is not None:
+            return self.layout.choose(spec)
+        if spec.act is not None:
+            return Refusal(f"inputs in {spec.act} of a float weight: {self.layout.name} rounds both or none")
+        return plain_choice(spec)
+
+    def plan_together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
+        """See Target."""
+        return self.layout.together(specs)
+
+    def predict_bytes(self, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
+        """See Target; a sum over the tensors that will be written, and the files' headers."""
+        _require_transformers(model)
+        layers = {spec.name: spec for spec in specs}
+        choices = {name: self.plan_layer(spec, profile) for name, spec in layers.items()}
+        names, places = FileNames(model), dict[str, tuple[Place, ...]]()
+        _require_biases(layers, names)
+        if any(spec.format is not None for spec in layers.values()):
+            places = {name: names.places(spec) for name, spec in layers.items()}
+        entries: dict[str, tuple[tuple[int, ...], int]] = {}
+        for name, choice in choices.items():
+            if isinstance(choice, Choice):
+                entries |= _entries(layers[name], choice, places.get(name, ()))
+        for name, (shape, dtype) in model.plain_shapes.items():
+            entries[name] = (shape, prod(shape) * dtype.itemsize)
+        side = sum(path.stat().st_size for path in model.side_files())
+        config = len(_text(self._config(model, layers, names))) if _storable(choices, places, layers) else 0
+        return sum(size for _, size in entries.values()) + header_bytes(entries) + side + config
+
+    def capture(self, model: Model, profile: Profile) -> bytes:
+        """See Target."""
+        return b""
+
+    def write(self, model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
+        """See Target."""
+        _require_transformers(model)
+        specs = model.structure.layers
+        choices = self._require(specs, profile)
+        names = FileNames(model)
+        _require_biases(specs, names)
+        packed = self._places(specs, names)
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = ShardWriter(folder, SHARD_BYTES)
+        for segment in model.structure.segments:
+            for tensors in self._segment(model, segment, names, packed):
+                writer.add(tensors)
+        writer.finish()
+        (folder / CONFIG).write_text(_text(self._config(model, specs, names)), encoding="utf8")
+        for path in model.side_files():
+            shutil.copyfile(path, folder / path.name)
+        operators = Counter(choice.operator for choice in choices.values())
+        plain = tuple(name for name, spec in specs.items() if spec.format is None)
+        return Lowered(folder, dict(sorted(operators.items())), plain, _loosest(choices))
+
+    def session(self, folder: Path, threads: int, exact: bool = False) -> Session:
+        """See Target; exact: inputs rounded by our own grids, weights decoded in float32."""
+        return Session(folder, threads, exact=exact)
+
+    def probe_command(self, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
+        """Runs `runtime.probe` in a process of its own."""
+        command = [sys.executable, "-m", "compress.export.checkpoint.runtime", str(folder)]
+        return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]
+
+    def _require(self, specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, Choice]:
+        choices: dict[str, Choice] = {}
+        for name, answer in plan_layers(self, specs, profile).items():
+            if isinstance(answer, Refusal):
+                kind = UsageError if answer.usage else UnsupportedError
+                raise kind(f"Layer {name} cannot be stored as {self.layout.name}: {answer.reason}.")
+            assert isinstance(answer, Choice)
+            choices[name] = answer
+        return choices
+
+    def _places(self, specs: Mapping[str, LayerSpec], names: FileNames) -> Names:
+        """Quantized layer → its modules in the files. Raises: UnsupportedError where it has none."""
+        found: Names = {}
+        for name, spec in specs.items():
+            if spec.format is None:
+                continue
+            found[name] = names.places(spec)
+            if not found[name]:
+                raise UnsupportedError(
+                    f"Layer {name} has no module of its own in this model's files, so {self.layout.name} cannot store "
+                    "it. Leave it in float, or export for onnx."
+                )
+        return found
+
+    def _segment(self, model: Model, segment: int, names: FileNames, packed: Names) -> Iterator[dict[str, Tensor]]:
+        """The tensors of a segment by their file names, some at a time."""
+        floats = dict(model.plain(segment))
+        for spec in model.structure.segment_layers(segment):
+            if spec.name in packed:
+                yield self._pack(model.layer(spec), packed[spec.name], names)
+            elif spec.kind is not LayerKind.EXPERT:
+                floats |= _float_tensors(model.layer(spec), spec)
+        yield names.revert(floats)
+        for stack, specs in _float_stacks(model, segment, packed).items():
+            yield names.revert({stack: torch.stack([_as_stored(model.layer(spec), spec) for spec in specs])})
+
+    def _pack(self, layer: Layer, places: tuple[Place, ...], names: FileNames) -> dict[str, Tensor]:
+        """All tensors of a layer; of a tied one, for each of its users."""
+        found: dict[str, Tensor] = {}
+        for place in places:
+            part = rows_of(layer, place.start, place.stop)
+            tensors = self.layout.tensors(part) | ({"bias": part.bias} if part.bias is not None else {})
+            modules = [place.module, *(names.module_name(user) for user in layer.users[1:])]
+            for number, module in enumerate(modules):
+                copied = {key: tensor.clone() if number else tensor for key, tensor in tensors.items()}
+                found |= {f"{module}.{key}": tensor for key, tensor in copied.items()}
+        return found
+
+    def _config(self, model: Model, specs: Mapping[str, LayerSpec], names: FileNames) -> dict[str, Any]:
+        """The source's config.json with what changed."""
+        config = {key: value for key, value in model.raw_config.items() if key != "quantization_config"}
+        # of an encoder the base alone was read, and is written
+        config["architectures"] = [type(names.module).__name__]
+        quantized = [spec for spec in specs.values() if spec.format is not None]
+        if model.structure.head is not None and not any(_is_tied(spec) for spec in specs.values()):
+            config["tie_word_embeddings"] = False
+        if not quantized:
+            return config
+        packed = [Packed(place.module, spec) for spec in quantized for place in names.places(spec)]
+        packed += [Packed(names.module_name(user), spec) for spec in quantized for user in spec.users[1:]]
+        config["quantization_config"] = self.layout.config(packed, _plain_modules(model, specs, names))
+        return config
+
+
+def _require_transformers(model: Model) -> None:
+    if not model.raw_config:
+        raise UnsupportedError(f"{model.source} is no model of transformers, whose folders this is. Export for onnx.")
+
+
+def _require_biases(specs: Mapping[str, LayerSpec], names: FileNames) -> None:
+    """Raises: UnsupportedError for a bias that a pass gave a layer without one: readers would pass it over."""
+    for name, spec in specs.items():
+        if spec.has_bias and getattr(names.module.get_submodule(name), "bias", None) is None:
+            raise UnsupportedError(
+                f"Layer {name} got a bias from a pass, but this architecture has none there, and readers of a "
+                "checkpoint would leave it out. Drop the pass that corrects biases, or export for onnx."
+            )
+
+
+def _is_tied(spec: LayerSpec) -> bool:
+    """A weight of several users that is stored once; packed, it is stored for each."""
+    return len(spec.users) > 1 and spec.format is None
+
+
+def _storable(choices: Mapping[str, Choice | Refusal], places: Names, specs: Mapping[str, LayerSpec]) -> bool:
+    homeless = any(spec.format is not None and not places.get(name) for name, spec in specs.items())
+    return not homeless and not any(isinstance(choice, Refusal) for choice in choices.values())
+
+
+def _plain_modules(model: Model, specs: Mapping[str, LayerSpec], names: FileNames) -> list[str]:
+    """Modules with a weight matrix that stays in float, by file name and by name in memory."""
+    users = [user for spec in specs.values() if spec.format is None for user in spec.users]
+    users = [user for user in users if specs.get(user) is None or specs[user].kind is not LayerKind.EMBEDDING]
+    routers = [
+        name.removesuffix(".weight")
+        for segment, group in model.structure.plain.items()
+        for name in group
+        if segment >= 0 and name.endswith(".weight") and len(model.plain_shapes[name][0]) == 2
+    ]
+    found = {name for user in (*users, *routers) for name in (user, names.module_name(user))}
+    if model.task is Task.ENCODER and not any("pooler" in name for name in specs):
+        found.add("pooler.dense")  # the base that reads the files may have one, which then starts in float
+    experts = {spec.name for spec in specs.values() if spec.kind is LayerKind.EXPERT and spec.format is None}
+    for name in experts:
+        found.discard(name)
+        found |= {place.module for place in names.places(specs[name])}
+    return sorted(found)
+
+
+def _float_tensors(layer: Layer, spec: LayerSpec) -> dict[str, Tensor]:
+    found = {f"{spec.name}.weight": _as_stored(layer, spec)}
+    return found | ({f"{spec.name}.bias": layer.bias} if layer.bias is not None else {})
+
+
+def _as_stored(layer: Layer, spec: LayerSpec) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.T.contiguous() if spec.turned else layer.weight
+
+
+def _float_stacks(model: Model, segment: int, packed: Names) -> dict[str, list[LayerSpec]]:
+    """The float experts of each 3-D parameter, in order."""
+    found: dict[str, list[LayerSpec]] = {}
+    for spec in model.structure.segment_layers(segment):
+        if spec.kind is LayerKind.EXPERT and spec.name not in packed:
+            found.setdefault(spec.name.rpartition(".")[0], []).append(spec)
+    return {stack: sorted(specs, key=lambda spec: int(spec.name.rpartition(".")[2])) for stack, specs in found.items()}
+
+
+def _entries(spec: LayerSpec, choice: Choice, places: tuple[Place, ...]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The tensors of a layer by name, those of an expert split over its modules."""
+    modules = [place.module for place in places] or [spec.name]
+    found = {}
+    for key, (shape, dtype) in choice.tensors.items():
+        size = prod(shape) * dtype.itemsize
+        for module in modules:
+            found[f"{module}.{key}"] = (shape, size // len(modules))
+        for user in spec.users[1 : choice.copies]:
+            found[f"{user}.{key}"] = (shape, size)
+    if spec.has_bias:
+        found[f"{modules[0]}.bias"] = ((spec.shape[0],), spec.bias_bytes)
+    return found
+
+
+def _loosest(choices: Mapping[str, Choice]) -> Bounds:
+    return Bounds(
+        shipped=max((choice.bounds.shipped for choice in choices.values()), default=0.0),
+        exact=max((choice.bounds.exact for choice in choices.values()), default=0.0),
+    )
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+COMPRESSED_TENSORS = CheckpointTarget(CompressedTensors())
+GPTQ = CheckpointTarget(Gptq())
+AWQ = CheckpointTarget(Awq())
+BITSANDBYTES = CheckpointTarget(BitsAndBytes())

@@ -1,0 +1,175 @@
+"""tune: train what is continuous in a compressed model, scales, norms and biases, to put out what the original does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress import distill
+from compress.collect import Stat
+from compress.errors import UsageError
+from compress.formats.int_grid import IntGrid
+from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.model import Model, Task
+from compress.modelpass import ModelPass, Stage
+from compress.skeleton import replace_input_rounding
+from compress.soft import SoftInput, SoftRounding
+from compress.trainable import lend, lend_experts, lend_tensor
+
+Part = Literal["scales", "norms", "biases", "inputs"]
+
+
+class Tune(ModelPass):
+    """Distillation of the whole model (as AQLM's and PV-Tuning's continuous step, arXiv 2405.14852 §3.2).
+
+    The teacher is the uncompressed model, the loss the divergence of the outputs KL(original || compressed) per token
+    or image; for an encoder the squared error of its hidden states as a share of theirs. Both models are in memory at
+    once, with the gradients. The iterate of least loss on held-out calibration batches is kept, the start included.
+
+    Settings: `parts` what is trained: `scales` of layers on integer grids, `norms` (every stored vector that is no
+    layer's), `biases`, `inputs` static input grids; `steps`; `batch` calibration batches per step; `lr` (Adam, relative
+    to the size of what is trained, to 0 along a cosine); `minutes` at most; `seed`. Codes stay as they are.
+    """
+
+    name: ClassVar[str] = "tune"
+    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
+    part: ClassVar[str] = "tuning"
+    after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    training: ClassVar[bool] = True
+
+    parts: tuple[Part, ...] = ("scales", "norms", "biases")
+    steps: int = Field(default=100, ge=1)
+    batch: int = Field(default=1, ge=1)
+    lr: float = Field(default=1e-3, gt=0, le=1)
+    minutes: float | None = Field(default=None, gt=0)
+    seed: int = 0
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return spec
+
+    def apply(self, stage: Stage) -> None:
+        assert stage.calibration is not None
+        batches = stage.calibration.batches()
+        one = _Student(stage, frozenset(self.parts))
+        teacher = stage.whole(stage.original).requires_grad_(False)
+        groups = one.groups(self.lr)
+        if not groups:
+            raise UsageError(f"tune: the model has nothing of {', '.join(self.parts)} to train. Name other parts.")
+        train, held = distill.split(len(batches))
+        outcome = distill.fit(
+            groups,
+            lambda at: _loss(stage.model.task, _outputs(teacher, batches[at]), one.outputs(batches[at])),
+            train,
+            held,
+            distill.Budget(self.steps, self.batch, self.minutes),
+            schedule="cosine",
+            seed=self.seed,
+        )
+        one.write(stage, f"tuned with the whole model: {outcome.describe()}")
+
+
+class _Student:
+    """The compressed model in memory, with what is trained in place of what is stored."""
+
+    def __init__(self, stage: Stage, parts: frozenset[Part]) -> None:
+        model = stage.model
+        self.module = stage.whole()
+        layers = {name: layer for s in model.structure.segments for name, layer in model.layers(s).items()}
+        chosen = {name: layers[name] for name in stage.chosen}
+        self.soft = {
+            name: SoftRounding(layer, None)
+            for name, layer in chosen.items()
+            if isinstance(layer.format, IntGrid) and "scales" in parts
+        }
+        self.biases = {
+            name: layer.bias.float().clone()
+            for name, layer in chosen.items()
+            if layer.bias is not None and "biases" in parts
+        }
+        learned = {name: layer.act for name, layer in chosen.items() if layer.act and _has_grid(layer.act)}
+        self.inputs = {name: SoftInput(act) for name, act in learned.items() if "inputs" in parts}
+        self.norms = _vectors(self.module, model) if "norms" in parts else {}
+        self._install()
+
+    def _install(self) -> None:
+        """Put vectors and input grids in place once; weights follow before each pass, since they are computed."""
+        for name, bias in self.biases.items():
+            lend_tensor(self.module, f"{name}.bias", bias)
+        for name, vector in self.norms.items():
+            lend_tensor(self.module, name, vector)
+        for name, soft in self.inputs.items():
+            replace_input_rounding(self.module.get_submodule(name), soft.round)
+
+    def groups(self, lr: float) -> list[distill.Group]:
+        """What is trained; vectors at a rate that is relative to their size."""
+        scales = [each.factor for each in self.soft.values()]
+        groups = [distill.Group([*scales, *(each.log_scale for each in self.inputs.values())], lr)]
+        for tensor in (*self.biases.values(), *self.norms.values()):
+            groups.append(distill.Group([tensor], lr * (float(tensor.square().mean().sqrt()) or 1.0)))
+        return [group for group in groups if group.tensors]
+
+    def outputs(self, batch: Tensor) -> Tensor:
+        """The model's output, with gradients."""
+        stacked = {}
+        for name, each in self.soft.items():
+            if each.layer.kind is LayerKind.EXPERT:
+                stacked[name] = each.weight()
+            else:
+                lend(self.module, each.layer, each.weight())
+        lend_experts(self.module, stacked)
+        return _outputs(self.module, batch)
+
+    def layer(self, layer: Layer) -> Layer:
+        """A layer as it now is."""
+        name = layer.name
+        done = self.soft[name].rounded() if name in self.soft else layer
+        act = self.inputs[name].rounded() if name in self.inputs else layer.act
+        return replace(done, act=act, bias=self.biases.get(name, layer.bias))
+
+    def write(self, stage: Stage, note: str) -> None:
+        """All segments of the tuned model."""
+        model = stage.model
+        for segment in model.structure.segments:
+            plain = model.plain(segment)
+            layers = {
+                name: replace(self.layer(layer), notes=(note,)) if name in stage.chosen else layer
+                for name, layer in model.layers(segment).items()
+            }
+            stage.write(segment, layers, {name: self.norms.get(name, tensor) for name, tensor in plain.items()})
+
+
+def _has_grid(act: ActSpec) -> bool:
+    return act.static and isinstance(act.format, IntGrid)
+
+
+def _vectors(module: nn.Module, model: Model) -> dict[str, Tensor]:
+    """Stored vectors that are no layer's: norm weights and biases."""
+    names = [name for segment in model.structure.segments for name in model.structure.plain[segment]]
+    parameters = dict(module.named_parameters())
+    return {
+        name: parameters[name].detach().clone() for name in names if name in parameters and parameters[name].ndim == 1
+    }
+
+
+def _outputs(module: nn.Module, batch: Tensor) -> Tensor:
+    """Logits, or an encoder's hidden states: (…, features)."""
+    if batch.is_floating_point():
+        images: Tensor = module(batch)
+        return images
+    settings = {"use_cache": False} if hasattr(module.config, "use_cache") else {}
+    found = module(input_ids=batch, **settings)
+    outputs: Tensor = found.logits if "logits" in found else found.last_hidden_state
+    return outputs
+
+
+def _loss(task: Task, wanted: Tensor, found: Tensor) -> Tensor:
+    """wanted, found (…, features): the mean divergence KL(wanted || found), or for an encoder the share of error."""
+    if task is Task.ENCODER:
+        return (found - wanted).square().mean() / wanted.square().mean()
+    size = wanted.shape[-1]
+    first, second = wanted.detach().reshape(-1, size).log_softmax(-1), found.reshape(-1, size).log_softmax(-1)
+    return torch.nn.functional.kl_div(second, first, reduction="batchmean", log_target=True)

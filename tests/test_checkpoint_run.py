@@ -1,0 +1,84 @@
+"""`--target checkpoint` on the command line: a run, a plan, and an export of what another target has."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress.export.onnx import target as onnx_target
+from compress.measure import deployable_bytes
+from compress.pipeline import Pipeline
+from compress.profiles import as_profile
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "compress", *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("run") / "out"
+    options = ["--samples", "4", "--quality-samples", "4", "--length", "64", "--budget", "0.2", "--json"]
+    return out, run("run", llama, "--passes", "gptq(format=int4(group=32))", "-d", text_file, "-o", out,
+                    "-p", "cpu-x86-avx2", "--target", "checkpoint", *options)  # fmt: skip
+
+
+def test_a_run_writes_a_checkpoint_that_verify_accepts_and_generate_continues(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, done = finished
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["target"] == "checkpoint" and report["verification"]["level"] == "ran"
+    assert report["operators"] == {"dense": 1, "pack-quantized": 21}
+    assert report["artifact_bytes"] == deployable_bytes(out / "checkpoint")
+    assert report["plan"]["predicted_artifact_bytes"] == pytest.approx(report["artifact_bytes"], rel=0.02)
+    assert any("runs no faster" in warning for warning in report["plan"]["warnings"])
+    assert "compressed-tensors" in report["speed"]["runtime"]
+    assert run("verify", out).returncode == 0
+    assert run("generate", out, "--prompt", "the", "-n", "3").returncode == 0
+
+
+def test_an_artifact_of_a_run_can_be_exported_for_another_target(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, _ = finished
+    done = run("export", out, "--target", "checkpoint-gptq", "-p", "cpu-x86-avx2", "-o", tmp_path / "gptq", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["target"] == "checkpoint-gptq"
+    config = json.loads((tmp_path / "gptq" / "checkpoint" / "config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    back = compress.export(tmp_path / "gptq", profile="cpu-x86-avx2", target="onnx", out=tmp_path / "onnx")
+    assert back.deployable == tmp_path / "onnx" / "onnx" and onnx_target.FOLDER == "onnx"
+
+
+def test_a_plan_for_a_layout_names_what_it_refuses(llama: Path) -> None:
+    done = run("plan", llama, "--passes", "rtn(format=int3(group=32))", "-p", "cpu-x86-avx2", "-t", "checkpoint-awq")
+    assert done.returncode == 2 and "AWQ stores int4 only" in done.stdout.replace("\n", " ")
+    unknown = run("plan", llama, "--passes", "rtn(format=int3(group=32))", "--target", "checkpoints")
+    assert unknown.returncode == 2 and "Did you mean 'checkpoint'" in unknown.stderr
+
+
+def test_a_timed_call_leaves_its_cached_tokens_as_they_were(llama: Path, tmp_path: Path) -> None:
+    from compress.export.checkpoint.target import COMPRESSED_TENSORS
+
+    model = compress.load(llama)
+    made = Pipeline.parse("rtn(format=int4(group=32))").run(model).model
+    COMPRESSED_TENSORS.write(made, as_profile("cpu-x86-avx2"), tmp_path)
+    session = COMPRESSED_TENSORS.session(tmp_path, 1)
+    once = session.call(torch.tensor([[5]]).numpy(), 16)
+    once()
+    first = session.greedy([1, 2, 3], 8)
+    once()
+    assert session.greedy([1, 2, 3], 8) == first
+    whole = session.logits(torch.tensor([[1, 2, 3, *first[:-1]]]).numpy())[0]
+    assert whole[2:].argmax(-1).tolist() == first

@@ -1,0 +1,172 @@
+"""docs/support.md, pass by format by target by reader, is what these tests ran.
+
+    COMPRESS_WRITE_DOCS=1 scripts/test tests/test_support.py
+
+writes it anew. A cell is filled only by a model that was compressed, written, read back and compared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress import hwprofiles
+from compress.data import Calibration, calibrate
+from compress.errors import CompressError
+from compress.evaluate import verify_export
+from compress.export import TARGETS, find
+from compress.layerpass import Quantizing
+from compress.model import Model
+from compress.passes import PASSES
+from compress.passes import find as find_pass
+from compress.pipeline import Pipeline
+from compress.profiles import as_profile
+from compress.target import Refusal, plan_layers
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "support.md"
+WRITE = bool(os.environ.get("COMPRESS_WRITE_DOCS"))
+
+WEIGHTS = (
+    *("int8(channel)", "int8(group=32)", "int4(group=32)", "int4(group=32, asymmetric)", "int4(group=32, signed)"),
+    *("int4(group=32, float_zero)", "int3(group=32)", "int2(group=32)"),
+    *("fp8_e4m3(channel)", "mxfp4", "nvfp4", "mxfp8_e4m3"),
+    *("nf4(block=64)", "nf4(block=64, double)", "table(bits=3, group=32)"),
+)
+BOTH = (
+    ("int8(channel)", "int8(tensor, asymmetric)"),
+    ("int8(channel)", "int8(token)"),
+    ("int8(channel)", "static int8(tensor, asymmetric)"),
+    ("fp8_e4m3(channel)", "fp8_e4m3(token)"),
+    ("mxfp4", "mxfp4"),
+    ("nvfp4", "nvfp4"),
+)
+ROWS = (*((weight, "") for weight in WEIGHTS), *BOTH)
+METHODS = tuple(name for name in PASSES if issubclass(find_pass(name), Quantizing) and find_pass(name).part == "weight")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a target made of a weight format and an input grid: its operator, and what read it back."""
+
+    operator: str
+    reader: str
+
+
+Fill = Callable[[str, str, str], Cell | None]
+
+
+@pytest.fixture(scope="module")
+def model(make_llama: Callable[..., Path]) -> Model:
+    return compress.load(make_llama("support", num_hidden_layers=2, tie_word_embeddings=False))
+
+
+@pytest.fixture(scope="module")
+def data(model: Model, text_file: Path) -> Calibration:
+    return calibrate(model, text_file, samples=8, length=64)
+
+
+@pytest.fixture(scope="module")
+def fill(model: Model, data: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Fill:
+    """(weight, inputs, target) → the cell, None where the target refuses; each is made once."""
+    ids = torch.randint(0, model.vocabulary, (8, 64), generator=torch.Generator().manual_seed(0))
+    profile = hwprofiles.load("cpu-x86-avx512-vnni")
+
+    @cache
+    def made(weight: str, inputs: str) -> Model:
+        return Pipeline.parse(", ".join([f"rtn(format={weight})", *_act(inputs)])).run(model, data).model
+
+    @cache
+    def cell(weight: str, inputs: str, name: str) -> Cell | None:
+        one, target, chosen = made(weight, inputs), find(name), as_profile(profile, name)
+        answers = plan_layers(target, one.structure.layers, chosen)
+        if any(isinstance(answer, Refusal) for answer in answers.values()):
+            return None
+        lowered = target.write(one, chosen, tmp_path_factory.mktemp("support"))
+        found = verify_export(one, lowered.folder, chosen, ids, lowered.bounds)
+        assert found.agrees, (weight, inputs, name)
+        reader = found.runtime.rpartition(" CPU")[0] or found.runtime
+        return Cell(_operator(lowered.operators), f"{_unversioned(reader)} ({found.level})")
+
+    return cell
+
+
+def _act(inputs: str) -> list[str]:
+    if not inputs:
+        return []
+    static = ", static=true" if inputs.startswith("static ") else ""
+    return [f"act_quant(format={inputs.removeprefix('static ')}{static})"]
+
+
+def _operator(operators: dict[str, int]) -> str:
+    """What took most layers."""
+    return max(operators, key=lambda name: operators[name])
+
+
+def _unversioned(reader: str) -> str:
+    """Without version numbers, which change from machine to machine."""
+    return " ".join(word for word in reader.split() if not word[0].isdigit())
+
+
+def test_every_cell_that_is_not_refused_is_read_back_and_agrees(
+    fill: Fill,
+) -> None:
+    for weight, inputs in ROWS:
+        found = [fill(weight, inputs, name) for name in TARGETS]
+        if weight != "table(bits=3, group=32)":
+            assert any(found), f"no target takes {weight} with {inputs or 'float'} inputs"
+
+
+def test_the_page_is_what_was_found(fill: Fill, model: Model, data: Calibration) -> None:
+    text = _page(fill, model, data)
+    if WRITE:
+        DOCS.write_text(text, encoding="utf8")
+    written = DOCS.read_text(encoding="utf8")
+    if "checked" in text and "checked" not in written:
+        pytest.skip("a reader that the page names is not installed here")
+    assert written == text, "docs/support.md is out of date: run this file with COMPRESS_WRITE_DOCS=1"
+
+
+HEAD = """# What goes where
+
+Made by `tests/test_support.py` from what it ran: each filled cell is a small Llama that was compressed, written, read
+back by the tool in brackets, and agreed with the model in memory. An empty cell is refused by name before a run.
+`ran`: the tool itself; `checked`: our own decoder of the layout, where the tool does not run here.
+
+## Weights and inputs by target
+"""
+TAIL = """
+`autoround`, `adaquant` and `tune` refine what these made on integer grids; `smoothquant`, `awq_scale` and `rotate`
+rescale before them, whatever the format.
+"""
+
+
+def _page(fill: Fill, model: Model, data: Calibration) -> str:
+    lines = [HEAD, "| weights | inputs | " + " | ".join(f"`{name}`" for name in TARGETS) + " |"]
+    lines.append("|" + "---|" * (2 + len(TARGETS)))
+    for weight, inputs in ROWS:
+        cells = [fill(weight, inputs, name) for name in TARGETS]
+        told = [f"{cell.operator}: {cell.reader}" if cell else "" for cell in cells]
+        lines.append(f"| `{weight}` | {f'`{inputs}`' if inputs else 'float'} | " + " | ".join(told) + " |")
+    lines += ["", "## Weights by pass", "", "| weights | " + " | ".join(f"`{name}`" for name in METHODS) + " |"]
+    lines.append("|" + "---|" * (1 + len(METHODS)))
+    for weight in WEIGHTS:
+        found = [_runs(name, weight, model, data) for name in METHODS]
+        lines.append(f"| `{weight}` | " + " | ".join("yes" if each else "" for each in found) + " |")
+    return "\n".join([*lines, TAIL])
+
+
+def _runs(name: str, weight: str, model: Model, data: Calibration) -> bool:
+    """Whether a pass takes a format; one that does must give finite weights, which the pipeline checks."""
+    try:
+        pipeline = Pipeline.parse(f"{name}(format={weight}, targets=[model.layers.0.mlp.*])")
+    except CompressError:
+        return False
+    pipeline.run(model, data)
+    return True
