@@ -45,7 +45,7 @@ BOTH = (
     ("int8(channel)", "static int8(tensor, asymmetric)"),
     ("fp8_e4m3(channel)", "fp8_e4m3(token)"),
     ("mxfp4", "mxfp4"),
-    ("nvfp4", "nvfp4"),
+    ("nvfp4", "static nvfp4"),
 )
 ROWS = (*((weight, "") for weight in WEIGHTS), *BOTH)
 METHODS = tuple(name for name in PASSES if issubclass(find_pass(name), Quantizing) and find_pass(name).part == "weight")
