@@ -18,19 +18,21 @@ from torch import Tensor
 SPILL_BYTES = 32 * 2**20
 
 
-def allocate(shapes: Sequence[tuple[int, ...]], folder: Path | None = None) -> list[Tensor]:
-    """One uninitialised float32 tensor per shape.
+def allocate(
+    shapes: Sequence[tuple[int, ...]], folder: Path | None = None, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """One uninitialised tensor per shape.
 
     Above `SPILL_BYTES` in all, they are views of one file in `folder` (the system's temporary folder by default), whose
     blocks are reserved now (a full disk is an OSError here, not a crash later) and which goes with the last view.
     """
     total = sum(prod(shape) for shape in shapes)
-    if total * 4 <= SPILL_BYTES:
-        return [torch.empty(shape) for shape in shapes]
+    if total * dtype.itemsize <= SPILL_BYTES:
+        return [torch.empty(shape, dtype=dtype) for shape in shapes]
     handle, name = tempfile.mkstemp(prefix="activations-", dir=folder)
     try:
-        os.posix_fallocate(handle, 0, total * 4)
-        flat = torch.from_file(name, shared=True, size=total, dtype=torch.float32)
+        os.posix_fallocate(handle, 0, total * dtype.itemsize)
+        flat = torch.from_file(name, shared=True, size=total, dtype=dtype)
     finally:
         os.close(handle)
         Path(name).unlink()

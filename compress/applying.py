@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from compress import products
 from compress.blockpass import Block, BlockPass
 from compress.collect import LayerStats
 from compress.errors import InputError
@@ -91,7 +92,7 @@ def checked(
 
 
 def _require_finite(item: Pass, values: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(values).all()):
+    if not products.all_finite(values):
         raise InputError(f"{item.name} made NaN or infinite values in {name}. The run stops here.")
 
 
@@ -101,8 +102,9 @@ def _errors(weight: Tensor, reference: Tensor, stats: LayerStats) -> tuple[float
     error = _power(difference) / (_power(reference) or 1.0)
     if stats.hessian is None or stats.hessian.shape[-1] != weight.shape[1]:
         return error, None
-    whole = weighted_error(reference, stats.hessian) or 1.0
-    return error, weighted_error(difference, stats.hessian) / whole
+    with products.fast():
+        whole = weighted_error(reference, stats.hessian) or 1.0
+        return error, weighted_error(difference, stats.hessian) / whole
 
 
 def _power(tensor: Tensor) -> float:

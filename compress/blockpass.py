@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -82,6 +82,8 @@ class Changed:
 
 class BlockPass(Pass, ABC):
     """A pass that treats the layers of a block together."""
+
+    any_dtype: ClassVar[bool] = False  # what it runs through the block, and compares, is float32
 
     @abstractmethod
     def block(self, block: Block) -> Changed:

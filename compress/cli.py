@@ -16,6 +16,7 @@ from compress.cli_options import (
     BudgetOpt,
     DataOpt,
     DebugOpt,
+    DtypeOpt,
     JsonOpt,
     LengthOpt,
     ModelArg,
@@ -73,6 +74,7 @@ def run(
     samples: SamplesOpt = None,
     quality_samples: QualitySamplesOpt = None,
     length: LengthOpt = None,
+    dtype: DtypeOpt = None,
     seed: SeedOpt = None,
     device: Annotated[str, typer.Option(help="Where blocks run during calibration: cpu or cuda.")] = "cpu",
     budget: BudgetOpt = None,
@@ -87,7 +89,7 @@ def run(
     from compress.run import Request
     from compress.run import run as run_request
 
-    chosen = _recipe(recipe, passes, samples, quality_samples, length, seed)
+    chosen = _recipe(recipe, passes, samples, quality_samples, length, seed, dtype)
     command = "compress " + shlex.join(sys.argv[1:])
     request = Request(
         model,
@@ -135,6 +137,7 @@ def plan(
     samples: SamplesOpt = None,
     quality_samples: QualitySamplesOpt = None,
     length: LengthOpt = None,
+    dtype: DtypeOpt = None,
     as_json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> int:
@@ -144,7 +147,7 @@ def plan(
     from compress.profiles import as_profile
     from compress.report.plan_table import show_plan
 
-    chosen = _recipe(recipe, passes, samples, quality_samples, length, None)
+    chosen = _recipe(recipe, passes, samples, quality_samples, length, None, dtype)
     made = make_plan(load(model, weights=False), chosen, as_profile(profile, target))
     if as_json:
         print(made.model_dump_json(indent=1))
@@ -196,6 +199,7 @@ def _recipe(
     quality_samples: int | None,
     length: int | None,
     seed: int | None,
+    dtype: str | None,
 ) -> Recipe:
     """The recipe with the options laid over it."""
     from compress import recipe as recipes
@@ -205,7 +209,9 @@ def _recipe(
     found = recipes.load(recipe) if recipe is not None else recipes.of_passes(passes or "")
     changed: dict[str, Any] = {} if seed is None else {"seed": seed}
     sizes = {"length": length} if length else {}
-    changed["calibration"] = found.calibration.model_copy(update=sizes | ({"samples": samples} if samples else {}))
+    given = {"samples": samples, "dtype": dtype}
+    chosen = {name: value for name, value in given.items() if value}
+    changed["calibration"] = found.calibration.model_copy(update=sizes | chosen)
     wanted = {"samples": quality_samples} if quality_samples else {}
     changed["quality"] = found.quality.model_copy(update=sizes | wanted)
     return found.model_copy(update=changed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,6 +40,10 @@ QualitySamplesOpt = Annotated[
     typer.Option("--quality-samples", min=1, help="Quality windows [default: 128], or images [default: all]."),
 ]
 LengthOpt = Annotated[int | None, typer.Option("--length", min=2, help="Tokens per window.")]
+DtypeOpt = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option("--calibration-dtype", help="What calibration computes in [default: float32]."),
+]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
 BudgetOpt = Annotated[float | None, typer.Option("--budget", min=0.1, help="Seconds of timing per setting.")]
 AgainstOpt = Annotated[str | None, typer.Option("--model", help="The uncompressed model [default: where it was].")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,8 +20,9 @@ from compress.transforms import transformed
 class Stat(StrEnum):
     """Statistics that a pass may need; the engine collects them with the block as it then is.
 
-    The last three are the engine's: `sharing` which layers are fed the same tensor, `reference` the stream of the model
-    as the stage received it (targets of block passes), `cross` the mismatch between both streams.
+    The last four are the engine's: `sharing` which layers are fed the same tensor, `reference` the stream of the model
+    as the stage received it (targets of block passes), `cross` the mismatch between both streams, `guided` second
+    moments by groups of output rows, weighed by how much the loss feels these (`Pass.row_groups`).
     """
 
     HESSIAN = "hessian"
@@ -33,6 +34,7 @@ class Stat(StrEnum):
     SHARING = "sharing"
     REFERENCE = "reference"
     CROSS = "cross"
+    GUIDED = "guided"
 
 
 @dataclass
@@ -43,7 +45,9 @@ class LayerStats:
     float32; histogram: of all entries; cross: (in, in) float32, mean of (x_ref − x) xᵀ, x_ref being what the
     uncompressed prefix would put in; tokens: rows seen; sharing: the layers that are fed the same tensor, itself
     included; peak: largest |w| among those layers; outputs: histogram of what a convolution puts out, of which integer
-    kernels need the range too (of other layers None).
+    kernels need the range too (of other layers None); guided: (groups, in, in) float32, mean of s x xᵀ for each run of
+    output rows (as `Tensor.tensor_split` cuts them), s being the squared gradient of the loss by these rows, 1 in the
+    mean over tokens; None for a layer that has no such gradient (compress/backward.py).
     """
 
     hessian: Tensor | None = None
@@ -56,6 +60,31 @@ class LayerStats:
     sharing: tuple[str, ...] = ()
     peak: float | None = None
     outputs: Histogram | None = None
+    guided: Tensor | None = None
+
+
+class _Guided:
+    """Running sums of x xᵀ, weighed by the saliency of each group of rows; saliency: per batch (tokens, groups)."""
+
+    def __init__(self, saliency: Sequence[Tensor]) -> None:
+        self.saliency = saliency
+        self.total: Tensor | None = None
+        self.tokens = 0
+
+    def add(self, rows: Tensor, place: int) -> None:
+        """rows (n, in) float32 of batch `place`."""
+        weights = self.saliency[place].to(rows.device).sqrt()
+        if self.total is None:
+            self.total = rows.new_zeros(weights.shape[1], rows.shape[1], rows.shape[1])
+        for total, column in zip(self.total, weights.unbind(1), strict=True):
+            hessian.accumulate_upper(total, rows * column[:, None])
+        self.tokens += rows.shape[0]
+
+    def mean(self) -> Tensor | None:
+        """(groups, in, in) on the CPU."""
+        for total in () if self.total is None else self.total:
+            hessian.mirror(total)
+        return _mean(self.total, self.tokens)
 
 
 class _Sums:
@@ -115,10 +144,24 @@ class Collector:
     """Sums statistics per input tensor: layers that are fed the same tensor (q, k, v; gate, up) share one sum.
 
     An expert has its own, of the tokens routed to it; one that sees none has no statistics.
+
+    Args: guides: by layer the saliency for `Stat.GUIDED`, per batch (tokens, groups); fed: by layer others known to be
+    fed what it is, which need not be among `specs`; read where there are guides.
     """
 
-    def __init__(self, module: nn.Module, specs: Sequence[LayerSpec], wants: Collection[Stat]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        specs: Sequence[LayerSpec],
+        wants: Collection[Stat],
+        guides: Mapping[str, Sequence[Tensor]] | None = None,
+        fed: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.wants = wants
+        self.fed = fed or {}
+        chosen = {spec.name for spec in specs}.union(*self.fed.values()) if Stat.GUIDED in wants else ()
+        self.guided = {name: _Guided(saliency) for name, saliency in (guides or {}).items() if name in chosen}
+        self._place = 0
         self.experts = {spec.name for spec in specs if spec.kind is LayerKind.EXPERT}
         self.mixtures = {path: module.get_submodule(path) for path in {experts.owner(name)[0] for name in self.experts}}
         self.modules = {s.name: module.get_submodule(s.name) for s in specs if s.name not in self.experts}
@@ -127,6 +170,7 @@ class Collector:
         convolutions = [spec.name for spec in specs if spec.kind is LayerKind.CONV and Stat.OUTPUTS in wants]
         self.outputs = {name: Histogram() for name in convolutions}
         self._seen: list[tuple[Tensor, tuple[Any, ...], str]] = []
+        self._rows: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] | None = None
         self._recording = False
 
@@ -175,6 +219,7 @@ class Collector:
             for tensor, other, owner in self._seen:
                 if tensor is values and other == way:
                     self.leader[name] = owner
+                    self._guide(name, self._rows.get(owner))
                     return
             self._seen.append((values, way, name))
             values = transformed(skeleton.transforms(module), values)
@@ -200,11 +245,22 @@ class Collector:
         other = None if self._reference is None else self._reference.get(name)
         # an expert may be routed other tokens in the other stream: then there is no row to compare with
         sums.add(rows, entries, other if other is not None and other.shape == rows.shape else None)
+        if self.guided:
+            self._rows[name] = rows
+            for each in (name, *self.fed.get(name, ())):
+                self.leader[each] = name
+                self._guide(each, rows)
+
+    def _guide(self, name: str, rows: Tensor | None) -> None:
+        if name in self.guided and rows is not None:
+            self.guided[name].add(rows, self._place)
 
     def next_batch(self) -> None:
         """Forget which tensors were seen: the next batch has others."""
         self._seen.clear()
+        self._rows.clear()
         self._reference = None
+        self._place += 1
 
     def finish(self) -> dict[str, LayerStats]:
         """Statistics by layer; layers that share inputs share them."""
@@ -212,7 +268,9 @@ class Collector:
         if Stat.SHARING in self.wants:
             for group in self.groups():
                 found[self.leader[group[0]]].sharing = group
-        return {name: replace(found[owner], outputs=self.outputs.get(name)) for name, owner in self.leader.items()}
+        guided, outputs = {name: sums.mean() for name, sums in self.guided.items()}, self.outputs
+        stats = {name: replace(found[owner], guided=guided.get(name)) for name, owner in self.leader.items()}
+        return {name: replace(own, outputs=outputs[name]) if name in outputs else own for name, own in stats.items()}
 
     def groups(self) -> list[tuple[str, ...]]:
         """Layers that were fed the same tensor, in the order of the first of them."""

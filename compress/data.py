@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress import images
@@ -39,11 +40,13 @@ Samples = Windows | Images
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The windows or images that statistics are taken over, and the seed that chose them."""
+    """The windows or images that statistics are taken over, the seed that chose them, and the type that the model's
+    blocks compute in meanwhile (statistics are added up in float32 all the same)."""
 
     windows: Samples
     seed: int
     source: str
+    dtype: torch.dtype = torch.float32
 
     def batches(self) -> list[Tensor]:
         """As `Windows.batches`."""
@@ -56,6 +59,7 @@ class Calibration:
             **self.windows.size(),
             "seed": self.seed,
             "digest": self.windows.digest,
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
 

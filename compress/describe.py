@@ -44,10 +44,9 @@ def pass_settings(cls: type[Pass]) -> dict[str, dict[str, Any]]:
 
 def describe_pass(cls: type[Pass]) -> str:
     """One pass for people: what it does, what it needs and treats, its settings, and a line to copy."""
-    needs = ", ".join(sorted(cls.needs))
     kinds = ", ".join(sorted(cls.kinds))
     facts = [
-        f"needs:    {f'{needs}, so calibration data' if needs else 'no data'}",
+        f"needs:    {_needs(cls)}",
         f"treats:   {kinds} layers",
         f"fills:    {' and '.join(sorted(cls.fills())) or 'nothing'}, once per layer",
     ]
@@ -59,6 +58,20 @@ def describe_pass(cls: type[Pass]) -> str:
     general = {name: found for name, found in settings.items() if name in shared}
     tables = _settings_table("Settings", own), _settings_table("Settings of every pass", general)
     return "\n\n".join([cls.name, *_documentations(cls), "\n".join(facts), _printed(tables), _shared_help()])
+
+
+def _needs(cls: type[Pass]) -> str:
+    """The statistics that a pass always asks for, else with which switch it asks for data."""
+    from compress.collect import Stat  # which loads torch, as a pass has already
+
+    if cls.needs - {Stat.SHARING}:
+        return f"{', '.join(sorted(cls.needs))}, so calibration data"
+    if any(field.is_required() for field in cls.model_fields.values()):
+        return "no data"
+    fields = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
+    switched = {name: cls.build({name: not default}) for name, default in fields.items()}
+    more = [f"{name}={str(not fields[name]).lower()}" for name, item in switched.items() if item.needs_data]
+    return f"no data, with {' or '.join(more)} calibration data" if more else "no data"
 
 
 def example_of(cls: type[Pass]) -> str:

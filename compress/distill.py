@@ -172,7 +172,10 @@ def _held_out(loss: Loss, held: Sequence[int]) -> float:
 
 def _finite(value: Tensor) -> Tensor:
     if not bool(torch.isfinite(value)):
-        raise InputError("A training loss is NaN or infinite. The run stops here; lower the learning rate.")
+        raise InputError(
+            "A training loss is NaN or infinite. The run stops here; lower the learning rate, or check model and data "
+            "where this is the first step."
+        )
     return value
 
 

@@ -158,6 +158,9 @@ def _noted(layer: Layer, folding: Folding, block: Block) -> Layer:
     return replace(layer, notes=(*layer.notes, why))
 
 
+NOT_A_NORM = "a layer feeds it, not a norm, and folds=norms"
+
+
 def agreed(block: Block, folding: Folding, settings: Iterable[str]) -> Pass | None:
     """The pass whose settings count for a folding: that of its chosen consumers; None where there are none.
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from compress.errors import InputError
+
 BINS = 4096
 
 
@@ -29,6 +31,11 @@ class Histogram:
         if not flat.numel():
             return
         low, high = (float(bound) for bound in torch.aminmax(flat))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise InputError(
+                "NaN or infinite values reach a layer whose inputs are counted. The run stops here; check model and "
+                "recipe."
+            )
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(-low, high))
         self.counts += torch.histc(flat, BINS, -self.limit, self.limit).double()

@@ -84,9 +84,15 @@ class ImageStream:
             raise InputError("The model puts out NaN or infinite values. The run stops here; check model and recipe.")
         self.hidden = outputs
 
-    def collect(self, index: int, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
-        """Statistics of the inputs of some layers."""
-        collector = Collector(self.module, [self.model.structure.layers[name] for name in names], wants)
+    def collect(
+        self,
+        index: int,
+        names: Iterable[str],
+        wants: Collection[Stat],
+        guides: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> dict[str, LayerStats]:
+        """Statistics of the inputs of some layers. Args: guides: see `Collector`; there are none of images."""
+        collector = Collector(self.module, [self.model.structure.layers[name] for name in names], wants, guides)
         with collector.attached():
             for images in self.hidden:
                 if Stat.CROSS in wants:
@@ -138,11 +144,18 @@ Stream = BlockStream | ImageStream
 
 
 def open_stream(
-    model: Model, batches: Sequence[Tensor], *, device: str = "cpu", spill: Path | None = None, reference: bool = False
+    model: Model,
+    batches: Sequence[Tensor],
+    *,
+    device: str = "cpu",
+    spill: Path | None = None,
+    reference: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Stream:
     """The stream for a model's kind. Args: see `BlockStream`; for an image classifier batches of images."""
-    kind = ImageStream if model.task is Task.IMAGE else BlockStream
-    return kind(model, batches, device=device, spill=spill, reference=reference)
+    if model.task is Task.IMAGE:
+        return ImageStream(model, batches, device=device, spill=spill, reference=reference)
+    return BlockStream(model, batches, device=device, spill=spill, reference=reference, dtype=dtype)
 
 
 def wiring_batch(model: Model) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
@@ -16,6 +16,9 @@ from compress.formats.base import Format
 from compress.formats.int_grid import IntGrid
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.spec import Call, parse_call
+
+if TYPE_CHECKING:
+    from compress.model import Model
 
 
 def _as_format(value: Any) -> Any:
@@ -36,7 +39,10 @@ class Pass(BaseModel, ABC):
     `ignore` patterns to leave out; `overrides` {pattern: {setting: value}} for some layers.
     Class attributes: `name`; `needs` statistics (see also `wants`); `kinds` it can treat; `part` of the layer that it
     fills, which may be filled only once; `before` parts that may not be filled yet when it comes, `after` parts that
-    must be; `also` further parts that it fills.
+    must be; `also` further parts that it fills; `any_dtype` whether blocks may compute in another type than float32
+    meanwhile; `inside` whether it treats layers inside the blocks only; `per_layer` whether overrides can hold, because
+    its settings are taken layer by layer; `training` whether it has the original and the compressed model in memory,
+    with gradients (see also `trained_copies`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -48,6 +54,10 @@ class Pass(BaseModel, ABC):
     also: ClassVar[frozenset[str]] = frozenset()
     before: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[frozenset[str]] = frozenset()
+    any_dtype: ClassVar[bool] = True
+    inside: ClassVar[bool] = False
+    per_layer: ClassVar[bool] = True
+    training: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -55,6 +65,11 @@ class Pass(BaseModel, ABC):
 
     @model_validator(mode="after")
     def _check_overrides(self) -> Self:
+        if self.overrides and not self.per_layer:
+            raise UsageError(
+                f"{self.name}: overrides would do nothing, since it treats its layers together. Leave them out; with "
+                "targets, two passes can have settings of their own."
+            )
         for pattern, settings in self.overrides.items():
             nested = sorted(set(settings) & set(_PATTERNS))
             if nested:
@@ -87,10 +102,29 @@ class Pass(BaseModel, ABC):
         together, each time with statistics of the block as it then is. Such a pass changes layers only."""
         return False
 
+    @property
+    def row_groups(self) -> int:
+        """How many groups of a layer's output rows `Stat.GUIDED` tells apart; 0 where it is not asked for."""
+        return 0
+
+    @property
+    def trained_copies(self) -> float:
+        """How many float32 copies of the integer-grid weights that it treats (of a block's, unless `training`) it holds
+        while it trains them, beside the model's own; fitted on runs, 0 where it trains none."""
+        return 0.0
+
+    @property
+    def trained_batches(self) -> int:
+        """Calibration batches that it runs forward and back through what it treats; 0 where it does not train."""
+        return 0
+
     @classmethod
     def fills(cls) -> frozenset[str]:
         """All parts of the layer that it fills."""
         return cls.also | ({cls.part} if cls.part else set())
+
+    def check(self, model: Model) -> None:
+        """Raises: UnsupportedError for a kind of model that it cannot treat; asked before work starts."""
 
     @abstractmethod
     def plan(self, spec: LayerSpec) -> LayerSpec:
@@ -178,7 +212,9 @@ class Quantizing(Pass, ABC):
 
     @property
     def wants(self) -> frozenset[Stat]:
-        return self.needs | ({Stat.SHARING} if self.resolved_format().shares_peak else set())
+        found = [self, *(self.with_settings(each) for each in self.overrides.values())]
+        shared = any(item.resolved_format().shares_peak for item in found)
+        return self.needs | ({Stat.SHARING} if shared else set())
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return replace(spec, format=self.resolved_format())

@@ -142,6 +142,8 @@ def _select(item: Pass, structure: Structure) -> tuple[list[str], dict[str, str]
             skipped[name] = _reason(item, spec, structure)
         elif spec.kind not in item.kinds:
             skipped[name] = f"{item.name} does not treat {spec.kind} layers"
+        elif item.inside and spec.segment < 0:
+            skipped[name] = f"outside the blocks, inside which alone {item.name} works"
         else:
             chosen.append(name)
     if not chosen:

@@ -19,6 +19,7 @@ from compress.layerpass import Pass
 from compress.model import Model
 from compress.progress import Progress
 from compress.records import LayerResult
+from compress.sources import Sources
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Stage:
 
     model: as the stage received it; original: the uncompressed source; chosen: the layers that the pass is for, each
     with its settings; calibration: None where the pass needs no data; folder: where `write` puts the segments;
-    config: changes of config.json that go with the new weights.
+    sources: the layers before any stage quantized them, against which errors are taken; config: changes of config.json
+    that go with the new weights.
     """
 
     item: Pass
@@ -38,6 +40,7 @@ class Stage:
     folder: Path
     device: str
     progress: Progress
+    sources: Sources
     config: dict[str, Any] = field(default_factory=dict)
     results: list[LayerResult] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
@@ -74,8 +77,10 @@ class Stage:
                     self.results.append(_left(layer, str(self.item), skipped[name]))
                 continue
             before = self.model.layer(self.model.structure.layers[name])
-            done[name], result = checked(self.item, before, layer, before, LayerStats(), str(self.item), seconds)
+            source = self.sources.of(before)
+            done[name], result = checked(self.item, before, layer, source, LayerStats(), str(self.item), seconds)
             self.results.append(result)
+            self.sources.keep(segment, {name: done[name]}, {name: source})
         store.write_segment(self.folder, segment, done, plain)
         self.written.add(segment)
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from compress import store
 from compress.data import Calibration, calibrate
 from compress.errors import UsageError
@@ -68,8 +70,23 @@ class Pipeline:
         return ", ".join(str(item) for item in self.passes)
 
     def resolve(self, model: Model) -> Resolution:
-        """Lay the passes over a model and check the whole order. Raises: UsageError."""
+        """Lay the passes over a model and check the whole order. Raises: UsageError; UnsupportedError for a kind
+        of model that a pass cannot treat."""
+        for item in self.passes:
+            item.check(model)
         return resolve(self.passes, model.structure)
+
+    def check_dtype(self, model: Model, dtype: torch.dtype | None) -> None:
+        """Raises: UsageError where blocks may not compute in a calibration's type."""
+        if dtype in (None, torch.float32):
+            return
+        found = next((item.name for item in self.passes if not item.any_dtype), None)
+        if model.image is not None or found:
+            who = f"the pass {found}" if found else "an image classifier"
+            raise UsageError(
+                f"calibration dtype {str(dtype).removeprefix('torch.')}: {who} computes with whole blocks in float32. "
+                "Leave it at float32."
+            )
 
     @property
     def needs_data(self) -> bool:
@@ -97,6 +114,7 @@ class Pipeline:
             calibration = calibrate(model, calibration)
         if self.needs_data and calibration is None:
             raise UsageError(f"{self}: needs calibration data. Give --data FILE (in Python: calibration=FILE).")
+        self.check_dtype(model, None if calibration is None else calibration.dtype)
         resolution = self.resolve(model)
         keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
         target = Path(keeper.name) if keeper else folder

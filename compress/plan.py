@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from compress.applying import describe
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
 from compress.export import find as find_target
@@ -31,12 +33,13 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     """
     recipe = recipe.for_target(profile.target)
     pipeline = pipeline or Pipeline.parse(recipe.passes)
+    pipeline.check_dtype(model, getattr(torch, recipe.calibration.dtype))
     resolution = pipeline.resolve(model)
     specs = planned(resolution)
     target = find_target(profile.target)
     choices = plan_layers(target, specs, profile)
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
-    sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data)
+    sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data, pipeline.passes)
     artifact = artifact_bytes(target, specs.values(), model, profile)
     stored = model_bytes(specs.values(), model)
     memory = peak_memory(sizes, artifact, stored)
@@ -88,7 +91,8 @@ def _too_large(predicted: int) -> tuple[str, ...]:
         return ()
     return (
         f"A run needs about {predicted / 1e9:.1f} GB of memory (predicted), but this machine has "
-        f"{allowed / 1e9:.1f} GB. Give fewer or shorter windows (--samples, --length), or use a larger machine.",
+        f"{allowed / 1e9:.1f} GB. Give fewer or shorter windows (--samples, --length), leave out passes that train the "
+        "whole model (tune), or use a larger machine.",
     )
 
 

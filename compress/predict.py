@@ -3,16 +3,20 @@ and are marked; predictions never share a field with measurements."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile
 from compress.image_model import ImageModule
 from compress.images import BATCH, CALIBRATION_SAMPLES
 from compress.layer import LayerKind, LayerSpec
-from compress.model import Model
+from compress.layerpass import Pass
+from compress.model import Model, Task
+from compress.modelpass import ModelPass
 from compress.recipe import Recipe
+from compress.windows import BATCH_TOKENS
 
 # Fitted: resident memory of the process with its libraries loaded and a graph captured.
 BASE_MEMORY = 830_000_000
@@ -20,6 +24,12 @@ BASE_SECONDS = 45.0
 """Fitted: load, capture, verification, and the timing of a small grid."""
 QUALITY_IMAGES = 1000
 """Assumed where no number is given: how many the data hold is not known before they are read."""
+LOADED_MEMORY = 450_000_000
+"""Fitted: resident memory of the process with its libraries loaded, before anything is captured."""
+LINEAR_COPIES, LOGIT_COPIES = 1.25, 6
+"""Fitted: tensors kept for a backward pass, per input and output of a linear layer and per logit."""
+CHECK_STEPS, HELD_OUT = 25, 0.125
+"""Of compress/distill.py: steps between two looks at the held-out loss, and the share of batches that is held out."""
 STORE_HEADER_BYTES = 450
 """Fitted: header of a store's file per layer."""
 
@@ -41,13 +51,20 @@ class Sizes:
     hidden_bytes: int
     vocabulary: int
     window: int
+    backward: int = 0  # what a backward pass keeps beside the stream: hidden states at every door, saliencies
+    backward_tokens: int = 0
+    training: int = 0  # what the hungriest pass that trains holds at once
+    trained_tokens: int = 0  # passes of one token through all blocks, forward or back, that training takes
+    between: int = 0  # stores of earlier stages, and the weights that errors are taken against
 
     @classmethod
-    def of(cls, model: Model, specs: Iterable[LayerSpec], recipe: Recipe, needs_data: bool) -> Sizes:
-        """From shapes alone."""
+    def of(
+        cls, model: Model, specs: Iterable[LayerSpec], recipe: Recipe, needs_data: bool, passes: Sequence[Pass] = ()
+    ) -> Sizes:
+        """From shapes alone. passes: of the recipe, for what they train and what they ask of a backward pass."""
         specs = list(specs)
         if model.image is not None:
-            return _image_sizes(model.image, model.source_bytes, specs, recipe, needs_data)
+            return _image_sizes(model.image, model.source_bytes, specs, recipe, needs_data, passes)
         per_segment: dict[int, int] = {}
         for spec in specs:
             per_segment[spec.segment] = per_segment.get(spec.segment, 0) + spec.shape[0] * spec.shape[1] * 4
@@ -58,30 +75,44 @@ class Sizes:
         tokens = calibration.samples * calibration.length if needs_data else 0
         quality = (recipe.quality.samples or 128) * recipe.quality.length
         inner = [spec.shape[1] for spec in specs if spec.segment >= 0]
+        guided = [item for item in passes if item.row_groups]
+        columns = max((item.row_groups for item in guided), default=0) * len(inner)  # of the saliencies
+        doors = len(blocks) * hidden if guided else 0
+        window = min(calibration.samples, max(1, BATCH_TOKENS // calibration.length)) * calibration.length
+        logits = int(config.vocab_size) if model.task is Task.CAUSAL_LM else hidden
         return cls(
             source=model.source_bytes,
             float_weights=sum(per_segment.values()),
             largest_block=max(blocks.values(), default=0),
             outer=per_segment.get(-1, 0),
-            activations=tokens * hidden * 4,
+            activations=tokens * hidden * (2 if calibration.dtype == "bfloat16" else 4),
             largest_inputs=max(inner, default=0),
-            statistics=_statistics(specs) if needs_data else 0,
+            statistics=_statistics(specs) + _guided(specs, guided) if needs_data else 0,
             block_weights=sum(blocks.values()) // 4,
             tokens=tokens,
             quality_tokens=quality,
             hidden_bytes=quality * hidden * 4,
             vocabulary=int(config.vocab_size),
             window=recipe.quality.length,
+            backward=tokens * 4 * (doors + columns),
+            backward_tokens=tokens * len({item.row_groups for item in guided}),
+            training=_training(specs, passes, window, sum(map(sum, _inner(specs))), logits),
+            trained_tokens=_trained_tokens(passes, window, tokens),
+            between=_between(passes, model.source_bytes, sum(per_segment.values())),
         )
 
 
-def _image_sizes(image: ImageModule, source: int, specs: list[LayerSpec], recipe: Recipe, needs_data: bool) -> Sizes:
+def _image_sizes(
+    image: ImageModule, source: int, specs: list[LayerSpec], recipe: Recipe, needs_data: bool, passes: Sequence[Pass]
+) -> Sizes:
     """Of an image classifier: an image is a token that takes as many multiplications as all layers do for it."""
     weights = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
     pixels = image.shape[0] * image.shape[1] * image.shape[2] * 4
     calibration, quality = recipe.calibration, recipe.quality
     given = calibration.samples if "samples" in calibration.model_fields_set else CALIBRATION_SAMPLES
     images = given if needs_data else 0
+    # of the inputs and outputs of all layers: an output takes as many multiplications as the layer has columns
+    values = 2 * image.multiplications * len(specs) // sum(spec.shape[1] for spec in specs)
     return Sizes(
         source=source,
         float_weights=weights,
@@ -96,6 +127,9 @@ def _image_sizes(image: ImageModule, source: int, specs: list[LayerSpec], recipe
         hidden_bytes=0,
         vocabulary=image.classes,
         window=BATCH,
+        training=_training(specs, passes, min(images, BATCH), values, image.classes),
+        trained_tokens=_trained_tokens(passes, min(images, BATCH), images),
+        between=_between(passes, source, weights),
     )
 
 
@@ -105,6 +139,64 @@ def _statistics(specs: Iterable[LayerSpec]) -> int:
     widest = max((spec.shape[1] for spec in specs), default=0)
     first = [spec for spec in specs if spec.segment == 0 and spec.kind is LayerKind.EXPERT]
     return 6 * widest**2 * 4 + sum(spec.shape[1] ** 2 * 4 for spec in first)
+
+
+def _guided(specs: Iterable[LayerSpec], passes: Sequence[Pass]) -> int:
+    """Guided second moments that are held at once: of the first block's layers of one width, at most, where they come
+    in turn, else of all of them."""
+    widths: dict[int, int] = {}
+    for spec in specs:
+        if spec.segment == 0 and spec.kind is LayerKind.LINEAR:
+            widths[spec.shape[1]] = widths.get(spec.shape[1], 0) + spec.shape[1] ** 2 * 4
+    held = [(max if item.in_turn else sum)(widths.values() or (0,)) * item.row_groups for item in passes]
+    return max(held, default=0)
+
+
+def _inner(specs: Iterable[LayerSpec]) -> list[tuple[int, int]]:
+    """Shapes of the layers inside the blocks."""
+    return [spec.shape for spec in specs if spec.segment >= 0]
+
+
+def _training(specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, values: int, logits: int) -> int:
+    """Bytes of the hungriest training pass: both models where it has the whole of them, copies of what it trains, and
+    what one batch keeps for its way back.
+
+    Args: tokens: of a batch; values: inputs and outputs of all layers inside the blocks, per token; logits: per token.
+    """
+    whole = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
+    grids: dict[int, int] = {}
+    for spec in specs:
+        if spec.segment >= 0 and isinstance(spec.format, IntGrid):
+            grids[spec.segment] = grids.get(spec.segment, 0) + spec.shape[0] * spec.shape[1] * 4
+    found = [0]
+    for item in passes:
+        if item.training:
+            kept = LINEAR_COPIES * values + LOGIT_COPIES * logits
+            found.append(int(2 * whole + item.trained_copies * sum(grids.values()) + 4 * tokens * kept))
+        elif item.trained_batches:
+            kept = LINEAR_COPIES * values / max(1, len({spec.segment for spec in specs if spec.segment >= 0}))
+            found.append(int(item.trained_copies * max(grids.values(), default=0) + 4 * tokens * kept))
+    return max(found)
+
+
+def _trained_tokens(passes: Sequence[Pass], tokens: int, calibration: int) -> int:
+    """Forward and backward passes of tokens through all blocks: back counts twice, and the original runs too where a
+    pass has the whole of both models; in between, held-out batches."""
+    total = 0.0
+    for item in passes:
+        if item.trained_batches:
+            models = 2 if item.training else 1
+            checks = 2 + item.trained_batches // CHECK_STEPS
+            total += (2 + models) * item.trained_batches * tokens + checks * models * HELD_OUT * calibration
+    return int(total)
+
+
+def _between(passes: Sequence[Pass], source: int, weights: int) -> int:
+    """Bytes that stages leave for those after them (compress/stages.py): a store, in float32 where a pass rescales
+    weights, which are then also kept for the report's errors."""
+    if len(passes) < 2 or not any(isinstance(item, ModelPass) for item in passes):
+        return 0
+    return 2 * weights if any(not item.part for item in passes) else source
 
 
 def artifact_bytes(target: Any, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
@@ -122,29 +214,38 @@ def model_bytes(specs: Iterable[LayerSpec], model: Model) -> int:
 
 
 def peak_memory(sizes: Sizes, artifact: int, stored: int) -> int:
-    """Resident memory of the whole process when the evaluation has everything open: what the passes left behind, the
-    mapped files of the source and the store, both sessions, both streams, and the logits of one window for four models.
+    """Resident memory of the whole process: while a pass trains, or when the evaluation has everything open, which is
+    what the passes left behind, the mapped files of the source and the store, both sessions, both streams, and the
+    logits of one window for four models.
 
     Args: artifact, stored: predicted bytes of the deployable folder and of `model/`.
     """
     from compress.activations import SPILL_BYTES
 
     passes = 3 * sizes.largest_block + sizes.statistics + min(sizes.activations, SPILL_BYTES)
+    passes += min(sizes.backward, 2 * SPILL_BYTES)
     sessions = int(1.1 * sizes.float_weights) + int(1.7 * artifact)
     streams = 3 * sizes.outer + 2 * min(sizes.hidden_bytes, SPILL_BYTES)
     logits = 6 * sizes.window * sizes.vocabulary * 4
-    return BASE_MEMORY + passes + sizes.source + stored + sessions + streams + logits
+    evaluation = BASE_MEMORY + passes + sessions + streams + logits
+    training = LOADED_MEMORY + sizes.training if sizes.training else 0
+    return max(evaluation, training) + sizes.source + stored
 
 
 def disk_bytes(sizes: Sizes, specs: Iterable[LayerSpec], model: Model, artifact: int) -> int:
-    """Largest use of the output's disk: the store, the artifact, the baseline and spilled activations."""
-    return model_bytes(specs, model) + artifact + sizes.source + sizes.activations
+    """Largest use of the output's disk: the store, and then the artifact and the baseline, or what passes need before:
+    spilled activations and earlier stages."""
+    passes = sizes.activations + sizes.backward + sizes.between
+    return model_bytes(specs, model) + artifact + sizes.source + passes
 
 
 def seconds(sizes: Sizes, profile: Profile) -> float:
-    """Forward passes over the calibration and quality tokens at a share of the float32 peak, plus what is fixed."""
+    """Passes over the calibration and quality tokens and through what is trained, at a share of the float32 peak, plus
+    what is fixed."""
     rate = profile.peak.dense_gflops_per_core["float32"].value * 1e9 * (profile.cpu.threads or 2) * 0.5
-    forward = 2.0 * sizes.block_weights * (2 * sizes.tokens + 4 * sizes.quality_tokens)
+    # forward once, then each block again, and back through it by its inputs alone
+    tokens = 2 * sizes.tokens + 3 * sizes.backward_tokens + sizes.trained_tokens
+    forward = 2.0 * sizes.block_weights * (tokens + 4 * sizes.quality_tokens)
     head = 2.0 * (sizes.outer / 4) * 4 * sizes.quality_tokens
     solve = sizes.block_weights * sizes.largest_inputs / 2.0 if sizes.tokens else 0.0
     return BASE_SECONDS + (forward + head + solve) / rate + sizes.source / 300e6

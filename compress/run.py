@@ -120,6 +120,13 @@ def require_agreement(out: Path, found: Verification) -> None:
 
 
 def _data(model: Model, request: Request) -> tuple[Calibration | None, Samples]:
+    """Calibration and quality windows, or images, the former in the recipe's type."""
+    calibration, windows = _read_data(model, request)
+    dtype = getattr(torch, request.recipe.calibration.dtype)
+    return calibration and replace(calibration, dtype=dtype), windows
+
+
+def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samples]:
     """Calibration and quality windows, or images, from --data (split) or from the recipe's own files."""
     recipe, seed = request.recipe, request.recipe.seed
     cal, qual = recipe.calibration, recipe.quality
@@ -153,6 +160,7 @@ def _fingerprint(model: Model, request: Request, calibration: Calibration | None
         "seed": str(request.recipe.seed),
         "profile": hwprofiles.digest(request.profile),
         "calibration": calibration.windows.digest if calibration else "none",
+        "calibration dtype": request.recipe.calibration.dtype,
         "quality": windows.digest,
         "device": request.device,
         "threads": str(torch.get_num_threads()),

@@ -245,9 +245,10 @@ def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[key] = tensor
 
 
-def put_layer(module: nn.Module, layer: Layer) -> None:
-    """Decode a layer into every module that uses it, in float32, with its input rounding as a hook."""
-    weight = layer.float_weight()
+def put_layer(module: nn.Module, layer: Layer, dtype: torch.dtype = torch.float32) -> None:
+    """Decode a layer into every module that uses it, in `dtype`, with its input rounding as a hook."""
+    weight = layer.weight if isinstance(layer.weight, Tensor) else layer.float_weight()
+    weight = weight.to(dtype)
     for user in layer.users:
         if layer.kind is LayerKind.EXPERT:
             _put_expert(module, user, weight)
@@ -256,7 +257,7 @@ def put_layer(module: nn.Module, layer: Layer) -> None:
         turned = weight.T.contiguous() if is_turned(child) else weight
         child._parameters["weight"] = nn.Parameter(turned.reshape(child.weight.shape), requires_grad=False)  # type: ignore[arg-type]
         if layer.bias is not None and user == layer.name:
-            child._parameters["bias"] = nn.Parameter(layer.bias.float(), requires_grad=False)
+            child._parameters["bias"] = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         set_transforms(child, layer.pre)
         set_input_rounding(child, layer)
 
@@ -267,7 +268,7 @@ def _put_expert(module: nn.Module, user: str, weight: Tensor) -> None:
     stack = child._parameters[key]
     assert stack is not None
     if stack.device.type == "meta":
-        stack = nn.Parameter(torch.zeros(stack.shape, dtype=torch.float32), requires_grad=False)
+        stack = nn.Parameter(torch.zeros(stack.shape, dtype=weight.dtype), requires_grad=False)
         child._parameters[key] = stack
     stack.data[index] = weight.T if child.is_transposed else weight
 
@@ -289,7 +290,9 @@ def _hook(child: nn.Module, key: str, function: Callable[[Tensor], Tensor] | Non
     if handle is not None:
         handle.remove()
     if function is not None:
-        hook = child.register_forward_pre_hook(lambda _module, inputs: (function(inputs[0]), *inputs[1:]))
+        hook = child.register_forward_pre_hook(
+            lambda _module, inputs: (function(inputs[0]).to(inputs[0].dtype), *inputs[1:])
+        )
         child.__dict__[key] = hook
 
 
@@ -312,12 +315,17 @@ def _rounded(act: ActSpec, values: Tensor) -> Tensor:
     return values + (act.round(values.detach()) - values.detach())
 
 
-def put_plain(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    """Put stored tensors in place, floats as float32, also where they are known by other names."""
+def put_plain(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Put stored tensors in place, floats as `dtype`, also where they are known by other names."""
     others = [(alias, name) for alias, name in aliases.items() if name in tensors]
     for place, name in (*((name, name) for name in tensors), *others):
         tensor = tensors[name]
-        set_tensor(module, place, tensor.float() if tensor.is_floating_point() else tensor)
+        set_tensor(module, place, tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def release(module: nn.Module, path: str) -> None:

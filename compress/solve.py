@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compress import products
 from compress.formats.base import Format, Params, Rounder
 
 # Columns decided one by one before what they did to the others is caught up with by one matrix product.
@@ -43,9 +44,10 @@ def matched(weight: Tensor, cross: Tensor, factor: Tensor, columns: Tensor, shar
     `compensate`, of the columns in the order `columns`. C and H as means over the same tokens.
     """
     # (weight · cross) · inverse where the weight is low, weight · (cross · inverse) where it is high
-    start = cross if len(weight) > len(cross) else weight @ cross
-    moved = ((start[:, columns] @ factor.T) @ factor)[:, torch.argsort(columns)]
-    return weight + share * (weight @ moved if len(weight) > len(cross) else moved)
+    with products.fast():
+        start = cross if len(weight) > len(cross) else weight @ cross
+        moved = ((start[:, columns] @ factor.T) @ factor)[:, torch.argsort(columns)]
+        return weight + share * (weight @ moved if len(weight) > len(cross) else moved)
 
 
 def compensate(weight: Tensor, factor: Tensor, rounder: Rounder, step: int = 1) -> Tensor:
@@ -73,7 +75,8 @@ def _compensate(
         return
     middle = start + -(-(stop - start) // 2 // step) * step
     _compensate(left, factor, rounder, step, start, middle, codes)
-    left[middle:stop].addmm_(factor[start:middle, middle:stop].T, left[start:middle], alpha=-1)
+    with products.fast():
+        left[middle:stop].addmm_(factor[start:middle, middle:stop].T, left[start:middle], alpha=-1)
     _compensate(left, factor, rounder, step, middle, stop, codes)
 
 
@@ -109,7 +112,8 @@ def improve(
     columns = weight.shape[1]
     params = {name: value.clone() for name, value in params.items()}
     values = start.T.contiguous()
-    slope = hessian @ (weight.T - values)  # minus half the gradient, (in, out)
+    with products.fast():
+        slope = hessian @ (weight.T - values)  # minus half the gradient, (in, out)
     codes: list[Tensor] = []
     span = form.refit_span(columns)
     groups = list(range(0, columns, span or 2 * RUN))
@@ -123,7 +127,8 @@ def improve(
             codes += _descend(values[group], near, block, form.rounder(params, torch.arange(first, group.stop)))
             # in the last sweep only the columns still to come need to know
             rest = slice(group.stop if sweep == sweeps - 1 else 0, columns)
-            slope[rest].addmm_(hessian[rest, group], before.sub_(values[group]))
+            with products.fast():
+                slope[rest].addmm_(hessian[rest, group], before.sub_(values[group]))
     return torch.cat(codes).T, params
 
 
@@ -132,7 +137,8 @@ def _rescale(values: Tensor, slope: Tensor, hessian: Tensor, form: Format, param
 
     values, slope (group, out) and the corner (group, group) of the Hessian; the first two follow.
     """
-    reaction = hessian @ values
+    with products.fast():
+        reaction = hessian @ values
     gain, curvature = (values * slope).sum(0), (values * reaction).sum(0)
     wanted = 1 + torch.where(curvature > 0, gain / curvature, 0.0)
     factor = form.rescale(params, place, torch.where(wanted > 0, wanted, 1.0))

@@ -16,6 +16,7 @@ from compress.model import Model
 from compress.modelpass import ModelPass, Stage
 from compress.progress import Progress
 from compress.records import LayerResult
+from compress.sources import Sources, folder_of
 from compress.walk import Found, Walk
 from compress.workspace import Journal
 
@@ -46,7 +47,8 @@ class Stages:
     """Runs the stages of one pipeline.
 
     original: the source; resolution: the passes laid over it; folder: of the last stage's store, with the earlier ones'
-    beside the segments in `stage-0`, `stage-1` … until all is done.
+    beside the segments in `stage-0`, `stage-1` … until all is done, and what errors are taken against (Sources). A
+    store is removed only once the journal names the stage after it as done, so a run may be killed at any moment.
     """
 
     passes: tuple[Pass, ...]
@@ -59,49 +61,68 @@ class Stages:
     progress: Progress
 
     def run(self) -> list[Found]:
-        """All stages in order; those that the journal names as done are taken as they are."""
+        """All stages in order; those that the journal names as done are taken as they are, and need not be there."""
         groups = cut(self.passes)
-        model = replace(self.original, structure=self.resolution.structure)
         found: list[Found] = []
         for number, places in enumerate(groups):
             is_last = number == len(groups) - 1
-            folder = self.folder if is_last else self.folder / f"stage-{number}"
             steps = Steps(self.journal, "" if is_last else f"stage-{number}/") if self.journal is not None else None
-            found += self._stage(places, model, folder, steps)
-            if not is_last:
-                model = store.open_store(folder)
-                shutil.rmtree(self.folder / f"stage-{number - 1}", ignore_errors=True)
-        for number in range(len(groups) - 1):
-            shutil.rmtree(self.folder / f"stage-{number}", ignore_errors=True)
+            if steps is not None and DONE in steps:
+                found += [(place, LayerResult.model_validate(item)) for place, item in steps.get(DONE)]
+                continue
+            results = self._stage(number, places, self.folder if is_last else self._folder(number), steps)
+            if steps is not None:
+                steps.add(DONE, [[place, result.model_dump(mode="json")] for place, result in results])
+            found += results
+            if not is_last:  # only now does nothing read what this stage started from
+                self._remove(number - 1)
+        for number in range(len(groups)):
+            self._remove(number)
+            _remove(folder_of(self.folder, number))
         return found
 
-    def _stage(self, places: Sequence[int], model: Model, folder: Path, steps: Steps | None) -> list[Found]:
-        if steps is not None and DONE in steps:
-            return [(place, LayerResult.model_validate(item)) for place, item in steps.get(DONE)]
+    def _folder(self, number: int) -> Path:
+        return self.folder / f"stage-{number}"
+
+    def _remove(self, last: int) -> None:
+        """Remove the stores of the stages up to `last`, with what a kill left of them."""
+        for number in range(last + 1):
+            _remove(self._folder(number))
+
+    def _stage(self, number: int, places: Sequence[int], folder: Path, steps: Steps | None) -> list[Found]:
+        original = replace(self.original, structure=self.resolution.structure)
+        model = store.open_store(self._folder(number - 1)) if number else original
+        later = {name for name, found in self.resolution.passes.items() if found and found[-1][0] > places[-1]}
+        sources = Sources(original, model, self.folder, number, later)
         folder.mkdir(parents=True, exist_ok=True)
         first = self.passes[places[0]]
         config: dict[str, Any] = {}
         if isinstance(first, ModelPass):
-            found, config = self._whole(first, places[0], model, folder)
+            results, config = self._whole(first, places[0], model, folder, sources)
         else:
             chosen = {place: self.passes[place] for place in places}
             calibration = self.calibration if any(item.needs_data for item in chosen.values()) else None
-            walk = Walk(chosen, model, self.resolution, calibration, folder, steps, self.device)
-            found = walk.run(self.progress)
+            walk = Walk(chosen, model, self.resolution, calibration, folder, steps, self.device, sources)
+            results = walk.run(self.progress)
         done = [str(item) for item in self.passes[: places[-1] + 1]]
         store.write_structure(folder, model, done, self.original.digest, config)
-        if steps is not None and folder != self.folder:
-            steps.add(DONE, [[place, result.model_dump(mode="json")] for place, result in found])
-        return found
+        return results
 
-    def _whole(self, item: ModelPass, place: int, model: Model, folder: Path) -> tuple[list[Found], dict[str, Any]]:
+    def _whole(
+        self, item: ModelPass, place: int, model: Model, folder: Path, sources: Sources
+    ) -> tuple[list[Found], dict[str, Any]]:
         chosen = {name: one for name, passes in self.resolution.passes.items() for at, one in passes if at == place}
         calibration = self.calibration if item.needs_data else None
-        stage = Stage(item, model, self.original, chosen, calibration, folder, self.device, self.progress)
+        stage = Stage(item, model, self.original, chosen, calibration, folder, self.device, self.progress, sources)
         item.apply(stage)
         missing = set(model.structure.segments) - stage.written
         assert not missing, f"{item.name} left segment {min(missing)} out"
         return [(place, result) for result in stage.results], stage.config
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def cut(passes: Sequence[Pass]) -> list[list[int]]:

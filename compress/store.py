@@ -75,6 +75,7 @@ def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain
     tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
     for layer in layers.values():
         tensors |= _layer_tensors(layer)
+    _part_shared(tensors)
     header = json.dumps({"schema": SCHEMA, "layers": [_describe(layer) for layer in layers.values()]}, sort_keys=True)
     for stale in folder.glob(".tmp*"):  # the library's own scratch file, where a run was killed while it wrote
         stale.unlink()
@@ -82,6 +83,15 @@ def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain
     with whole_file(path) as beside, _disk_failures(path):
         save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
         beside.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
+
+
+def _part_shared(tensors: dict[str, Tensor]) -> None:
+    """Give names that share a tensor one each, such as users of a tied weight that a later stage tells apart."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
 
 
 @contextmanager
@@ -148,11 +158,13 @@ def write_structure(
         structure["module"] = model.image.reference
     beside = [] if model.image is not None else [model.path / "config.json", *model.side_files()]
     for path in beside:
-        shutil.copyfile(path, folder / path.name)
+        with whole_file(folder / path.name) as copy:
+            shutil.copyfile(path, copy)
     if config:
         changed = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **config}
         write_text(folder / "config.json", json.dumps(changed, indent=2) + "\n")
     write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
+    sync_file(folder)
 
 
 @dataclass

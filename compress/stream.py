@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import experts, skeleton
+from compress import experts, products, skeleton
 from compress.activations import allocate, rest
 from compress.collect import Collector, LayerStats, Stat
 from compress.errors import InputError, UnsupportedError
@@ -27,7 +27,8 @@ class BlockStream:
 
     Args: model: whose outer tensors and config are used; batches: (B, T) int64 ids each; device: where blocks run;
     spill: folder for activations above the limit (None: the system's temporary folder); reference: also carry the
-    stream of the model as it is before any pass, for `Stat.REFERENCE` and `Stat.CROSS`.
+    stream of the model as it is before any pass, for `Stat.REFERENCE` and `Stat.CROSS`; dtype: of weights and hidden
+    states, as transformers computes in it.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class BlockStream:
         device: str = "cpu",
         spill: Path | None = None,
         reference: bool = False,
+        dtype: torch.dtype = torch.float32,
     ):
         self.model = model
         self.batches = batches
         self.device = torch.device(device)
+        self.dtype = dtype
         self.module = model.skeleton()
         self.hidden: list[Tensor] = []
         self.reference: list[Tensor] = []
@@ -58,7 +61,7 @@ class BlockStream:
         self._put_outer()
         self._learn_return_type()
         first = self._enter(self.batches[0])
-        self.hidden = allocate([(*batch.shape, first.shape[-1]) for batch in self.batches], self.spill)
+        self.hidden = allocate([(*batch.shape, first.shape[-1]) for batch in self.batches], self.spill, self.dtype)
         self.hidden[0].copy_(first)
         for place, batch in enumerate(self.batches[1:], 1):
             self.hidden[place].copy_(self._enter(batch))
@@ -66,15 +69,16 @@ class BlockStream:
         self._release_outer()
         if self._with_reference:
             shapes = [tuple(hidden.shape) for hidden in self.hidden]
-            self.reference, self.targets = allocate(shapes, self.spill), allocate(shapes, self.spill)
+            self.reference = allocate(shapes, self.spill, self.dtype)
+            self.targets = allocate(shapes, self.spill, self.dtype)
             for kept, hidden in zip(self.reference, self.hidden, strict=True):
                 kept.copy_(hidden)
                 rest(kept, hidden)
 
     def _put_outer(self) -> None:
         for layer in self.outer.values():
-            skeleton.put_layer(self.module, layer)
-        skeleton.put_plain(self.module, self.model.plain(OUTER), self.model.structure.aliases)
+            skeleton.put_layer(self.module, layer, self.dtype)
+        skeleton.put_plain(self.module, self.model.plain(OUTER), self.model.structure.aliases, self.dtype)
         self._to_device(self.module)
 
     def _release_outer(self) -> None:
@@ -140,13 +144,13 @@ class BlockStream:
     def load(self, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
         """Put a block's weights in place."""
         for layer in layers.values():
-            skeleton.put_layer(self.module, layer)
-        skeleton.put_plain(self.module, plain, self.model.structure.aliases)
+            skeleton.put_layer(self.module, layer, self.dtype)
+        skeleton.put_plain(self.module, plain, self.model.structure.aliases, self.dtype)
         self._to_device(self.module.get_submodule(self.model.structure.blocks[index]))
 
     def put(self, layer: Layer) -> None:
         """Replace one layer of the loaded block."""
-        skeleton.put_layer(self.module, layer)
+        skeleton.put_layer(self.module, layer, self.dtype)
         for user in layer.users:
             path = experts.owner(user)[0] if layer.kind is LayerKind.EXPERT else user
             self._to_device(self.module.get_submodule(path))
@@ -183,16 +187,22 @@ class BlockStream:
     def advance(self, index: int, outputs: Iterable[Tensor] | None = None) -> None:
         """Run the loaded block on every batch (or take its `outputs`); they become the next block's inputs."""
         for place, output in self._outputs(index) if outputs is None else enumerate(outputs):
-            if not bool(torch.isfinite(output).all()):
+            if not products.all_finite(output):
                 name = self.model.structure.blocks[index]
                 raise InputError(f"{name} puts out NaN or infinite values. The run stops here; check model and recipe.")
             self.hidden[place].copy_(output)
             rest(self.hidden[place])
         self.reference, self.targets = self.targets, self.reference
 
-    def collect(self, index: int, names: Iterable[str], wants: Collection[Stat]) -> dict[str, LayerStats]:
-        """Statistics of the inputs of some layers of the loaded block."""
-        collector = Collector(self.module, [self.model.structure.layers[name] for name in names], wants)
+    def collect(
+        self,
+        index: int,
+        names: Iterable[str],
+        wants: Collection[Stat],
+        guides: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> dict[str, LayerStats]:
+        """Statistics of the inputs of some layers of the loaded block. Args: guides: see `Collector`."""
+        collector = Collector(self.module, [self.model.structure.layers[name] for name in names], wants, guides)
         with collector.attached(), torch.no_grad():
             for place, hidden in enumerate(self.hidden):
                 if Stat.CROSS in wants:

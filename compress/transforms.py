@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.rotation import Rotation, random_signs
-from compress.spec import parse_call
+from compress.spec import parse_call, print_value
 
 NAME = "hadamard"
 
@@ -18,10 +18,10 @@ NAME = "hadamard"
 @dataclass(frozen=True)
 class Hadamard:
     """Each `block` neighbouring inputs, a power of two, are multiplied by diag(±1) · H / √block, H being Sylvester's
-    Hadamard matrix; the signs are of the seed and the same in every block."""
+    Hadamard matrix; the signs are of the seed and the same in every block, all of them + without a seed."""
 
     block: int
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self) -> None:
         if self.block < 2 or self.block & (self.block - 1):
@@ -38,7 +38,7 @@ class Hadamard:
         return (values.reshape(-1, self.block) @ self.matrix().to(values)).reshape(values.shape)
 
     def __str__(self) -> str:
-        return f"{NAME}(block={self.block}, seed={self.seed})"
+        return f"{NAME}(block={self.block}, seed={print_value(self.seed)})"
 
 
 def transformed(pre: Iterable[Hadamard], values: Tensor) -> Tensor:
@@ -49,8 +49,10 @@ def transformed(pre: Iterable[Hadamard], values: Tensor) -> Tensor:
 
 
 @cache
-def _matrix(block: int, seed: int) -> Tensor:
-    signs = random_signs(block, torch.Generator().manual_seed(seed))
+def _matrix(block: int, seed: int | None) -> Tensor:
+    signs = torch.ones(block, dtype=torch.float64)
+    if seed is not None:
+        signs = random_signs(block, torch.Generator().manual_seed(seed))
     return Rotation(signs, torch.ones(1, 1, dtype=torch.float64), block).matrix()
 
 
@@ -59,4 +61,5 @@ def parse_transform(text: str) -> Hadamard:
     call = parse_call(text)
     if call.name != NAME or call.args or set(call.kwargs) != {"block", "seed"}:
         raise ValueError(f"'{text}' is no transform of inputs; known is {NAME}(block=…, seed=…)")
-    return Hadamard(int(call.kwargs["block"]), int(call.kwargs["seed"]))
+    seed = call.kwargs["seed"]
+    return Hadamard(int(call.kwargs["block"]), None if seed is None else int(seed))

@@ -8,7 +8,7 @@ which were kept when they were seen. So all groups and the step to the next bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -78,12 +78,15 @@ class Turns:
         self.groups: list[Group] = [*calls.groups, *([rest] if rest else [])]
         self._children = _children(self._path, self._block, self.groups, calls, tuple(stream.hidden[0].shape[:-1]))
 
-    def collect(self, group: Group, wants: Collection[Stat]) -> dict[str, LayerStats]:
-        """Statistics of a group's inputs, one object for all that share them."""
+    def collect(
+        self, group: Group, wants: Collection[Stat], guides: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> dict[str, LayerStats]:
+        """Statistics of a group's inputs, one object for all that share them, where guides (see `Collector`) do not
+        tell them apart."""
         shared = group in self._sharing
         wanted = frozenset(wants) if shared and self._other is not None else frozenset(wants) - {Stat.CROSS}
         chosen = [self._specs[name] for name in (group[:1] if shared else group)]
-        collector = Collector(self._stream.module, chosen, wanted)
+        collector = Collector(self._stream.module, chosen, wanted, guides, {group[0]: group[1:]} if shared else None)
         for lane in self._lanes():
             for child in self._ending(group):
                 lane.inputs[str(child.tail)] = self._room(lane, self._specs[str(child.tail)].shape[1])
@@ -95,7 +98,7 @@ class Turns:
                 self._run(self._lane, place, self.groups.index(group))
                 collector.next_batch()
         found = collector.finish()
-        if not shared:
+        if not shared or collector.guided:
             return found
         stats = replace(found[group[0]], sharing=group if Stat.SHARING in wants else ())
         return dict.fromkeys(group, stats)
@@ -142,7 +145,9 @@ class Turns:
         return [child for child in self._children.values() if child.tail in group]
 
     def _room(self, lane: _Lane, features: int) -> list[Tensor]:
-        return allocate([(*hidden.shape[:-1], features) for hidden in lane.hidden], self._stream.spill)
+        return allocate(
+            [(*hidden.shape[:-1], features) for hidden in lane.hidden], self._stream.spill, self._stream.dtype
+        )
 
     def _survey(self) -> _Calls:
         """What is called in which order, from running the first batch."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from compress import memory, products, store
+from compress import backward, memory, products, store
 from compress.applying import apply_block, apply_layer
 from compress.blockpass import Block, BlockPass
 from compress.collect import LayerStats, Stat
@@ -21,6 +22,7 @@ from compress.model import Model
 from compress.progress import Progress
 from compress.records import LayerResult
 from compress.skeleton import OUTER
+from compress.sources import Sources
 from compress.stream import BlockStream
 from compress.turns import Turns
 
@@ -58,21 +60,26 @@ class Walk:
         folder: Path,
         journal: Steps | None,
         device: str,
+        sources: Sources,
     ) -> None:
         self.passes = passes
         self.model = model
         self.resolution = resolution
         self.folder = folder
         self.journal = journal
-        wants = frozenset[Stat]().union(*(item.wants for item in passes.values()))
+        self.sources = sources
+        wants = frozenset[Stat]().union(*(self._wants(item) for item in passes.values()))
         self.reference = bool(wants & {Stat.REFERENCE, Stat.CROSS})
         self.stream: Stream | None = None
         if calibration is not None:
             batches = calibration.batches()
-            self.stream = open_stream(model, batches, device=device, spill=folder, reference=self.reference)
+            self.stream = open_stream(
+                model, batches, device=device, spill=folder, reference=self.reference, dtype=calibration.dtype
+            )
         elif wants:  # only how layers are wired is asked for, which any few tokens show
             self.stream = open_stream(model, [wiring_batch(model)], device=device)
         self.turns: Turns | None = None
+        self.guides: dict[int, backward.Saliency] = {}  # by number of row groups
         self.results: list[Found] = []
 
     def run(self, progress: Progress) -> list[Found]:
@@ -81,6 +88,7 @@ class Walk:
         early, late = self._split_outer()
         found = self._apply_all(outer, early, plain)
         if self.stream is not None:
+            self._go_back(progress)
             self.stream.start(outer)
         count = len(self.model.structure.blocks)
         for index in range(count):
@@ -89,6 +97,27 @@ class Walk:
         found += self._apply_all(outer, late, plain)
         store.write_segment(self.folder, OUTER, outer, plain)
         return found + self.results
+
+    def _go_back(self, progress: Progress) -> None:
+        """The backward pass that guided Hessians ask for, again in a resumed run, whose blocks it decides alike."""
+        steps = [store.segment_file(index) for index in range(len(self.model.structure.blocks))]
+        if self.journal is not None and all(step in self.journal for step in steps):
+            return
+        for groups in sorted({item.row_groups for item in self.passes.values()} - {0}):
+            resolved = self.resolution.passes.items()
+            names = [name for name, found in resolved if any(item.row_groups == groups for _, item in found)]
+            assert isinstance(self.stream, BlockStream)
+            with products.fast():
+                self.guides[groups] = backward.saliency(
+                    self.model,
+                    self.stream.batches,
+                    names,
+                    groups,
+                    device=str(self.stream.device),
+                    spill=self.folder,
+                    progress=progress,
+                )
+            memory.give_back()
 
     def _split_outer(self) -> tuple[list[str], list[str]]:
         """Layers before the blocks (embeddings, with what is tied to them) and after (the rest)."""
@@ -105,6 +134,7 @@ class Walk:
         ahead_in_turn = self._ahead_in_turn(layers)
         self._load(index, layers, plain, ahead=not ahead_in_turn)
         found = self._apply_all(layers, list(layers), plain, index)
+        self._store_floats_as_planned(layers)
         if ahead_in_turn and self.turns is not None:
             with products.fast():
                 self.turns.look_ahead()
@@ -113,6 +143,15 @@ class Walk:
             self.journal.add(step, [[place, result.model_dump(mode="json")] for place, result in found])
         self.results += found
         self._advance(index)
+
+    def _store_floats_as_planned(self, layers: dict[str, Layer]) -> None:
+        """Weights that a pass rescaled in float32 and none quantized go back to the type they came in, as planned."""
+        for name, layer in layers.items():
+            wanted = self.model.structure.layers[name].source_dtype
+            if isinstance(layer.weight, Tensor) and layer.weight.dtype != wanted:
+                layers[name] = replace(layer, weight=layer.weight.to(wanted))
+                if self.stream is not None:
+                    self.stream.put(layers[name])
 
     def _load(self, index: int, layers: dict[str, Layer], plain: dict[str, Tensor], ahead: bool = True) -> None:
         if self.stream is None:
@@ -160,8 +199,10 @@ class Walk:
         self, layers: dict[str, Layer], names: list[str], plain: dict[str, Tensor], index: int = OUTER
     ) -> list[Found]:
         """Apply every pass, in order, to some layers of a segment; `layers` and `plain` are updated."""
-        source = {name: layers[name] for name in names}
         found: list[Found] = []
+        if not any(self._pass_for(name, place) for name in names for place in self.passes):
+            return found
+        source = {name: self.sources.of(layers[name]) for name in names}
         for place, item in self.passes.items():
             chosen = {name: found_pass for name in names if (found_pass := self._pass_for(name, place)) is not None}
             if not chosen:
@@ -181,6 +222,7 @@ class Walk:
                     with products.fast():
                         self.turns.settle(group)
                 memory.give_back()
+        self.sources.keep(index, {name: layers[name] for name in names}, source)
         return found
 
     def _turns(self, item: Pass, names: list[str], index: int) -> Turns | None:
@@ -242,15 +284,22 @@ class Walk:
     def _pass_for(self, name: str, place: int) -> Pass | None:
         return next((item for index, item in self.resolution.passes[name] if index == place), None)
 
+    def _wants(self, item: Pass) -> frozenset[Stat]:
+        """What is collected for a pass: an image classifier is one block, which both streams enter with the same."""
+        return item.wants - {Stat.CROSS} if self.model.image is not None else item.wants
+
     def _collect(self, item: Pass, layers: dict[str, Layer], names: Sequence[str], index: int) -> dict[str, LayerStats]:
-        if not item.wants or self.stream is None:
+        wants = self._wants(item)
+        if not wants or self.stream is None:
             return {}
-        wants = item.wants if index != OUTER else item.wants - {Stat.REFERENCE, Stat.CROSS}
+        wants -= {Stat.REFERENCE, Stat.CROSS} if index == OUTER else set()
+        guides = self.guides.get(item.row_groups)
         if self.turns is not None:
-            found = self.turns.collect(tuple(names), wants)
+            found = self.turns.collect(tuple(names), wants, guides)
         elif index != OUTER:
             # against a reference that has not seen the errors made inside the block, a correction does harm
-            found = self.stream.collect(index, names, wants - {Stat.CROSS} if item.in_turn else wants)
+            wants -= {Stat.CROSS} if item.in_turn else set()
+            found = self.stream.collect(index, names, wants, guides)
         elif self.stream.hidden:
             found = self.stream.collect_head(names, wants)
         else:  # before the blocks nothing has run: an embedding's input is token ids

@@ -39,6 +39,7 @@ class ActQuant(LayerPass):
     name: ClassVar[str] = "act_quant"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.CONV})
     part: ClassVar[str] = "act"
+    before: ClassVar[frozenset[str]] = frozenset({"bias"})  # which then makes up for what rounding inputs shifts
 
     format: FormatField = IntGrid(8, group="tensor", scheme="asymmetric")
     static: bool = False

@@ -39,7 +39,9 @@ class AdaQuant(BlockPass):
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.CONV})
     part: ClassVar[str] = "rounding"
+    before: ClassVar[frozenset[str]] = frozenset({"tuning"})
     after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    inside: ClassVar[bool] = True
 
     steps: int = Field(default=400, ge=1)
     batch: int = Field(default=32, ge=1)
@@ -49,13 +51,21 @@ class AdaQuant(BlockPass):
     bias: bool = True
     seed: int = 0
 
+    @property
+    def trained_copies(self) -> float:
+        return 15.0
+
+    @property
+    def trained_batches(self) -> int:
+        return self.steps  # each of a part of one
+
     def plan(self, spec: LayerSpec) -> LayerSpec:
         if not isinstance(spec.format, IntGrid):
             raise UsageError(
                 f"adaquant: layer {spec.name} is {spec.format or 'not quantized'}, but it learns on integer grids "
                 "only. Put rtn or gptq with an int format before it, or leave the layer out with ignore."
             )
-        return replace(spec, has_bias=spec.has_bias or self.bias)
+        return replace(spec, has_bias=True, bias_dtype=torch.float32) if self.bias else spec
 
     def block(self, block: Block) -> Changed:
         runner, current = block.runner, dict(block.layers)
@@ -99,7 +109,8 @@ class _Trained:
         self.soft = SoftRounding(layer, source.float_weight())
         static = layer.act is not None and layer.act.static and isinstance(layer.act.format, IntGrid)
         self.input = SoftInput(layer.act) if static and layer.act is not None else None
-        self.spread = float(torch.cat([part.reshape(-1) for part in wanted]).std())
+        # a layer whose output never varies has nothing to share: then the error counts as it is
+        self.spread = float(torch.cat([part.reshape(-1) for part in wanted]).std()) or 1.0
         self.bias = None
         if bias:
             self.bias = torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias.float().clone()

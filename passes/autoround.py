@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -38,13 +39,24 @@ class AutoRound(BlockPass):
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT, LayerKind.CONV})
     part: ClassVar[str] = "rounding"
+    before: ClassVar[frozenset[str]] = frozenset({"tuning"})
     after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    inside: ClassVar[bool] = True
+    per_layer: ClassVar[bool] = False
 
     steps: int = Field(default=200, ge=1)
     batch: int = Field(default=2, ge=1)
     lr: float | None = Field(default=None, gt=0, le=1)
     grids: bool = True
     seed: int = 0
+
+    @property
+    def trained_copies(self) -> float:
+        return 15.0
+
+    @property
+    def trained_batches(self) -> int:
+        return self.steps * self.batch
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         if not isinstance(spec.format, IntGrid):
@@ -92,4 +104,5 @@ def _loss(runner: Runner, soft: dict[str, SoftRounding], place: int) -> Tensor:
             lend(runner.root, each.layer, each.weight())
     lend_experts(runner.root, stacked)
     target = runner.targets(place)
-    return (runner.forward(place) - target).square().mean() / target.square().mean()
+    power = target.square().mean()
+    return (runner.forward(place) - target).square().mean() / torch.where(power > 0, power, 1.0)

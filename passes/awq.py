@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.blockpass import Block, BlockPass, Changed
 from compress.collect import LayerStats, Stat
-from compress.folding import Bench, Folding, agreed
+from compress.folding import NOT_A_NORM, Bench, Folding, agreed
 from compress.formats.base import Format, Params
 from compress.hessian import weighted_error
 from compress.layer import Layer, LayerKind, LayerSpec
@@ -44,6 +44,9 @@ class _Scaling(Quantizing, BlockPass, ABC):
             names = [name for name in folding.consumers if name in block.chosen and name in bench.stats]
             if not isinstance(settings, _Scaling) or not names:
                 reasons |= dict.fromkeys(folding.consumers, "no calibration token reached it")
+                continue
+            if settings.folds == "norms" and folding.offset is None:
+                reasons |= dict.fromkeys(folding.consumers, NOT_A_NORM)
                 continue
             scale = settings._search(bench, folding, names)
             if scale is None:

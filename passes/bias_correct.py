@@ -32,7 +32,9 @@ class BiasCorrect(BlockPass):
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.CONV})
     part: ClassVar[str] = "bias"
+    before: ClassVar[frozenset[str]] = frozenset({"tuning"})
     after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    inside: ClassVar[bool] = True
 
     add: bool = False
 

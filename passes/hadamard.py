@@ -23,7 +23,7 @@ class HadamardInputs(LayerPass):
     that have no operator for it refuse.
 
     Settings: `block` inputs that are mixed, a power of two, or as many of them as divide the layer's inputs; `seed` of
-    the signs.
+    the signs, null for Hadamard's matrix without any (vLLM has a fast kernel for that).
     """
 
     name: ClassVar[str] = "hadamard"
@@ -33,7 +33,7 @@ class HadamardInputs(LayerPass):
     before: ClassVar[frozenset[str]] = frozenset({"weight", "act"})
 
     block: int = Field(default=128, ge=2)
-    seed: int = 0
+    seed: int | None = 0
 
     @field_validator("block")
     @classmethod

@@ -70,9 +70,16 @@ class Rotate(ModelPass):
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return replace(spec, source_dtype=torch.float32) if self.whole else spec
 
-    def apply(self, stage: Stage) -> None:
-        if stage.model.task is Task.IMAGE:
+    def check(self, model: Model) -> None:
+        if model.task is Task.IMAGE:
             raise UnsupportedError(f"{self.name}: an image classifier has no stream of hidden states to rotate.")
+        if model.task is Task.ENCODER and self.r1 != "none":
+            raise UnsupportedError(
+                f"{self.name}: this model's output is the hidden states themselves, with no head after them, so they "
+                "would come out rotated. Leave r1 out (r1=none)."
+            )
+
+    def apply(self, stage: Stage) -> None:
         with torch.no_grad():
             _Turning(self, stage).run()
 
@@ -147,11 +154,6 @@ class _Turning:
         return _Turned(rotated, self.outer_plain | plain, _skipped(self.outer, layers))
 
     def _refuse_outer(self, embedding: Layer, width: int) -> None:
-        if self.model.task is Task.ENCODER:
-            raise UnsupportedError(
-                "rotate: this model's output is the hidden states themselves, with no head after them, so they would "
-                "come out rotated. Leave r1 out (r1=none)."
-            )
         if embedding.shape[1] != width:
             raise UnsupportedError(
                 f"rotate: {embedding.name} is {embedding.shape[1]} wide and the hidden states {width}: a projection "

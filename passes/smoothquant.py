@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.blockpass import Block, BlockPass, Changed
 from compress.collect import Stat
-from compress.folding import Bench, Folding, agreed
+from compress.folding import NOT_A_NORM, Bench, Folding, agreed
 from compress.layer import LayerKind, LayerSpec
 from compress.wiring import wire
 
@@ -44,6 +44,9 @@ class SmoothQuant(BlockPass):
         bench, reasons = Bench(block), dict(wiring.refused)
         for folding in wiring.foldings:
             settings = agreed(block, folding, ("alpha", "folds"))
+            if isinstance(settings, SmoothQuant) and settings.folds == "norms" and folding.offset is None:
+                reasons |= dict.fromkeys(folding.consumers, NOT_A_NORM)
+                continue
             scale = settings._scale(bench, folding) if isinstance(settings, SmoothQuant) else None
             if scale is not None:
                 bench.fold(folding, scale)

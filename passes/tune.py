@@ -31,8 +31,9 @@ class Tune(ModelPass):
     once, with the gradients. The iterate of least loss on held-out calibration batches is kept, the start included.
 
     Settings: `parts` what is trained: `scales` of layers on integer grids, `norms` (every stored vector that is no
-    layer's), `biases`, `inputs` static input grids; `steps`; `batch` calibration batches per step; `lr` (Adam, relative
-    to the size of what is trained, to 0 along a cosine); `minutes` at most; `seed`. Codes stay as they are.
+    layer's, whatever the targets), `biases`, `inputs` static input grids; `steps`; `batch` calibration batches per
+    step; `lr` (Adam, relative to the size of what is trained, to 0 along a cosine); `minutes` at most; `seed`. Codes
+    stay as they are.
     """
 
     name: ClassVar[str] = "tune"
@@ -40,6 +41,7 @@ class Tune(ModelPass):
     part: ClassVar[str] = "tuning"
     after: ClassVar[frozenset[str]] = frozenset({"weight"})
     training: ClassVar[bool] = True
+    per_layer: ClassVar[bool] = False
 
     parts: tuple[Part, ...] = ("scales", "norms", "biases")
     steps: int = Field(default=100, ge=1)
@@ -47,6 +49,14 @@ class Tune(ModelPass):
     lr: float = Field(default=1e-3, gt=0, le=1)
     minutes: float | None = Field(default=None, gt=0)
     seed: int = 0
+
+    @property
+    def trained_copies(self) -> float:
+        return 8.5 if "scales" in self.parts else 0.0
+
+    @property
+    def trained_batches(self) -> int:
+        return self.steps * self.batch
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return spec
@@ -139,7 +149,10 @@ class _Student:
                 name: replace(self.layer(layer), notes=(note,)) if name in stage.chosen else layer
                 for name, layer in model.layers(segment).items()
             }
-            stage.write(segment, layers, {name: self.norms.get(name, tensor) for name, tensor in plain.items()})
+            trained = {*self.soft, *self.biases, *self.inputs}
+            skipped = dict.fromkeys((set(layers) & set(stage.chosen)) - trained, "nothing of what is trained is in it")
+            norms = {name: self.norms.get(name, tensor) for name, tensor in plain.items()}
+            stage.write(segment, layers, norms, skipped=skipped)
 
 
 def _has_grid(act: ActSpec) -> bool:

@@ -71,6 +71,26 @@ def test_the_mismatch_of_both_streams_is_taken_row_by_row(stream: BlockStream) -
         torch.testing.assert_close(stats[name].hessian, now.T @ now / len(now))
 
 
+def saliencies(names: list[str]) -> dict[str, list[Tensor]]:
+    """For batches of 48 and 16 tokens, two groups of rows."""
+    maker = torch.Generator().manual_seed(0)
+    return {name: [torch.rand(tokens, 2, generator=maker) for tokens in (48, 16)] for name in names}
+
+
+def test_guided_moments_weigh_each_token_by_its_saliency(stream: BlockStream) -> None:
+    names = [Q, f"{BLOCK}.self_attn.k_proj", OUT]  # q and k are fed the same tensor, but have their own gradients
+    guides = saliencies([*names[:2], UP])
+    stats = stream.collect(0, names, {Stat.HESSIAN, Stat.GUIDED, Stat.CROSS}, guides)
+    for name in names[:2]:
+        rows = seen_by(stream, name, stream.hidden)
+        weights = torch.cat(guides[name])
+        expected = torch.stack([rows.T @ (rows * weights[:, [group]]) / len(rows) for group in (0, 1)])
+        torch.testing.assert_close(stats[name].guided, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(stats[name].hessian, rows.T @ rows / len(rows))
+    assert stats[OUT].guided is None
+    assert stream.collect(0, [Q], {Stat.HESSIAN}, guides)[Q].guided is None
+
+
 def test_layers_fed_the_same_tensor_are_named_together(stream: BlockStream) -> None:
     names = [f"{BLOCK}.{part}" for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")]
     stats = stream.collect(0, names, {Stat.SHARING})

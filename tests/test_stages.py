@@ -1,15 +1,18 @@
 """Whole-model passes stand between streamed stages, each stage starting from what the one before wrote."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import compress
+from compress import store
 from compress.collect import LayerStats
 from compress.data import Calibration, calibrate
 from compress.errors import Interrupted
@@ -17,8 +20,8 @@ from compress.layer import LayerSpec
 from compress.layerpass import Pass
 from compress.model import Model
 from compress.modelpass import ModelPass, Stage
-from compress.passes import Gptq, Rtn
-from compress.pipeline import Pipeline
+from compress.passes import Gptq, HadamardInputs, Rtn
+from compress.pipeline import Pipeline, Result
 from compress.stages import cut
 from compress.workspace import Journal
 
@@ -40,6 +43,20 @@ class Double(ModelPass):
                 layers[name] = layers[name].with_weight(layers[name].float_weight() * 2)
             stage.write(segment, layers, model.plain(segment))
         stage.config["note"] = "doubled"
+
+
+class Look(ModelPass):
+    """Takes quantized layers as they are."""
+
+    name: ClassVar[str] = "look"
+    part: ClassVar[str] = "tuning"
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return spec
+
+    def apply(self, stage: Stage) -> None:
+        for segment in stage.model.structure.segments:
+            stage.write(segment, stage.model.layers(segment), stage.model.plain(segment))
 
 
 class Stop(Double):
@@ -92,6 +109,106 @@ def test_a_stage_that_is_done_is_not_repeated_after_a_stop(
     result = resumed.run(model, calibration, folder=tmp_path / "again", journal=Journal(tmp_path / "journal"))
     assert result.model.digest == clean.model.digest
     assert [len(item.layers) for item in result.passes] == [len(item.layers) for item in clean.passes]
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """The process dies when it is about to write, note or remove something for the `step`-th time; a folder that it
+    was about to remove has then lost its first file."""
+    left = step
+
+    def dying(call: Callable[..., Any], before: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        def called(*args: Any, **more: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                if before is not None:
+                    before(*args)
+                raise Killed
+            left -= 1
+            return call(*args, **more)
+
+        return called
+
+    def begin(folder: Path) -> None:
+        min(path for path in folder.rglob("*") if path.is_file()).unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", dying(shutil.rmtree, begin))
+        patch.setattr(Journal, "add", dying(Journal.add))
+        for name in ("write_segment", "write_text", "write_structure"):
+            patch.setattr(store, name, dying(getattr(store, name)))
+        yield
+
+
+INT2 = Rtn(format="int2(group=32)")
+OUTER = Rtn(format="int8(group=32)", targets=("kind:embedding", "kind:head"))
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [(INT2, Look()), (Double(), INT2, Look()), (HadamardInputs(block=16), INT2, Look(), OUTER)],
+    ids=lambda passes: ", ".join(item.name for item in passes),
+)
+def test_a_run_killed_before_any_write_resumes_to_the_same_bytes_and_the_same_report(
+    make_llama: Callable[..., Path], tmp_path: Path, passes: tuple[Pass, ...]
+) -> None:
+    model = compress.load(make_llama("one-block", num_hidden_layers=1))
+    clean = Pipeline(*passes).run(model, folder=tmp_path / "clean")
+    kills, died = 0, True
+    while died:
+        folder, journal = tmp_path / str(kills) / "model", tmp_path / str(kills) / "journal"
+        folder.mkdir(parents=True)
+        try:
+            with killed_at(kills):
+                Pipeline(*passes).run(model, folder=folder, journal=Journal(journal))
+            died = False
+        except Killed:
+            kills += 1
+        # after the last kill, the run was over: what came then, export or evaluation, was killed
+        resumed = Pipeline(*passes).run(model, folder=folder, journal=Journal(journal))
+        assert files(folder) == files(tmp_path / "clean")
+        assert rows(resumed) == rows(clean)
+        shutil.rmtree(folder.parent)
+    assert kills > 10
+
+
+@pytest.mark.parametrize("first", ["", "smoothquant, ", "hadamard(block=16), ", "rotate, ", "rotate, smoothquant, "])
+def test_errors_are_those_against_the_last_weights_that_were_not_quantized(
+    model: Model, calibration: Calibration, tmp_path: Path, first: str
+) -> None:
+    passes = Pipeline.parse(f"{first}rtn(format=int2(group=32))").passes
+    rest = (Look(), Rtn(format="int8(group=32)", targets=("kind:embedding",)))
+    found = Pipeline(*passes, *rest).run(model, calibration, folder=tmp_path / "model").passes
+    rounded = {row.layer: row for row in found[len(passes) - 1].layers if row.changed}
+    looked = {row.layer: row for row in found[len(passes)].layers if row.changed and row.format.startswith("int2")}
+    assert looked and looked.keys() == rounded.keys()
+    for name, row in looked.items():
+        assert rounded[name].error_after == row.error_before == row.error_after
+        assert row.error_after is not None and row.error_after > 0.05
+    assert {path.name for path in (tmp_path / "model").iterdir() if path.is_dir()} == set()
+
+
+def test_a_tied_weight_whose_head_a_later_stage_treats_alone_is_stored_twice(model: Model, tmp_path: Path) -> None:
+    head = Rtn(format="int8(group=32)", targets=("kind:head",))
+    result = Pipeline(Rtn(format="int4(group=32)"), Look(), head).run(model, folder=tmp_path / "model")
+    assert result.untied == ("lm_head",)
+    again = store.open_store(tmp_path / "model")
+    assert torch.equal(weight(again, "model.embed_tokens"), weight(model, "model.embed_tokens"))
+    expected = head.layer(model.layer(model.structure.layers["model.embed_tokens"]), LayerStats())
+    assert torch.equal(weight(again, "lm_head"), expected.float_weight())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows(result: Result) -> list[Any]:
+    """The report's rows but for the time they took."""
+    return [[row.model_copy(update={"seconds": None}) for row in item.layers] for item in result.passes]
 
 
 def weight(model: Model, name: str) -> torch.Tensor:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import compress
 from compress import store
 from compress.data import calibrate
 from compress.errors import InputError, Interrupted, ResourceError, UsageError
 from compress.evaluate import stream_logits
+from compress.layer import Layer, LayerKind
 from compress.model import load
 from compress.pipeline import Pipeline
 from compress.progress import Progress
@@ -173,6 +175,14 @@ def test_changing_one_user_of_a_tied_weight_unties_it_and_is_reported(llama: Pat
     ids = torch.arange(20)[None]
     changed, before = next(stream_logits(again, ids)), next(stream_logits(model, ids))
     assert 0 < float((changed - before).abs().max()) < 0.1 * float(before.abs().max())
+
+
+def test_names_of_one_tensor_are_each_stored_with_it(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).reshape(2, 3)
+    layers = {name: Layer(name, LayerKind.LINEAR, shared, users=(name,)) for name in ("a", "b")}
+    store.write_segment(tmp_path, 0, layers, {"c": shared, "empty": torch.zeros(0)})
+    found = load_file(tmp_path / "block-0000.safetensors")
+    assert all(torch.equal(found[name], shared) for name in ("a.weight", "b.weight", "c"))
 
 
 def test_settings_for_single_layers_override_the_pass(llama: Path, tmp_path: Path) -> None:

@@ -139,6 +139,24 @@ def test_the_mismatch_is_against_the_block_as_it_was_received(model: Model) -> N
         turns.settle(group)
 
 
+def test_layers_in_turn_are_guided_each_by_its_own_gradient(model: Model) -> None:
+    stream, twin = loaded(model, reference=True), loaded(model)
+    turns = turns_of(stream, cross=True)
+    linear = [spec.name for spec in model.structure.segment_layers(0) if spec.kind is LayerKind.LINEAR]
+    maker = torch.Generator().manual_seed(0)
+    guides = {name: [torch.rand(rows * 12, 2, generator=maker) for rows in (3, 3, 1)] for name in linear[1:]}
+    for group in turns.groups:
+        found = turns.collect(group, {Stat.HESSIAN, Stat.CROSS, Stat.GUIDED, Stat.SHARING}, guides)
+        expected = twin.collect(0, group, {Stat.HESSIAN, Stat.GUIDED}, guides)
+        assert found.keys() == expected.keys()
+        for name, stats in found.items():
+            assert (stats.guided is not None) == (name in guides)
+            if stats.guided is not None:
+                assert stats.sharing == group and stats.cross is not None
+                torch.testing.assert_close(stats.guided, expected[name].guided, rtol=1e-4, atol=1e-5)
+        turns.settle(group)
+
+
 def test_the_reference_stream_goes_on_as_if_nothing_had_changed(model: Model) -> None:
     stream, twin = loaded(model, reference=True), loaded(model, reference=True)
     twin.look_ahead(0)

@@ -1,4 +1,4 @@
-"""Do GPTQModel's torch kernels decode what the checkpoint targets write? One small model per layout and setting.
+"""Do GPTQModel's torch kernels decode what the checkpoint targets write? Small models, by layout and setting.
 
     python benchmarks/interop/checkpoints.py --python ENV/bin/python [--json OUT]
 
@@ -23,23 +23,35 @@ from safetensors.torch import save_file
 import compress
 from compress.evaluate import stream_logits
 from compress.export import find
+from compress.export.checkpoint.names import FileNames
 from compress.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
 
 CASES = (
-    ("checkpoint-gptq", "rtn(format=int4(group=32))"),
-    ("checkpoint-gptq", "rtn(format=int4(group=32, asymmetric))"),
-    ("checkpoint-gptq", "rtn(format=int4(group=32, signed))"),
-    ("checkpoint-gptq", "rtn(format=int2(group=32, asymmetric))"),
-    ("checkpoint-gptq", "rtn(format=int3(group=64, asymmetric))"),
-    ("checkpoint-gptq", "rtn(format=int8(channel))"),
+    ("llama", "checkpoint-gptq", "rtn(format=int4(group=32))"),
+    ("llama", "checkpoint-gptq", "rtn(format=int4(group=32, asymmetric))"),
+    ("llama", "checkpoint-gptq", "rtn(format=int4(group=32, signed))"),
+    ("llama", "checkpoint-gptq", "rtn(format=int2(group=32, asymmetric))"),
+    ("llama", "checkpoint-gptq", "rtn(format=int3(group=64, asymmetric))"),
+    ("llama", "checkpoint-gptq", "rtn(format=int8(channel))"),
     (
+        "llama",
         "checkpoint-gptq",
         'rtn(format=int4(group=32), ignore=["*.o_proj"], overrides={"*.v_proj": {format: int8(group=64)}})',
     ),
-    ("checkpoint-awq", "rtn(format=int4(group=32, asymmetric))"),
-    ("checkpoint-awq", "rtn(format=int4(group=64))"),
+    ("llama", "checkpoint-awq", "rtn(format=int4(group=32, asymmetric))"),
+    ("llama", "checkpoint-awq", "rtn(format=int4(group=64))"),
+    ("llama", "checkpoint-awq", 'rtn(format=int4(group=32), ignore=["*.o_proj"])'),
+    ("qwen3-moe", "checkpoint-gptq", "rtn(format=int4(group=32))"),
+    (
+        "qwen3-moe",
+        "checkpoint-gptq",
+        'rtn(format=int4(group=32, asymmetric), overrides={"*.down_proj.*": {format: int8(channel)}})',
+    ),
+    ("qwen3-moe", "checkpoint-gptq", 'rtn(format=int4(group=32), targets=["kind:linear"])'),
+    ("qwen3-moe", "checkpoint-awq", "rtn(format=int4(group=32, asymmetric))"),
+    ("qwen3-moe", "checkpoint-awq", 'rtn(format=int4(group=32), targets=["kind:expert"])'),
 )
 SIZES = {
     "vocab_size": 256,
@@ -57,14 +69,20 @@ WEIGHT_BOUND, LOGIT_BOUND = 1e-3, 1e-2
 """float16 holds a product to 2^-11 of itself; what the layers make of that stays below a hundredth of the largest."""
 
 
-def make_source(folder: Path) -> Model:
-    """A small Llama in float16 with a tokenizer of bytes, which GPTQModel asks for."""
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64}
+
+
+def make_source(kind: str, folder: Path) -> Model:
+    """A small Llama or Qwen3-MoE in float16 with a tokenizer of bytes, which GPTQModel asks for."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).half().save_pretrained(folder)
+    config = transformers.LlamaConfig(**SIZES) if kind == "llama" else transformers.Qwen3MoeConfig(**SIZES, **MIXTURE)
+    transformers.AutoModelForCausalLM.from_config(config).half().save_pretrained(folder)
     vocabulary = {char: place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [])), pad_token="!"
+    )
     tokenizer.save_pretrained(folder)
     return compress.load(folder)
 
@@ -75,7 +93,12 @@ def read(python: Path, source: Model, target: str, passes: str, folder: Path) ->
     find(target).write(made, as_profile("cpu-x86-avx2", target), folder / "written")
     ids = torch.randint(0, source.vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
     specs = [spec for spec in made.structure.layers.values() if spec.format is not None]
-    expected = {spec.name: made.layer(spec).float_weight() for spec in specs}
+    names = FileNames(made)
+    expected = {
+        place.module: made.layer(spec).float_weight()[place.start : place.stop].clone()
+        for spec in specs
+        for place in names.places(spec)
+    }
     expected |= {"ids": ids, "logits": torch.stack(list(stream_logits(made, ids)))}
     save_file(expected, folder / "expected.safetensors")
     command = [str(python), str(CLIENT), str(folder / "written"), str(folder / "expected.safetensors")]
@@ -100,11 +123,12 @@ def main() -> int:
     given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        source = make_source(Path(scratch) / "source")
-        for number, (target, passes) in enumerate(CASES):
+        sources = {kind: make_source(kind, Path(scratch) / kind) for kind in ("llama", "qwen3-moe")}
+        for number, (kind, target, passes) in enumerate(CASES):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            row = {"target": target, "passes": passes, **read(given.python, source, target, passes, folder)}
+            found = read(given.python, sources[kind], target, passes, folder)
+            row = {"model": kind, "target": target, "passes": passes, **found}
             rows.append(row)
             print("ok  " if passed(row) else "FAIL", json.dumps(row))
     if given.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
 from client import Meter, finish, read_job
 
 import compress
@@ -20,7 +21,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=job.out.parent) as folder:
         with meter.timed():
             model = compress.load(job.model)
-            made = pipeline.run(model, Calibration(windows, 0, "given"), folder=Path(folder))
+            dtype = getattr(torch, job.settings.get("stream", "float32"))
+            made = pipeline.run(model, Calibration(windows, 0, "given", dtype), folder=Path(folder))
         figures, bits, weights = meter.figures(), 0.0, {}
         for spec in made.model.structure.layers.values():
             if spec.format is None:

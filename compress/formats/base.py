@@ -29,6 +29,10 @@ class Format(ABC):
     step: ClassVar[int] = 1
     """Input columns that are decided together: 1 for grids, the vector length for input-side codebooks."""
 
+    row_params: ClassVar[frozenset[str] | None] = None
+    """The parameters that hold a row for each output row, so that runs of rows can be decided apart; None where rows
+    cannot, since blocks cross them."""
+
     @property
     def shares_peak(self) -> bool:
         """Whether layers that are fed the same tensor must share a tensor-wide scale: `fit` then takes their peak."""

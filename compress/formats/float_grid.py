@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self, cast, get_args
+from typing import ClassVar, Self, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class FloatGrid(Format, ActivationFormat):
     Stored: `codes` packed lowest bits first; `scale`, as uint8 bit patterns where it has 8 bits, since few operators
     take 8-bit floats; `global_scale` (1,) float32. A short last group is allowed; see `fills_groups`.
     """
+
+    row_params: ClassVar[frozenset[str] | None] = frozenset({"scale"})
 
     exponent: int
     mantissa: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class IntGrid(Format, ActivationFormat):
     call reaches this stay as they are.
     Text: `int4(group=32)`, `int8(channel)`, `int4(group=64, asymmetric)`, `int8(token, outliers=6)`.
     """
+
+    row_params: ClassVar[frozenset[str] | None] = frozenset({"scale", "zero"})
 
     bits: int = 4
     group: int | Granularity = "channel"

@@ -7,14 +7,15 @@ symmetric, and one group size for the whole model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.export.checkpoint.gptq import size_of, weight_only
-from compress.export.checkpoint.layout import Choice, Packed, half, refuse_common
+from compress.export.checkpoint.gptq import note_of, size_of, weight_only
+from compress.export.checkpoint.layout import Choice, Packed, half, parts_of, refuse_common
 from compress.export.checkpoint.packing import pack_awq
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
@@ -28,22 +29,24 @@ class Awq:
     """See compress.export.checkpoint.layout.Layout."""
 
     name = "awq"
+    transforms = False
+    expert_reader = "GPTQModel"
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
-        """Takes int4 inside the blocks, in whole groups and whole words."""
+        """Takes int4 inside the blocks and of experts, in whole groups and words."""
         form = spec.format
         refused = refuse_common(spec, "AWQ") or weight_only(spec, "AWQ")
         if refused is not None:
             return refused
         if not isinstance(form, IntGrid) or form.bits != 4:
             return Refusal(f"{form}: AWQ stores int4 only. Give int4, or export for checkpoint")
-        rows, columns = spec.shape
+        rows, columns = spec.shape[0] // parts_of(spec), spec.shape[1]
         if rows % 8:
             return Refusal(f"{form}: AWQ packs 8 outputs into a word, and {rows} rows are no multiple of that. "
                            "Leave the layer in float", usage=False)  # fmt: skip
         if columns % size_of(form, columns):
             return Refusal(f"{form}: {columns} columns are no multiple of the group {form.group}")
-        return Choice("awq", "works", _specs(spec, form), NOTE, extra_bytes=spec.bias_bytes)
+        return Choice("awq", "works", _specs(spec, form), note_of(spec, NOTE), extra_bytes=spec.bias_bytes)
 
     def together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
         """One group size for all."""
@@ -74,6 +77,8 @@ class Awq:
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": list(plain),
+            # GPTQModel passes over the list above, and would take float layers for packed ones
+            "dynamic": {f"-:^{re.escape(name)}$": {} for name in plain},
         }
 
 

@@ -23,7 +23,7 @@ from compress.export.checkpoint.layout import ROUNDED_INPUTS, Choice, Packed, re
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
 from compress.formats.lookup import FIXED, Lookup, nibbles
-from compress.layer import Layer, LayerSpec
+from compress.layer import Layer, LayerKind, LayerSpec
 from compress.records import Bounds
 from compress.target import Refusal
 
@@ -40,12 +40,14 @@ class BitsAndBytes:
     """See compress.export.checkpoint.layout.Layout."""
 
     name = "bitsandbytes"
+    transforms = False
+    expert_reader = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes nf4 and fp4 in blocks of the flat weight, and symmetric int8 per row, inside the blocks."""
         form = spec.format
         bare = replace(spec, act=None) if _rounds_like_the_kernel(spec) else spec
-        refused = refuse_common(bare, "bitsandbytes") or weight_only(bare, "bitsandbytes")
+        refused = refuse_common(bare, "bitsandbytes") or weight_only(bare, "bitsandbytes") or _expert(spec)
         if refused is not None:
             return refused
         if isinstance(form, Lookup) and form.table in FIXED:
@@ -103,6 +105,16 @@ class BitsAndBytes:
             "bnb_4bit_compute_dtype": "float32",
             "bnb_4bit_quant_storage": "uint8",
         }
+
+
+def _expert(spec: LayerSpec) -> Refusal | None:
+    """transformers 5.23 passes over int8 experts and leaves its own random, and stops at nf4's shapes (tried)."""
+    if spec.kind is not LayerKind.EXPERT:
+        return None
+    return Refusal(
+        f"{spec.format}: transformers puts bitsandbytes' layers in place of linear modules only, and loads no packed "
+        "experts. Export for checkpoint (--target checkpoint), which stores int8, int4 and fp8 experts that it reads"
+    )
 
 
 def _rounds_like_the_kernel(spec: LayerSpec) -> bool:

@@ -23,6 +23,7 @@ from compress.export.checkpoint.layout import (
     Choice,
     Packed,
     half,
+    parts_of,
     refuse_common,
 )
 from compress.export.checkpoint.packing import pack_words
@@ -49,6 +50,8 @@ class CompressedTensors:
     """See compress.export.checkpoint.layout.Layout."""
 
     name = "compressed-tensors"
+    transforms = True
+    expert_reader = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes what `schemes` knows, in whole groups, without activations for experts and embeddings."""
@@ -209,7 +212,7 @@ def _expert_pattern(module: str) -> str:
 def tensor_specs(spec: LayerSpec, operator: str) -> dict[str, TensorSpec]:
     """Shapes and dtypes of the weight's tensors; an expert's parts as if they were one."""
     (rows, columns), form = spec.shape, spec.format
-    parts = 2 if spec.kind is LayerKind.EXPERT and "gate_up" in spec.name else 1
+    parts = parts_of(spec)
     if isinstance(form, FloatGrid):
         return _float_specs(form, rows, columns, parts)
     assert isinstance(form, IntGrid)

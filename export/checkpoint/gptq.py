@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.export.checkpoint.layout import Choice, Packed, half, is_outer, refuse_common
+from compress.export.checkpoint.layout import Choice, Packed, half, is_outer, parts_of, refuse_common
 from compress.export.checkpoint.packing import pack_words
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
@@ -24,28 +24,31 @@ from compress.target import Refusal
 
 BITS = (2, 3, 4, 8)
 NOTE = "for engines with GPTQ kernels (GPTQModel, vLLM); torch here decodes the weights to float and runs no faster"
+EXPERTS = "experts are read by GPTQModel, not by transformers"
 
 
 class Gptq:
     """See compress.export.checkpoint.layout.Layout."""
 
     name = "gptq"
+    transforms = False
+    expert_reader = "GPTQModel"
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
-        """Takes integer weights of 2, 3, 4 and 8 bits inside the blocks, in whole groups and whole words."""
+        """Takes integer weights of 2, 3, 4 and 8 bits inside the blocks and of experts, in whole groups and words."""
         form = spec.format
         refused = refuse_common(spec, "GPTQ") or weight_only(spec, "GPTQ")
         if refused is not None:
             return refused
         if not isinstance(form, IntGrid) or form.bits not in BITS:
             return Refusal(f"{form}: GPTQ stores int2, int3, int4 and int8. Give one of them, or export for checkpoint")
-        rows, columns = spec.shape
+        rows, columns = spec.shape[0] // parts_of(spec), spec.shape[1]
         if columns % 32 or rows % 32:
             return Refusal(f"{form}: GPTQ packs whole words of 32 bits, so {rows} rows and {columns} columns must be "
                            "multiples of 32. Leave the layer in float", usage=False)  # fmt: skip
         if columns % size_of(form, columns):
             return Refusal(f"{form}: {columns} columns are no multiple of the group {form.group}")
-        return Choice("gptq_v2", "works", _specs(spec, form), NOTE, extra_bytes=spec.bias_bytes)
+        return Choice("gptq_v2", "works", _specs(spec, form), note_of(spec, NOTE), extra_bytes=spec.bias_bytes)
 
     def together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
         """Nothing: `dynamic` in the config tells what differs."""
@@ -105,7 +108,7 @@ def _specs(spec: LayerSpec, form: IntGrid) -> dict[str, TensorSpec]:
         "qweight": ((columns * form.bits // 32, rows), torch.int32),
         "qzeros": ((groups, rows * form.bits // 32), torch.int32),
         "scales": ((groups, rows), torch.float16),
-        "g_idx": ((columns,), torch.int32),
+        "g_idx": ((columns * parts_of(spec),), torch.int32),
     }
 
 
@@ -115,7 +118,7 @@ def size_of(form: IntGrid, columns: int) -> int:
 
 
 def weight_only(spec: LayerSpec, name: str) -> Refusal | None:
-    """What the weight-only layouts of old leave out: rounded inputs, embeddings, heads and experts."""
+    """What the weight-only layouts of old leave out: rounded inputs, embeddings and heads."""
     if spec.act is not None:
         return Refusal(
             f"inputs in {spec.act}: {name} rounds weights only. Leave out act_quant, or export for checkpoint"
@@ -124,6 +127,9 @@ def weight_only(spec: LayerSpec, name: str) -> Refusal | None:
         return Refusal(
             f"{spec.format}: {name} keeps embeddings and the head in float. Leave {spec.name} out of the pass"
         )
-    if spec.kind is LayerKind.EXPERT:
-        return Refusal(f"{spec.format}: transformers reads no experts in {name}. Export for checkpoint, which it reads")
     return None
+
+
+def note_of(spec: LayerSpec, note: str) -> str:
+    """The note of a layer."""
+    return f"{note}; {EXPERTS}" if spec.kind is LayerKind.EXPERT else note

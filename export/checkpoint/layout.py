@@ -52,6 +52,10 @@ class Layout(Protocol):
     """A way to write quantized weights."""
 
     name: str
+    transforms: bool
+    """Whether a config can tell readers to transform a layer's inputs at run time."""
+    expert_reader: str
+    """The reader of packed experts, where it finds them under their names in memory only; empty for any."""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """How a quantized layer is stored. spec.format is set."""
@@ -89,6 +93,11 @@ def plain_choice(spec: LayerSpec) -> Choice:
     """A layer that stays in the source's dtype."""
     weight: TensorSpec = (spec.shape, spec.source_dtype)
     return Choice("dense", "fast", {"weight": weight}, extra_bytes=spec.bias_bytes)
+
+
+def parts_of(spec: LayerSpec) -> int:
+    """Modules of the files that share a layer's rows: gate and up of an expert are one tensor in memory."""
+    return 2 if spec.kind is LayerKind.EXPERT and "gate_up" in spec.name else 1
 
 
 def is_outer(spec: LayerSpec) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.errors import UnsupportedError
 from compress.layer import LayerKind, LayerSpec
 from compress.model import Model
 
@@ -97,6 +98,25 @@ class FileNames:
         if row + len(flat) <= rows:
             place = Place(key.removesuffix(SUFFIX), row, row + len(flat))
             found.setdefault((name, expert), []).append(place)
+
+
+def require_expert_names(
+    specs: Mapping[str, LayerSpec], places: Mapping[str, tuple[Place, ...]], layout: str, reader: str
+) -> None:
+    """Raises: UnsupportedError for experts whose files name them otherwise than memory, which a layout's reader (empty:
+    any) then does not find, or leaves random."""
+    for name, spec in specs.items():
+        if not reader or spec.kind is not LayerKind.EXPERT or spec.format is None:
+            continue
+        stack, _, index = name.rpartition(".")
+        home = f"{stack.rpartition('.')[0]}.{index}."
+        for place in places.get(name, ()):
+            if not place.module.startswith(home):
+                raise UnsupportedError(
+                    f"Layer {name} cannot be stored as {layout}: this model's files name it {place.module}, and "
+                    f"{reader}, which reads experts of that layout, looks under {home} only. Export for checkpoint "
+                    "(--target checkpoint), whose experts transformers reads."
+                )
 
 
 def _covers(places: tuple[Place, ...], rows: int) -> bool:

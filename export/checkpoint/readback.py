@@ -44,13 +44,23 @@ def read(folder: Path) -> dict[str, Tensor]:
     return tensors | found
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder as they are."""
+def stored(folder: Path, endings: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """All tensors of a folder as they are, or those whose names end so."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (a handle, not a dict)
+            names = [name for name in handle.keys() if name.endswith(endings)]  # noqa: SIM118 (a handle, not a dict)
+            tensors |= {name: handle.get_tensor(name) for name in names}
     return tensors
+
+
+def names(folder: Path) -> list[str]:
+    """The names of all tensors of a folder."""
+    found: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            found += handle.keys()
+    return found
 
 
 def _of_module(config: Mapping[str, Any], module: str) -> dict[str, Any]:

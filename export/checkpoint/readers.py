@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,18 @@ PACKED_ZERO = (
     "compressed-tensors itself decoded the weights here, one module at a time, and the folder as a whole has not run "
     "in another tool"
 )
+
+
+PACKED_EXPERTS = (
+    "transformers reads no packed experts of this layout (GPTQModel does, by itself): this package's own reader, "
+    "written from the format's description, decoded the weights, and the folder has not run in another tool"
+)
+_EXPERT = re.compile(r"[.]experts[.][0-9]+[.]\w+[.]qweight$")
+
+
+def has_packed_experts(names: Iterable[str]) -> bool:
+    """Whether a GPTQ or AWQ folder with these tensors has experts that transformers cannot load."""
+    return any(_EXPERT.search(name) for name in names)
 
 
 def has_packed_zero(config: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.errors import InputError
-from compress.export.checkpoint import readback, readers
+from compress.export.checkpoint import readback, readers, transform_config
 from compress.memory import peak_memory
 
 Ids = NDArray[np.int64]
@@ -44,17 +44,18 @@ class Session:
         raw = json.loads((folder / "config.json").read_text(encoding="utf8"))
         config = raw.get("quantization_config") or {}
         started = time.perf_counter()
-        self.note = _obstacle(config)
-        beforehand = self.note or (exact and readers.needs_float32(config))
+        obstacle = _obstacle(folder, config)
+        beforehand = obstacle or (exact and readers.needs_float32(config))
         self.model = _load(folder, raw, _decoded(folder, config) if beforehand else None)
         if not beforehand and config.get("quant_method") == "compressed-tensors":
             readers.decode(self.model, exact)
             if exact:
                 readers.our_rounding(self.model)
+        passed_over = _attach(self.model, folder, config)
         self.load_s = time.perf_counter() - started
-        self.level: Level = "checked" if self.note else "ran"
-        self.notes = (self.note,) if self.note else ()
-        self.name = _name(config.get("quant_method"), not self.note)
+        self.notes = tuple(filter(None, (obstacle, passed_over)))
+        self.level: Level = "checked" if self.notes else "ran"
+        self.name = _name(config.get("quant_method"), not obstacle)
         self.is_decoder = self.model.get_output_embeddings() is not None
 
     @torch.no_grad()
@@ -167,9 +168,21 @@ def quiet() -> Iterator[None]:
             reports.enable_progress_bar()
 
 
-def _obstacle(config: dict[str, Any]) -> str:
+def _attach(model: Any, folder: Path, config: dict[str, Any]) -> str:
+    """Have declared transforms of inputs applied where the reader has not, and say so."""
+    declared = config.get("transform_config") or {}
+    endings = transform_config.suffixes(declared)
+    if not endings or transform_config.is_attached(model):
+        return ""
+    transform_config.attach(model, declared, readback.stored(folder, endings))
+    return transform_config.PASSED_OVER
+
+
+def _obstacle(folder: Path, config: dict[str, Any]) -> str:
     """Why transformers cannot load such a folder here; empty where it can."""
     method = config.get("quant_method")
+    if method in ("gptq", "awq") and readers.has_packed_experts(readback.names(folder)):
+        return readers.PACKED_EXPERTS
     absent = [name for name in readers.PACKAGES.get(method, ()) if util.find_spec(name) is None]
     if absent:
         return (

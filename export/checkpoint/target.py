@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedError, UsageError
+from compress.export.checkpoint import transform_config
 from compress.export.checkpoint.awq import Awq
 from compress.export.checkpoint.bitsandbytes import BitsAndBytes
 from compress.export.checkpoint.compressed_tensors import CompressedTensors
 from compress.export.checkpoint.gptq import Gptq
 from compress.export.checkpoint.layout import Choice, Layout, Packed, plain_choice, rows_of
-from compress.export.checkpoint.names import FileNames, Place
+from compress.export.checkpoint.names import FileNames, Place, require_expert_names
 from compress.export.checkpoint.runtime import Session
 from compress.export.checkpoint.writer import SHARD_BYTES, ShardWriter, header_bytes
 from compress.hwprofiles import Profile
@@ -44,13 +46,12 @@ class CheckpointTarget:
 
     def plan_layer(self, spec: LayerSpec, profile: Profile) -> Choice | Refusal:
         """See Target. The profile does not matter: the folder is for other tools, on whatever machine."""
-        if spec.pre:
-            return Refusal(
-                f"{', '.join(map(str, spec.pre))} of its inputs at run time: {self.layout.name} folders are written "
-                "without. Leave online transforms out of the recipe"
-            )
-        if spec.pre:
-            return Refusal(f"inputs through {spec.pre[0]}: {self.layout.name} transforms none. Leave out hadamard")
+        answer = transform_config.refuse(spec, self.layout.name, self.layout.transforms) or self._choose(spec)
+        if not spec.pre or isinstance(answer, Refusal):
+            return answer
+        return replace(answer, note="; ".join(filter(None, (answer.note, transform_config.NOTE))))
+
+    def _choose(self, spec: LayerSpec) -> Choice | Refusal:
         if spec.format is not None:
             return self.layout.choose(spec)
         if spec.act is not None:
@@ -59,7 +60,7 @@ class CheckpointTarget:
 
     def plan_together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
         """See Target."""
-        return self.layout.together(specs)
+        return transform_config.refuse_alone(specs) | self.layout.together(specs)
 
     def predict_bytes(self, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
         """See Target; a sum over the tensors that will be written, and the files' headers."""
@@ -70,12 +71,13 @@ class CheckpointTarget:
         _require_biases(layers, names)
         if any(spec.format is not None for spec in layers.values()):
             places = {name: names.places(spec) for name, spec in layers.items()}
+            require_expert_names(layers, places, self.layout.name, self.layout.expert_reader)
         entries: dict[str, tuple[tuple[int, ...], int]] = {}
         for name, choice in choices.items():
             if isinstance(choice, Choice):
                 entries |= _entries(layers[name], choice, places.get(name, ()))
-        for name, (shape, dtype) in model.plain_shapes.items():
-            entries[name] = (shape, prod(shape) * dtype.itemsize)
+        plain = model.plain_shapes | transform_config.tensor_specs(_transformed(layers, names))
+        entries |= {name: (shape, prod(shape) * dtype.itemsize) for name, (shape, dtype) in plain.items()}
         side = sum(path.stat().st_size for path in model.side_files())
         config = len(_text(self._config(model, layers, names))) if _storable(choices, places, layers) else 0
         return sum(size for _, size in entries.values()) + header_bytes(entries) + side + config
@@ -92,11 +94,13 @@ class CheckpointTarget:
         names = FileNames(model)
         _require_biases(specs, names)
         packed = self._places(specs, names)
+        require_expert_names(specs, packed, self.layout.name, self.layout.expert_reader)
         folder.mkdir(parents=True, exist_ok=True)
         writer = ShardWriter(folder, SHARD_BYTES)
         for segment in model.structure.segments:
             for tensors in self._segment(model, segment, names, packed):
                 writer.add(tensors)
+        writer.add(transform_config.tensors(_transformed(specs, names)))
         writer.finish()
         (folder / CONFIG).write_text(_text(self._config(model, specs, names)), encoding="utf8")
         for path in model.side_files():
@@ -175,6 +179,8 @@ class CheckpointTarget:
         packed = [Packed(place.module, spec) for spec in quantized for place in names.places(spec)]
         packed += [Packed(names.module_name(user), spec) for spec in quantized for user in spec.users[1:]]
         config["quantization_config"] = self.layout.config(packed, _plain_modules(model, specs, names))
+        if moved := _transformed(specs, names):
+            config["quantization_config"]["transform_config"] = transform_config.config(moved)
         return config
 
 
@@ -191,6 +197,11 @@ def _require_biases(specs: Mapping[str, LayerSpec], names: FileNames) -> None:
                 f"Layer {name} got a bias from a pass, but this architecture has none there, and readers of a "
                 "checkpoint would leave it out. Drop the pass that corrects biases, or export for onnx."
             )
+
+
+def _transformed(specs: Mapping[str, LayerSpec], names: FileNames) -> list[Packed]:
+    """The file modules whose inputs go through a transform."""
+    return [Packed(names.module_name(user), spec) for spec in specs.values() if spec.pre for user in spec.users]
 
 
 def _is_tied(spec: LayerSpec) -> bool:
