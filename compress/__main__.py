@@ -51,7 +51,8 @@ def _run(given: list[str]) -> int:
             print(error.format_message(), file=sys.stderr)
             return 2
         where = f" See `{context.command_path} --help`." if context else ""
-        return _fail(given, "UsageError", error.format_message() + where, 2)
+        text = error.format_message().rstrip(".") + "."
+        return _fail(given, "UsageError", text + where, 2)
     except typer.Exit as error:
         return error.exit_code
     except typer.Abort:

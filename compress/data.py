@@ -83,7 +83,7 @@ def read_documents(source: str | Path) -> list[str] | list[list[int]]:
         if name.endswith(".txt"):
             documents: list[Any] = [text]
         elif name.endswith(".jsonl"):
-            documents = [_from_row(json.loads(line), path) for line in _lines(text)]
+            documents = [_from_row(_parsed(line, place, path), path) for place, line in _lines(text)]
         else:
             documents = json.loads(text)
     except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
@@ -99,9 +99,16 @@ def _read_text(path: Path) -> str:
     return content.decode("utf8")
 
 
-def _lines(text: str) -> list[str]:
-    """Lines that are not blank. JSON strings may hold U+2028 and the like, at which `splitlines` would cut too."""
-    return [line for line in text.split("\n") if line.strip()]
+def _lines(text: str) -> list[tuple[int, str]]:
+    """Lines that are not blank, by number. JSON strings may hold U+2028 and the like, where `splitlines` cuts."""
+    return [(place, line) for place, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _parsed(line: str, place: int, path: Path) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path}, line {place}, is not JSON ({error}). Each line is an object or is blank.") from error
 
 
 def _from_row(row: Any, path: Path) -> Any:
@@ -227,6 +234,7 @@ def split(
     length = _fitting(model, length)
     if len(documents) == 1:
         cut = len(documents[0]) * 4 // 5 // length * length
+        _require_both(source, len(documents[0]), cut, length)
         known, unseen = [documents[0][:cut]], [documents[0][cut:]]
     else:
         if model.task is Task.ENCODER:  # short documents repeat: each goes to one part
@@ -240,6 +248,15 @@ def split(
     quality = _judging(model, unseen, str(source), quality_samples, quality_length or length, seed)
     check_disjoint(calibration, quality)
     return Calibration(calibration, seed, Path(source).name), quality
+
+
+def _require_both(source: str | Path, found: int, cut: int, length: int) -> None:
+    """Raises: UsageError where one text is too short for a window in each part."""
+    if cut == 0 or found - cut < length:
+        raise UsageError(
+            f"{source}: its {found} tokens are one document, too short to be split 80/20 into windows of {length} "
+            "tokens with one in each part. Give more text, or a smaller --length."
+        )
 
 
 def check_disjoint(calibration: Samples, quality: Samples) -> None:

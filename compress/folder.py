@@ -29,6 +29,11 @@ def locate(source: str, revision: str | None, weights: bool = True) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        if path.suffix == ".py":
+            raise UsageError(
+                f"{source} is a Python file. Name the function in it that makes the model: {source}:FUNCTION. "
+                "A language model is given as the folder that holds config.json and *.safetensors."
+            )
         raise UsageError(f"{source} is a file. Give the folder that holds config.json and *.safetensors.")
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UsageError(f"No such folder: {source}. Give a folder that save_pretrained wrote, or a hub id 'org/name'.")

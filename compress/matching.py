@@ -191,21 +191,30 @@ def _with_overrides(item: Pass, spec: LayerSpec, user: str, structure: Structure
     return found
 
 
+WORDS = {"act": "input rounding", "weight": "weight format", "rounding": "learned rounding"}
+"""What a part of a layer is to a reader, where its name does not say it."""
+
+
 def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str) -> None:
     lacking = item.after.difference(*(other.fills() for _, other in before))
     if lacking:
         raise UsageError(
-            f"{item.name} must come after a pass that sets the {min(lacking)} of layer {name}, and there is none. "
+            f"{item.name} must come after a pass that sets the {_word(lacking)} of layer {name}, and there is none. "
             "Add one before it, or leave the layer out with ignore."
         )
     for _, other in before:
         early, twice = other.fills() & item.before, other.fills() & item.fills()
         if early:
             raise UsageError(
-                f"{item.name} must come before {other.name}, which sets the {min(early)} of layer {name}. "
+                f"{item.name} must come before {other.name}, which sets the {_word(early)} of layer {name}. "
                 "Change the order of the passes."
             )
         if twice:
             raise UsageError(
-                f"{item.name} and {other.name} both set the {min(twice)} of layer {name}. Give them disjoint targets."
+                f"{item.name} and {other.name} both set the {_word(twice)} of layer {name}. Give them disjoint targets."
             )
+
+
+def _word(parts: Iterable[str]) -> str:
+    first = min(parts)
+    return WORDS.get(first, first)

@@ -10,6 +10,7 @@ import torch
 
 from compress.applying import describe
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
+from compress.export import TARGETS
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.layer import LayerKind, LayerSpec
@@ -52,7 +53,9 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
         layers=layers,
         matches=_matches([str(item) for item in pipeline.passes], resolution.matches),
         warnings=(*model.warnings, *_warnings(layers, resolution), *_too_large(own)),
+        target=profile.target,
         refusals=_refusals(choices),
+        other_targets=other_targets(specs, profile) if refused else (),
         refused_settings=bool(refused) and all(choice.usage for choice in refused),
         source_bytes=model.source_bytes,
         predicted_artifact_bytes=artifact,
@@ -69,9 +72,27 @@ def refusal(plan: Plan) -> CompressError | None:
     if plan.refusals:
         kind = UsageError if plan.refused_settings else UnsupportedError
         reasons = " ".join(reason + "." for reason in plan.refusals)
-        return kind(f"The recipe cannot be exported for profile {plan.profile}. {reasons}")
+        others = f" Target(s) that would store it: {', '.join(plan.other_targets)}." if plan.other_targets else ""
+        return kind(
+            f"The recipe cannot be exported for target {plan.target}, profile {plan.profile}. {reasons}{others}"
+        )
     own = plan.predicted_peak_memory_bytes - plan.source_bytes - plan.predicted_model_bytes
     return next((ResourceError(text) for text in _too_large(own)), None)
+
+
+def other_targets(specs: Mapping[str, LayerSpec], profile: Profile) -> tuple[str, ...]:
+    """The other targets that store every layer and run where the profile does."""
+    found = []
+    for name in TARGETS:
+        if name != profile.target:
+            choices = plan_layers(find_target(name), specs, profile)
+            found += [] if any(isinstance(choice, Refusal) for choice in choices.values()) else [name]
+    return tuple(found)
+
+
+def _others(specs: Mapping[str, LayerSpec], profile: Profile) -> str:
+    found = other_targets(specs, profile)
+    return f" Target(s) that would store it: {', '.join(found)}." if found else ""
 
 
 def check_storable(specs: Mapping[str, LayerSpec], profile: Profile) -> None:
@@ -82,7 +103,11 @@ def check_storable(specs: Mapping[str, LayerSpec], profile: Profile) -> None:
         return
     settings = all(choice.usage for choice in refused.values() if isinstance(choice, Refusal))
     kind = UsageError if settings else UnsupportedError
-    raise kind(f"The model cannot be exported for profile {profile.id}. {' '.join(text + '.' for text in reasons)}")
+    raise kind(
+        f"The model cannot be exported for target {profile.target}, profile {profile.id}. "
+        f"{' '.join(text + '.' for text in reasons)}{_others(specs, profile)} A recipe may choose otherwise by target: "
+        f"`compress run` with --target {profile.target} asks it."
+    )
 
 
 def _too_large(predicted: int) -> tuple[str, ...]:

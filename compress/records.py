@@ -149,7 +149,9 @@ class Plan(Record):
     layers: tuple[PlannedLayer, ...]
     matches: dict[str, dict[str, int]]
     warnings: tuple[str, ...] = ()
+    target: str = ""
     refusals: tuple[str, ...] = ()
+    other_targets: tuple[str, ...] = Field(default=(), description="that would store what this one refuses")
     refused_settings: bool = Field(default=False, description="another setting of the recipe would be stored")
     source_bytes: int
     predicted_artifact_bytes: int

@@ -63,6 +63,10 @@ class Journal:
         self.steps[step] = data
 
 
+# Values of a fingerprint up to this length are told; digests are not worth reading.
+LONGEST_TOLD = 60
+
+
 class Workspace:
     """The staging folder of one output. As a context: abandons it on a user's error, and lets go of the lock.
 
@@ -111,7 +115,10 @@ class Workspace:
     def _take_lock(self) -> None:
         """Lock a file beside the folder, which itself is renamed before the work is over."""
         while True:
-            lock = self._lock_path.open("a")
+            try:
+                lock = self._lock_path.open("a")
+            except FileNotFoundError as error:  # /proc and its like hold no files of ours
+                raise ResourceError(f"{self.out.parent} cannot be written. Give an -o that can.") from error
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -163,10 +170,11 @@ class Workspace:
         changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if not changed:
             return
-        first = changed[0]
+        told = [(key, before.get(key, "absent"), now.get(key, "absent")) for key in changed]
+        short = [f"{key} was {old}, is {new}" for key, old, new in told if max(len(old), len(new)) <= LONGEST_TOLD]
         raise UsageError(
-            f"{self.folder} holds an unfinished run that differs in: {', '.join(changed)} "
-            f"({first} was {before.get(first, 'absent')!s:.80}, is {now.get(first, 'absent')!s:.80}). "
+            f"{self.folder} holds an unfinished run that differs in: {', '.join(changed)}"
+            f"{' (' + '; '.join(short) + ')' if short else ''}. "
             f"Repeat the same command to resume it, or remove {self.folder} to start anew."
         )
 

@@ -13,7 +13,7 @@ import torch
 
 from compress import data, leaks
 from compress.data import Windows, check_disjoint, choose, cut_windows, join
-from compress.errors import UsageError
+from compress.errors import InputError, UsageError
 from compress.hwprofiles import load as load_profile
 from compress.leaks import Text, shared_runs
 from compress.model import load
@@ -174,3 +174,10 @@ def test_a_misspelt_gate_stops_a_run_before_its_data_are_read(llama: Path, tmp_p
     with pytest.raises(UsageError, match="no quality gate 'kld'"):
         run(request)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "good"}\n\n{"text": bad}\n')
+    with pytest.raises(InputError, match="line 3, is not JSON"):
+        data.read_documents(path)

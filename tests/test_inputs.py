@@ -170,7 +170,7 @@ def write(path: Path, text: str) -> Path:
     [
         ("a.parquet", "x", UsageError, "not read"),
         ("a.jsonl", '{"txt": "x"}', InputError, "'text' or 'ids'"),
-        ("a.jsonl", "{", InputError, "cannot be read"),
+        ("a.jsonl", "{", InputError, "line 1, is not JSON"),
         ("a.json", '{"a": 1}', InputError, "lists of token ids"),
         ("a.json", "[[1, -2]]", InputError, "lists of token ids"),
         ("a.json", "[]", InputError, "at least one"),

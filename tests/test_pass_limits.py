@@ -14,6 +14,10 @@ from compress.histogram import Histogram
 from compress.model import Model
 from compress.passes import find
 from compress.pipeline import Pipeline, Result
+from compress.plan import make_plan
+from compress.profiles import as_profile
+from compress.recipe import of_passes
+from compress.run import refuse
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +98,11 @@ def test_counting_values_that_are_not_finite_is_an_error_of_the_input() -> None:
 def test_a_pass_that_needs_data_with_a_switch_says_with_which() -> None:
     assert "no data, with static=true calibration data" in describe_pass(find("act_quant"))
     assert "hessian" in describe_pass(find("gptq"))
+
+
+def test_a_refused_plan_names_the_targets_that_would_store_it(llama: Path) -> None:
+    model, profile = compress.load(llama), as_profile("cpu-x86-avx512-vnni", "checkpoint-gptq")
+    plan = make_plan(model, of_passes("rtn(format=nf4)"), profile)
+    assert plan.other_targets == ("onnx",)
+    with pytest.raises(UsageError, match=r"Target\(s\) that would store it: onnx"):
+        refuse(plan)

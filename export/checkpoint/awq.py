@@ -39,7 +39,7 @@ class Awq:
         if refused is not None:
             return refused
         if not isinstance(form, IntGrid) or form.bits != 4:
-            return Refusal(f"{form}: AWQ stores int4 only. Give int4, or export for checkpoint")
+            return Refusal(f"{form}: AWQ stores int4 only. Give int4, or another target")
         rows, columns = spec.shape[0] // parts_of(spec), spec.shape[1]
         if rows % 8:
             return Refusal(f"{form}: AWQ packs 8 outputs into a word, and {rows} rows are no multiple of that. "

@@ -41,7 +41,7 @@ class Gptq:
         if refused is not None:
             return refused
         if not isinstance(form, IntGrid) or form.bits not in BITS:
-            return Refusal(f"{form}: GPTQ stores int2, int3, int4 and int8. Give one of them, or export for checkpoint")
+            return Refusal(f"{form}: GPTQ stores int2, int3, int4 and int8. Give one of them, or another target")
         rows, columns = spec.shape[0] // parts_of(spec), spec.shape[1]
         if columns % 32 or rows % 32:
             return Refusal(f"{form}: GPTQ packs whole words of 32 bits, so {rows} rows and {columns} columns must be "
@@ -121,7 +121,7 @@ def weight_only(spec: LayerSpec, name: str) -> Refusal | None:
     """What the weight-only layouts of old leave out: rounded inputs, embeddings and heads."""
     if spec.act is not None:
         return Refusal(
-            f"inputs in {spec.act}: {name} rounds weights only. Leave out act_quant, or export for checkpoint"
+            f"inputs in {spec.act}: {name} rounds weights only. Leave out act_quant, or give another target"
         )
     if is_outer(spec):
         return Refusal(
