@@ -191,7 +191,7 @@ def test_where_only_a_layers_rows_change_it_says_so(save_random: Callable[..., P
     ("text", "sentence"),
     [
         ("rtn(format=int8(channel)), smoothquant", "smoothquant must come before rtn, which sets the weight"),
-        ("act_quant, smoothquant", "smoothquant must come before act_quant, which sets the act"),
+        ("act_quant, smoothquant", "smoothquant must come before act_quant, which sets the input rounding"),
         ("smoothquant(alpha=1.5)", "alpha=1.5"),
         ("smoothquant(folds=some)", "folds='some'"),
     ],

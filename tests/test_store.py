@@ -203,7 +203,7 @@ def test_settings_for_single_layers_override_the_pass(llama: Path, tmp_path: Pat
         ("rtn(overrides={*.w_proj: {bits: 3}})", "matches no layer"),
         ("rtn(targets=[kind:heads])", "Did you mean 'head'"),
         ("rtn(targets=['re:(']) ".replace("'", '"'), "not a regular expression"),
-        ("rtn, gptq", "both set the weight of layer model.layers.0"),
+        ("rtn, gptq", "both set the weight format of layer model.layers.0"),
         ("rtn(overrides={*.q_proj: {bit: 3}})", "Did you mean 'bits'"),
         ("gptq(targets=[kind:embedding])", "no layer is left"),
     ],
