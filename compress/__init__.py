@@ -16,7 +16,7 @@ _EXPORTS = {
     "Recipe": "compress.recipe",
     "export": "compress.artifact",
     "open_artifact": "compress.artifact",
-    "load": "compress.model",
+    "load": "compress.opening",
     "profile": "compress.artifact",
     "run": "compress.run",
     "verify": "compress.artifact",
@@ -38,7 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from compress.artifact import open_artifact, profile, verify
     from compress.errors import CompressError
-    from compress.model import load
+    from compress.opening import load
     from compress.pipeline import Pipeline
     from compress.recipe import Recipe
     from compress.run import run

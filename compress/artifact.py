@@ -1,4 +1,4 @@
-"""What can be done with a finished artifact: open, verify, export again, evaluate, profile, generate."""
+"""What can be done with a finished artifact: open, verify, export again, evaluate, profile."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from compress import data, hwprofiles, manifest, store
-from compress.errors import InputError, UsageError
+from compress.errors import InputError, UnsupportedError, UsageError
 from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate, read_inputs, verify_export
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.measure import BUDGET_S, deployable_bytes, measure, thread_count
-from compress.model import Model, Task, load
+from compress.model import Model, load
 from compress.pipeline import Result
 from compress.plan import check_storable
 from compress.profiles import as_profile
 from compress.progress import Progress
 from compress.records import Bounds, Speed, Verification
 from compress.run import require_agreement
-from compress.target import Lowered, Session, Target
+from compress.target import Lowered, Session, Target, require_tools, timed_here, write_baseline
 from compress.workspace import Workspace, disk_errors, require_space
 
 
@@ -116,6 +116,7 @@ def export(
     model, facts = _of(result)
     specs = model.structure.layers
     check_storable(specs, machine)
+    require_tools(exporter, machine)
     space = Workspace(Path(out), overwrite)
     needed = deployable_bytes(model.path) + exporter.predict_bytes(specs.values(), model, machine)
     require_space(space.folder.absolute(), needed)
@@ -213,8 +214,15 @@ def profile(
     budget_s: float = BUDGET_S,
     progress: Progress | None = None,
 ) -> Speed:
-    """Paired latency of an artifact against its uncompressed model in the same runtime, measured here."""
+    """Paired latency of an artifact against its uncompressed model in the same runtime, measured here.
+
+    Raises: UnsupportedError for an artifact that runs on another machine only.
+    """
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    if not timed_here(artifact.target):
+        raise UnsupportedError(
+            f"{artifact.folder} was made for {artifact.profile.name}: its speed can be measured there only."
+        )
     source = source_of(artifact, against)
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
@@ -232,40 +240,5 @@ def profile(
 
 def _baseline(source: Model, machine: Profile, folder: Path) -> Session:
     target = find_target(machine.target)
-    target.write(source, machine, folder)
+    write_baseline(target, source, machine, folder)
     return target.session(folder, thread_count(machine))
-
-
-def generate(folder: str | Path, prompt: str, *, tokens: int = 64) -> str:
-    """The prompt continued greedily by the artifact in its runtime.
-
-    Ends where the model has no more positions. Raises: UsageError for an encoder, a prompt in text where the artifact
-    has no tokenizer, a token outside the vocabulary, or a prompt that fills all positions.
-    """
-    artifact = open_artifact(folder)
-    model = artifact.model()
-    if model.task is not Task.CAUSAL_LM:
-        raise UsageError(f"{folder} is a model of kind {model.task}; `generate` needs a language model.")
-    tokenizer = model.tokenizer()
-    ids = _prompt_ids(tokenizer, prompt, model)
-    stop = model.config.get_text_config().eos_token_id
-    stops = [] if stop is None else ([int(item) for item in stop] if isinstance(stop, list) else [int(stop)])
-    made = artifact.session().greedy(ids, min(tokens, model.longest - len(ids)), stops)
-    whole = ids + [token for token in made if token not in stops]
-    return str(tokenizer.decode(whole)) if tokenizer else " ".join(str(token) for token in whole)
-
-
-def _prompt_ids(tokenizer: Any, prompt: str, model: Model) -> list[int]:
-    if tokenizer is not None:
-        ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    elif all(word.isdigit() for word in prompt.split()):
-        ids = [int(word) for word in prompt.split()]
-    else:
-        raise UsageError(f"{model.source} has no tokenizer: give the prompt as token ids, such as '1 403 407'.")
-    if not ids:
-        raise UsageError("The prompt is empty. Give at least one token.")
-    if max(ids) >= model.vocabulary:
-        raise UsageError(f"The prompt holds token {max(ids)}, but the vocabulary has {model.vocabulary} (ids from 0).")
-    if len(ids) >= model.longest:
-        raise UsageError(f"The prompt has {len(ids)} tokens; the model has positions for {model.longest} in all.")
-    return ids

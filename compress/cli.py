@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress import __version__, cli_artifact, cli_info
+from compress import __version__, cli_artifact, cli_engine, cli_info
 from compress.cli_info import console, show
 from compress.cli_options import (
     ArtifactArg,
@@ -187,8 +187,10 @@ def export(
 app.command()(cli_artifact.verify)
 app.command("eval")(cli_artifact.evaluate)
 app.command()(cli_artifact.profile)
-app.command()(cli_artifact.generate)
+app.command()(cli_engine.generate)
+app.command()(cli_engine.predict)
 app.command()(cli_info.passes)
+app.command()(cli_info.doctor)
 app.add_typer(cli_info.hardware, name="hardware")
 
 

@@ -1,4 +1,4 @@
-"""The verbs on a finished artifact: verify, eval, profile, generate. Nothing is kept of them, so a signal ends them."""
+"""The verbs that judge a finished artifact: verify, eval, profile. Nothing is kept of them, so a signal ends them."""
 
 from __future__ import annotations
 
@@ -84,19 +84,4 @@ def profile(
         print(found.model_dump_json(indent=1))
     else:
         show_speed(found, console())
-    return 0
-
-
-def generate(
-    artifact: ArtifactArg,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text, or token ids where the artifact has no tokenizer.")],
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="At most so many new tokens.")] = 64,
-    as_json: JsonOpt = False,
-    debug: DebugOpt = False,
-) -> int:
-    """Continue a prompt greedily with the artifact in its runtime."""
-    from compress.artifact import generate as generate_text
-
-    text = generate_text(artifact, prompt, tokens=tokens)
-    show({"text": text}, text, as_json)
     return 0

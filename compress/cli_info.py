@@ -1,18 +1,19 @@
-"""The verbs that tell what there is: passes and hardware profiles."""
+"""The verbs that tell what there is: passes, hardware profiles, and the state of this installation."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.cli_options import DebugOpt, JsonOpt
+from compress.cli_options import DebugOpt, JsonOpt, ProfileOpt, QuietOpt
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show, detect.")
+hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: list, show, detect, calibrate.")
 
 
 def passes(
@@ -71,6 +72,38 @@ def hardware_detect(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
     lines = [f"{key}: {value}" for key, value in facts.items()]
     show({"profile": found.id, "machine": facts}, "\n".join([f"profile: {found.id}", *lines]), as_json)
     return 0
+
+
+@hardware.command("calibrate")
+def hardware_calibrate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write, a .yaml file.")],
+    profile: ProfileOpt = None,
+    as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    debug: DebugOpt = False,
+) -> int:
+    """Measure this machine (about a minute) and write a profile with its numbers."""
+    from compress.calibrate import calibrate, require_new, write
+    from compress.describe import describe_profile
+    from compress.profiles import as_profile
+    from compress.progress import Progress
+
+    require_new(out)
+    found = calibrate(as_profile(profile), out.stem, progress=Progress(quiet))
+    write(found, out)
+    show(found.model_dump(mode="json"), f"{describe_profile(found)}\n\nWrote {out}: give it as --profile.", as_json)
+    return 0
+
+
+def doctor(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
+    """What this machine and this installation can do; 4 where something that a run needs does not work."""
+    from compress.doctor import diagnose
+
+    found = diagnose(Path.cwd())
+    width = max(len(one.what) for one in found.findings)
+    lines = [f"{one.state:<8} {one.what:<{width}}  {one.text}" for one in found.findings]
+    show(found, "\n".join(lines), as_json)
+    return 0 if found.healthy else 4
 
 
 def show(content: Any, text: str, as_json: bool) -> None:

@@ -144,9 +144,15 @@ def verify_export(model: Model, folder: Path, profile: Profile, ids: Tensor, bou
     """
     target, threads, ids = find_target(profile.target), thread_count(profile), verification_ids(model, ids)
     session = target.session(folder, threads)
-    found = agreement(session, model, ids, bounds, target.session(folder, threads, exact=True))
+    exact = target.session(folder, threads, exact=True)
+    found = agreement(session, model, ids, bounds, exact)
     if not session.is_decoder:
         return found
+    compare = getattr(target, "compare_graphs", None)
+    if compare is not None:
+        limit = max(bounds.exact, EXACT_BOUND)
+        same, notes = compare(session, exact, ids.numpy(), limit, model.longest)
+        found = found.model_copy(update={"agrees": found.agrees and same, "notes": (*found.notes, *notes)})
     prompt = ids[0, : max(1, min(PROMPT_TOKENS, model.longest - 1))].tolist()
     tokens = session.greedy(prompt, min(GREEDY_TOKENS, model.longest - len(prompt)))
     return found.model_copy(update={"greedy_tokens": tuple(tokens)})
@@ -217,7 +223,7 @@ def agreement(
         agrees = agrees and alone.relative <= exact_limit and exact_share >= EXACT_AGREEMENT
     return Verification(
         level=getattr(runner, "level", "ran"),
-        runtime=runner.name,
+        runtime=getattr(runner, "built_for", runner.name),
         agrees=agrees,
         positions=shipped.positions,
         max_relative_difference=shipped.relative,

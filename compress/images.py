@@ -104,10 +104,10 @@ def read_images(source: str | Path, image: ImageModule) -> Images:
             images, labels = content["images"], content["labels"]
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as .npz without pickles ({error}). Use numpy.savez.") from error
-    return _checked(path, _laid_out(path, images, image.shape), labels, image)
+    return _checked(path, laid_out(path, images, image.shape), labels, image)
 
 
-def _laid_out(path: Path, images: Pixels, shape: tuple[int, int, int]) -> Pixels:
+def laid_out(path: Path, images: Pixels, shape: tuple[int, int, int]) -> Pixels:
     """(N, channels, h, w), uint8 or float32, whichever way they are stored."""
     channels, height, width = shape
     if images.ndim == 3 and channels == 1:
@@ -153,13 +153,13 @@ def _read_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Pixels, Pix
     for row, (path, _) in enumerate(files):
         try:
             with PIL.Image.open(path) as picture:
-                pixels[row] = _cropped(picture, shape)
+                pixels[row] = cropped(picture, shape)
         except (OSError, PIL.Image.DecompressionBombError) as error:
             raise InputError(f"{path} cannot be read as an image ({error}).") from error
     return pixels, np.array([place for _, place in files], np.int64)
 
 
-def _cropped(picture: Image, shape: tuple[int, int, int]) -> Pixels:
+def cropped(picture: Image, shape: tuple[int, int, int]) -> Pixels:
     """(channels, h, w): the shorter side resized to fit (bilinear), the middle cut out."""
     channels, height, width = shape
     if channels not in (1, 3):

@@ -80,13 +80,15 @@ def read(folder: Path) -> dict[str, Any]:
     return content
 
 
-def check_files(folder: Path) -> dict[str, Any]:
-    """Compare every file with the manifest.
+def check_files(folder: Path, keep: Collection[str] | None = None) -> dict[str, Any]:
+    """Compare every file with the manifest; `keep` limits it to some top entries.
 
     Returns: the manifest. Raises: InputError naming each file that is missing, changed or extra.
     """
     content = read(folder)
-    stated, found = content["files"], describe_files(folder)
+    stated, found = content["files"], describe_files(folder, keep)
+    if keep is not None:
+        stated = {name: facts for name, facts in stated.items() if name.split("/")[0] in keep}
     missing = sorted(set(stated) - set(found))
     extra = sorted(set(found) - set(stated))
     changed = sorted(name for name in set(stated) & set(found) if stated[name] != found[name])

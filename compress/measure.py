@@ -29,7 +29,7 @@ Phase = Literal["prefill", "decode", "encode", "infer"]
 
 def thread_count(profile: Profile) -> int:
     """Threads for one operator: the profile's, else every physical core this process may use."""
-    return profile.cpu.threads or int(hwprofiles.machine()["threads"])
+    return (profile.cpu and profile.cpu.threads) or int(hwprofiles.machine()["threads"])
 
 
 def deployable_bytes(folder: Path) -> int:

@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 
+from compress import roofline
 from compress.applying import describe
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
 from compress.export import TARGETS
 from compress.export import find as find_target
-from compress.hwprofiles import Profile
+from compress.formats.int_grid import IntGrid
+from compress.hwprofiles import Profile, ProfileError, Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.matching import Resolution
+from compress.measure import thread_count
 from compress.memory import allowed_memory
-from compress.model import Model
+from compress.model import Model, Task
 from compress.pipeline import Pipeline, planned
 from compress.predict import Sizes, artifact_bytes, disk_bytes, model_bytes, peak_memory, seconds
 from compress.recipe import Recipe
-from compress.records import Plan, PlannedLayer
+from compress.records import Plan, PlannedLayer, PredictedLatency
 from compress.target import Choice, Refusal, plan_layers
 
 Choices = Mapping[str, Choice | Refusal]
@@ -63,7 +66,34 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
         predicted_peak_memory_bytes=memory,
         predicted_disk_bytes=disk_bytes(sizes, specs.values(), model, artifact),
         predicted_seconds=seconds(sizes, profile),
+        predicted_latency=() if refused else _latency(model, specs, choices, profile),
     )
+
+
+def _latency(
+    model: Model, specs: Mapping[str, LayerSpec], choices: Choices, profile: Profile
+) -> tuple[PredictedLatency, ...]:
+    """The roofline over the profile's grid; none for image classifiers, whose layers are met more than once a call."""
+    if model.image is not None:
+        return ()
+    runtime = profile.runtimes.get(find_target(profile.target).RUNTIME)
+    return roofline.predict(
+        specs.values(),
+        {name: choice.stored_bytes for name, choice in choices.items() if not isinstance(choice, Refusal)},
+        model.config.get_text_config(),
+        profile,
+        float_dtype=runtime.float_dtype if runtime else "float32",
+        threads=thread_count(profile),
+        decodes=model.task is Task.CAUSAL_LM,
+        rounded=[name for name, spec in specs.items() if runtime and _rounds_inputs(spec, runtime)],
+    )
+
+
+def _rounds_inputs(spec: LayerSpec, runtime: Runtime) -> bool:
+    """Whether the kernel of a weight-only layer rounds its inputs by itself (MatMulNBits at accuracy level 4)."""
+    if not isinstance(spec.format, IntGrid) or spec.act is not None:
+        return False
+    return runtime.support("weight_only", spec.format.bits).accuracy_level == 4
 
 
 def refusal(plan: Plan) -> CompressError | None:
@@ -85,7 +115,10 @@ def other_targets(specs: Mapping[str, LayerSpec], profile: Profile) -> tuple[str
     found = []
     for name in TARGETS:
         if name != profile.target:
-            choices = plan_layers(find_target(name), specs, profile)
+            try:
+                choices = plan_layers(find_target(name), specs, profile)
+            except ProfileError:  # its runtime is none of the profile's
+                continue
             found += [] if any(isinstance(choice, Refusal) for choice in choices.values()) else [name]
     return tuple(found)
 

@@ -22,6 +22,7 @@ from compress.windows import BATCH_TOKENS
 BASE_MEMORY = 830_000_000
 BASE_SECONDS = 45.0
 """Fitted: load, capture, verification, and the timing of a small grid."""
+HOST_GFLOPS_PER_CORE = 40.0  # of the machine that compresses for another one
 QUALITY_IMAGES = 1000
 """Assumed where no number is given: how many the data hold is not known before they are read."""
 LOADED_MEMORY = 450_000_000
@@ -242,7 +243,9 @@ def disk_bytes(sizes: Sizes, specs: Iterable[LayerSpec], model: Model, artifact:
 def seconds(sizes: Sizes, profile: Profile) -> float:
     """Passes over the calibration and quality tokens and through what is trained, at a share of the float32 peak, plus
     what is fixed."""
-    rate = profile.peak.dense_gflops_per_core["float32"].value * 1e9 * (profile.cpu.threads or 2) * 0.5
+    peak = profile.peak.dense_gflops_per_core.get("float32")
+    threads = (profile.cpu and profile.cpu.threads) or 2
+    rate = (peak.value if peak else HOST_GFLOPS_PER_CORE) * 1e9 * threads * 0.5
     # forward once, then each block again, and back through it by its inputs alone
     tokens = 2 * sizes.tokens + 3 * sizes.backward_tokens + sizes.trained_tokens
     forward = 2.0 * sizes.block_weights * (tokens + 4 * sizes.quality_tokens)

@@ -140,6 +140,17 @@ class PlannedLayer(Record):
     stored_bytes: int
 
 
+class PredictedLatency(Record):
+    """Roofline of one setting (compress/roofline.py): at best so fast. Never measured."""
+
+    phase: Literal["prefill", "decode", "encode"]
+    batch: int
+    prompt: int
+    variant_s: float
+    baseline_s: float
+    bound: Literal["memory", "arithmetic"] = Field(description="what most of the variant's time is spent on")
+
+
 class Plan(Record):
     """What a run would do, computed before anything expensive and without the weights in memory."""
 
@@ -159,6 +170,7 @@ class Plan(Record):
     predicted_peak_memory_bytes: int
     predicted_disk_bytes: int
     predicted_seconds: float
+    predicted_latency: tuple[PredictedLatency, ...] = Field(default=(), description="roofline on the profile")
 
 
 class Bounds(Record):

@@ -30,7 +30,7 @@ from compress.recipe import Recipe
 from compress.records import Plan, Report, RunCost, Speed, Verification
 from compress.report import to_html, to_markdown, verdict_sentence
 from compress.store import write_text
-from compress.target import Lowered
+from compress.target import Lowered, require_tools, timed_here, write_baseline
 from compress.workspace import Workspace, disk_errors, require_space
 
 KEPT = ("manifest.json", "model", "report.html", "report.json", "report.md")
@@ -63,6 +63,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     progress = progress or Progress(quiet=True)
     started = time.monotonic()
     request = replace(request, recipe=request.recipe.for_target(request.profile.target))
+    require_tools(find_target(request.profile.target), request.profile)
     model = load(request.model)
     pipeline = Pipeline.parse(request.recipe.passes)
     plan = make_plan(model, request.recipe, request.profile, pipeline)
@@ -177,7 +178,7 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     progress.tick("Exporting", 0, 3)
     graph = target.capture(result.model, profile)
     progress.tick("Exporting", 1, 3)
-    target.write(result.source, profile, folder / "baseline", graph)
+    write_baseline(target, result.source, profile, folder / "baseline", graph)
     progress.tick("Exporting", 2, 3)
     lowered = target.write(result.model, profile, folder / target.FOLDER, graph)
     progress.tick("Exporting", 3, 3)
@@ -191,7 +192,10 @@ def _evaluate(folder: Path, result: Result, profile: Profile, windows: Samples, 
     return evaluate(baseline, artifact, result.source, result.model, windows, progress)
 
 
-def _measure(folder: Path, request: Request, model: Model, progress: Progress) -> Speed:
+def _measure(folder: Path, request: Request, model: Model, progress: Progress) -> Speed | None:
+    """None where what is deployed does not run here: a time of anything else would be mistaken for its own."""
+    if not timed_here(find_target(request.profile.target)):
+        return None
     return measure(
         folder / "baseline",
         folder / find_target(request.profile.target).FOLDER,
@@ -213,13 +217,13 @@ def _report(
     lowered: Lowered,
     verification: Verification,
     evaluation: Evaluation,
-    speed: Speed,
+    speed: Speed | None,
     cost: RunCost,
 ) -> Report:
     gates = gates_met(evaluation.artifact, request.recipe.quality.gates)
     pieces: dict[str, Any] = {
         "source_bytes": model.source_bytes,
-        "artifact_bytes": deployable_bytes(lowered.folder),
+        "artifact_bytes": lowered.deployed_bytes or deployable_bytes(lowered.folder),
         "speed": speed,
         "baseline_quality": evaluation.baseline,
         "artifact_quality": evaluation.artifact,

@@ -30,12 +30,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was written: layers per operator, layers left in float, and the loosest bounds of the lowerings used."""
+    """What was written: layers per operator, layers left in float, and the loosest bounds of the lowerings used.
+
+    deployed_bytes: of what the machine needs, where the folder also holds other forms of the same model.
+    """
 
     folder: Path
     operators: dict[str, int]
     float_layers: tuple[str, ...]
     bounds: Bounds
+    deployed_bytes: int | None = None
 
 
 class Choice(Protocol):
@@ -66,7 +70,9 @@ class Session(Protocol):
     """A written folder, loaded in its runtime.
 
     It may also have `level` ("ran" where it is the runtime itself that reads the files, which is what counts where
-    there is none, "checked" where only our own decoder did) and `notes` for the report.
+    there is none; "built" where the runtime's compiler took them and their graph ran in another one; "checked" where
+    only our own decoder did), `built_for`, the runtime that the files are for where it is not this one, and `notes`
+    for the report.
     """
 
     name: str
@@ -86,10 +92,45 @@ class Session(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a loaded folder really runs, read back from its runtime. file: what was loaded, below the artifact."""
+
+    runtime: str
+    provider: str
+    threads: int
+    file: str
+
+
+class Runner(Protocol):
+    """Batches of any lengths through a loaded folder. It holds the cache of one batch at a time."""
+
+    @property
+    def placement(self) -> Placement:
+        """Read back from the runtime."""
+        ...
+
+    def start(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Begin a batch: ids and mask (batch, length), padded on the left → logits (batch, vocabulary) of the last."""
+        ...
+
+    def step(self, tokens: NDArray[np.int64], alive: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """One more token per row (batch,) → its logits (batch, vocabulary); those of rows not alive mean nothing, and
+        such a row takes up no position."""
+        ...
+
+    def hidden(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """An encoder's hidden states (batch, length, hidden) for ids and mask padded on the right."""
+        ...
+
+
 class Target(Protocol):
     """The module of a target.
 
-    It may also have `plan_together(specs)`, the refusals (by layer) of what it does not take side by side.
+    It may also have `plan_together(specs)`, the refusals (by layer) of what it does not take side by side,
+    `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,
+    and `compare_graphs(session, exact, ids, limit, room)`, where a folder holds the model more than once: whether what
+    `session` does not run agrees with what it does, and notes for the report.
     """
 
     @property
@@ -125,6 +166,26 @@ class Target(Protocol):
     def probe_command(self, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
         """A command that loads a folder, reads and decodes, and prints JSON: load_s, peak_memory_bytes."""
         ...
+
+
+def require_tools(target: Target, profile: Profile) -> None:
+    """Before anything expensive: what a target needs on this machine to write for a profile, if it says so by a
+    function of this name. Raises: UnsupportedError naming the extra to install."""
+    check: Callable[[Profile], None] | None = getattr(target, "require_tools", None)
+    if check is not None:
+        check(profile)
+
+
+def write_baseline(target: Target, model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
+    """Write the uncompressed model to compare with, by the target's own function of this name if it has one: where what
+    is deployed takes long to build, the comparison may do without it."""
+    write: Callable[..., Lowered] = getattr(target, "write_baseline", target.write)
+    return write(model, profile, folder, graph)
+
+
+def timed_here(target: Target) -> bool:
+    """Whether its sessions run what will be deployed, so that their speed means something (`TIMED_HERE`)."""
+    return bool(getattr(target, "TIMED_HERE", True))
 
 
 def plan_layers(target: Target, specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, Choice | Refusal]:

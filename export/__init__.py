@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # probe_command (compress/target.py)
 TARGETS: dict[str, str] = {
     "onnx": "compress.export.onnx.target",
+    "tensorrt": "compress.export.tensorrt.target",
     "checkpoint": "compress.export.checkpoint.target:COMPRESSED_TENSORS",
     "checkpoint-gptq": "compress.export.checkpoint.target:GPTQ",
     "checkpoint-awq": "compress.export.checkpoint.target:AWQ",

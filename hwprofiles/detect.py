@@ -20,11 +20,11 @@ ISA = (
 def detect(facts: Mapping[str, str] | None = None) -> Profile:
     """The profile of highest priority that fits `facts` (null: this machine)."""
     facts = machine() if facts is None else facts
-    profiles = [load(name) for name in names()]
+    profiles = [profile for profile in map(load, names()) if profile.detect is not None]
     fits = [profile for profile in profiles if not _unmet(profile, facts)]
     if not fits:
         raise ProfileError(_nothing_fits(profiles, facts))
-    return max(fits, key=lambda profile: profile.detect.priority)
+    return max(fits, key=lambda profile: profile.detect.priority if profile.detect else 0)
 
 
 def machine_summary(facts: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -48,6 +48,8 @@ def _isa(facts: Mapping[str, str]) -> list[str]:
 def _unmet(profile: Profile, facts: Mapping[str, str]) -> str:
     """Why the profile does not fit; empty where it does."""
     flags = set(facts.get("flags", "").split())
+    if profile.detect is None:
+        return "is never picked by itself"
     if facts.get("architecture") not in profile.detect.architecture:
         return f"is for {' or '.join(profile.detect.architecture)}"
     if missing := [flag for flag in profile.isa if flag not in flags]:

@@ -11,7 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 # weight_and_activation rounds inputs at each call; weight_and_static_activation to a grid fixed beforehand
 Use = Literal["weight_only", "weight_and_activation", "weight_and_static_activation", "lookup", "embedding", "float"]
 Evidence = Literal["measured", "vendor", "derived", "unchecked"]
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+# tf32: float32 matrices multiplied with 10 bits of mantissa; float8 and float4: matrices of E4M3 and E2M1
+Dtype = Literal["float32", "tf32", "float16", "bfloat16", "float8", "int8", "int4", "float4"]
+Element = Literal["integer", "float"]
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Bits = Annotated[int, Field(strict=True, ge=1, le=64)]
@@ -61,6 +63,17 @@ class Cpu(Closed):
     clock_ghz: Figure
 
 
+class Gpu(Closed):
+    """NVIDIA's name for what a GPU can execute: "8.9" is SM 89."""
+
+    compute_capability: Annotated[str, Field(pattern=r"^[0-9]{1,2}\.[0-9]$")]
+
+    @property
+    def sm(self) -> int:
+        """The same as one number: 89, 120."""
+        return int(self.compute_capability.replace(".", ""))
+
+
 class Memory(Closed):
     """Main memory. `capacity_bytes` null: of a class of machines, so unknown here."""
 
@@ -69,9 +82,19 @@ class Memory(Closed):
 
 
 class Peak(Closed):
-    """Dense peaks: a multiply-add counts as two operations, for int8 as well; never a figure for sparse weights."""
+    """Dense peaks: a multiply-add counts as two operations, for int8 as well; never a figure for sparse weights.
 
-    dense_gflops_per_core: dict[Dtype, Figure] = Field(min_length=1)
+    Of a CPU per core, of a GPU for the whole device.
+    """
+
+    dense_gflops_per_core: dict[Dtype, Figure] = Field(default_factory=dict)
+    dense_gflops: dict[Dtype, Figure] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Peak:
+        if bool(self.dense_gflops_per_core) == bool(self.dense_gflops):
+            raise ValueError("give dense_gflops_per_core (of a CPU) or dense_gflops (of a GPU), one of the two")
+        return self
 
 
 class Lowering(Closed):
@@ -92,9 +115,13 @@ class Lowering(Closed):
 
 
 class FormatSupport(Lowering):
-    """A lowering for some widths of code. `stored_bits` null: each code takes the bits that it has."""
+    """A lowering for some widths of code. `stored_bits` null: each code takes the bits that it has.
+
+    element: what a code stands for, an integer or a small float (FP8, FP4).
+    """
 
     use: Use
+    element: Element = "integer"
     bits: tuple[Bits, ...] = Field(min_length=1)
     stored_bits: Bits | None = None
 
@@ -110,7 +137,8 @@ class FormatSupport(Lowering):
         """`weight_only 4 bit (MatMulNBits, block 16, 32)`."""
         bits = ", ".join(map(str, self.bits))
         blocks = ", block " + ", ".join(map(str, self.blocks)) if self.blocks else ""
-        return f"{self.use} {bits} bit ({self.kernel}{blocks})"
+        element = " float" if self.element == "float" else ""
+        return f"{self.use} {bits} bit{element} ({self.kernel}{blocks})"
 
 
 class Support(Lowering):
@@ -119,6 +147,7 @@ class Support(Lowering):
     use: Use
     bits: int
     stored_bits: int
+    element: Element = "integer"
 
 
 class Runtime(Closed):
@@ -134,26 +163,28 @@ class Runtime(Closed):
 
     @model_validator(mode="after")
     def _one_answer(self) -> Runtime:
-        count = Counter((entry.use, bits) for entry in self.formats for bits in entry.bits)
-        twice = [f"{use} {bits} bit" for (use, bits), times in count.items() if times > 1]
+        count = Counter((entry.use, bits, entry.element) for entry in self.formats for bits in entry.bits)
+        twice = [f"{use} {bits} bit" for (use, bits, _), times in count.items() if times > 1]
         if twice:
             raise ValueError(f"formats lists twice: {', '.join(twice)}")
         return self
 
-    def support(self, use: Use, bits: int) -> Support:
+    def support(self, use: Use, bits: int, element: Element = "integer") -> Support:
         """Which operator a weight of this use and width runs on; what is not listed is `no`, naming what is fast."""
         for entry in self.formats:
-            if entry.use == use and bits in entry.bits:
+            if entry.use == use and bits in entry.bits and entry.element == element:
                 told = entry.model_dump(exclude={"bits", "stored_bits"})
                 return Support(**told, bits=bits, stored_bits=entry.stored_bits or bits)
+        what = f"{bits} bit{' float' if element == 'float' else ''}"
         return Support(
             use=use,
             bits=bits,
             stored_bits=bits,
+            element=element,
             state="no",
             kernel="",
             evidence="derived",
-            note=f"no {use} kernel for {bits} bit. Fast here: {self._fast(use)}.",
+            note=f"no {use} kernel for {what}. Fast here: {self._fast(use)}.",
             source="not listed in the profile",
         )
 
@@ -171,7 +202,10 @@ class Grid(Closed):
 
 
 class Profile(Closed):
-    """One machine, or a class of machines. `isa`: the flags, as Linux spells them, that it must have."""
+    """One machine, or a class of machines. `isa`: the flags, as Linux spells them, that it must have.
+
+    `detect` null: never picked by itself. `cpu` and `gpu`: what the model runs on there; the other may be left out.
+    """
 
     schema_version: Literal[1]
     id: Ident
@@ -179,13 +213,22 @@ class Profile(Closed):
     vendor: Text
     kind: Literal["cpu", "gpu", "soc"]
     isa: tuple[Text, ...] = ()
-    detect: Match
-    cpu: Cpu
+    detect: Match | None = None
+    cpu: Cpu | None = None
+    gpu: Gpu | None = None
     memory: Memory
     peak: Peak
     target: Ident
     grid: Grid
     runtimes: dict[Ident, Runtime] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_its_processor(self) -> Profile:
+        if self.kind != "gpu" and self.cpu is None and (self.kind == "cpu" or self.gpu is None):
+            raise ValueError(f"a profile of kind {self.kind} needs the key cpu")
+        if self.kind == "gpu" and self.gpu is None:
+            raise ValueError("a profile of kind gpu needs the key gpu")
+        return self
 
     def runtime(self, name: str) -> Runtime:
         """The runtime of this name, or a `ProfileError` that lists those there are."""

@@ -105,6 +105,35 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """An artifact as a user may copy it: manifest.json and exported folders of an uncompressed model, without its
+    store, for a profile that any machine fits."""
+
+    def make(source: Path | str, *targets: str) -> Path:
+        import compress
+        from compress import hwprofiles, manifest
+        from compress.export import find
+
+        model, profile = compress.load(source), hwprofiles.load("cpu-x86-avx512-vnni")
+        anywhere = profile.detect.model_copy(update={"architecture": ("x86_64", "aarch64")})
+        profile = profile.model_copy(update={"isa": (), "detect": anywhere, "target": targets[0]})
+        out = tmp_path_factory.mktemp("artifacts") / "out"
+        for name in targets:
+            find(name).write(model, profile, out / find(name).FOLDER)
+        facts = {"task": str(model.task), "profile": profile.model_dump(mode="json")}
+        manifest.write(out, facts, [find(name).FOLDER for name in targets])
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lm_out(make_artifact: Callable[..., Path], llama: Path) -> Path:
+    """The 3-block Llama as an artifact with two engines. Do not write into it."""
+    return make_artifact(llama, "onnx", "checkpoint")
+
+
 @pytest.fixture
 def copy(llama: Path, tmp_path: Path) -> Path:
     """A model folder that a test may damage."""

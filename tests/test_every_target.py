@@ -10,14 +10,14 @@ import pytest
 
 import compress
 from compress import hwprofiles
-from compress.errors import UsageError
+from compress.errors import UnsupportedError, UsageError
 from compress.evaluate import verify_export
 from compress.export import TARGETS, find
 from compress.hwprofiles import Profile
 from compress.measure import deployable_bytes, footprint
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
-from compress.target import Refusal, Target
+from compress.target import Refusal, Target, require_tools, timed_here
 
 # what the second model of each target is made with, where its runtime does not take int8 of everything
 RECIPES = {"checkpoint-awq": "rtn(format=int4(group=32))", "checkpoint-gptq": "rtn(format=int8(channel))"}
@@ -33,7 +33,12 @@ def name(request: pytest.FixtureRequest) -> str:
 def profile(name: str) -> Profile:
     """One that is built for the target, else any: a target that reads no profile takes all."""
     found = [hwprofiles.load(each) for each in hwprofiles.names()]
-    return next((each for each in found if each.target == name), as_profile(found[0], name))
+    chosen = next((each for each in found if each.target == name), as_profile(found[0], name))
+    try:
+        require_tools(find(name), chosen)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    return chosen
 
 
 def test_a_target_offers_the_interface_and_takes_its_arguments(name: str, profile: Profile) -> None:
@@ -63,16 +68,21 @@ def test_a_target_writes_what_its_runtime_loads_and_which_agrees_with_the_model(
     made = Pipeline.parse(RECIPES.get(name, "rtn(format=int8(channel))")).run(model).model
     target.write(made, profile, tmp_path / "alone")
     small = target.write(made, profile, tmp_path / "small", graph)
-    for path in sorted((tmp_path / "alone").iterdir()):
-        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes(), path.name
-    assert deployable_bytes(small.folder) < deployable_bytes(lowered.folder)
+    for path in sorted((tmp_path / "alone").rglob("*")):
+        there = tmp_path / "small" / path.relative_to(tmp_path / "alone")
+        if path.name == "engine":  # some hundred bytes of TensorRT-RTX's differ at each build
+            assert path.stat().st_size == there.stat().st_size
+        elif path.is_file():
+            assert path.read_bytes() == there.read_bytes(), path.name
+    graphs = [sum(path.stat().st_size for path in each.folder.iterdir() if path.is_file()) for each in (small, lowered)]
+    assert graphs[0] < graphs[1]  # an engine, in a folder of its own, holds more code than a tiny model has weights
     windows = np.random.default_rng(0).integers(0, model.vocabulary, (8, 64))
     import torch
 
     for written, one in ((lowered, model), (small, made)):
         found = verify_export(one, written.folder, profile, torch.from_numpy(windows), written.bounds)
         assert found.agrees and len(found.greedy_tokens) == 64
-        assert found.level == "ran" or (found.level == "checked" and "has not run" in found.notes[0])
+        assert found.level == "ran" or (found.level in ("built", "checked") and "has not run" in " ".join(found.notes))
 
 
 def test_a_session_reads_and_continues_and_runs_in_a_process_of_its_own(
@@ -88,6 +98,10 @@ def test_a_session_reads_and_continues_and_runs_in_a_process_of_its_own(
     first = session.greedy([1, 2, 3], 4)
     assert first[0] == int(logits[0, -1].argmax()) and len(first) == 4
     assert session.greedy([1, 2, 3], 4, first[:1]) == first[:1]
+    if not timed_here(target):
+        with pytest.raises(UnsupportedError, match="cannot be timed"):
+            session.call(ids, 5)
+        return
     assert session.call(ids, 5)() is None
     child = subprocess.run(target.probe_command(tmp_path, 1, 16, 2), capture_output=True, text=True, check=True)
     assert set(json.loads(child.stdout.splitlines()[-1])) == {"load_s", "peak_memory_bytes"}

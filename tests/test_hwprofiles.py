@@ -42,7 +42,8 @@ def test_the_three_classes_are_shipped() -> None:
 def test_every_shipped_profile_loads_under_its_file_name(name: str) -> None:
     profile = load(name)
     assert profile.id == name
-    assert profile.runtime("onnxruntime").ir_version == 10
+    assert all(runtime.ir_version == 10 for runtime in profile.runtimes.values())
+    assert (profile.gpu is None) == (profile.detect is not None)  # a GPU is never picked by itself
 
 
 def numbers(found: object, path: str = "") -> Iterator[tuple[str, object, object]]:
@@ -69,16 +70,17 @@ def test_every_number_has_a_source_and_a_unit_in_its_key(name: str) -> None:
         assert isinstance(holder, dict)
         assert holder["source"].strip(), path
         if path.endswith(".value"):
-            assert any(unit in path for unit in ("_ghz", "_gb_s", "_bytes", "_gflops_per_core")), path
+            assert any(unit in path for unit in ("_ghz", "_gb_s", "_bytes", "_gflops_per_core", "_gflops.")), path
         checked += 1
     assert checked >= 4
-    assert all(entry["source"].strip() for entry in profile["runtimes"]["onnxruntime"]["formats"])
+    entries = [entry for runtime in profile["runtimes"].values() for entry in runtime["formats"]]
+    assert entries and all(entry["source"].strip() for entry in entries)
 
 
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("use", USES)
 def test_support_always_answers_and_a_refusal_names_what_is_fast(name: str, use: Use) -> None:
-    runtime = load(name).runtime("onnxruntime")
+    runtime = next(iter(load(name).runtimes.values()))
     for bits in range(1, 34):
         found = runtime.support(use, bits)
         assert (found.use, found.bits) == (use, bits)

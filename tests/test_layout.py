@@ -31,6 +31,9 @@ LEVELS = (
         "compress.tables",
         "compress.progress",
         "compress.memory",
+        "compress.sampling",
+        "compress.text_stream",
+        "compress.embedding",
     ),
     (
         "compress.folder",
@@ -67,8 +70,10 @@ LEVELS = (
         "compress.images",
         "compress.image_stream",
         "compress.backward",
+        "compress.kernel_probe",
     ),
-    ("compress.layerpass", "compress.workspace", "compress.sources"),
+    ("compress.layerpass", "compress.workspace", "compress.sources", "compress.pictures", "compress.prompts"),
+    ("compress.generation",),
     ("compress.blockpass",),
     ("compress.applying", "compress.folding", "compress.tracing"),
     ("compress.wiring", "compress.residual", "compress.modelpass"),
@@ -83,12 +88,15 @@ LEVELS = (
         "compress.image_evaluate",
         "compress.measure",
         "compress.predict",
+        "compress.roofline",
         "compress.manifest",
     ),
-    ("compress.plan", "compress.describe"),
+    ("compress.plan", "compress.describe", "compress.calibrate", "compress.doctor"),
     ("compress.run",),
     ("compress.artifact", "compress.quickstart"),
-    ("compress.cli", "compress.cli_artifact", "compress.cli_info", "compress.cli_options"),
+    ("compress.engine",),
+    ("compress.opening", "compress.predictions"),
+    ("compress.cli", "compress.cli_engine", "compress.cli_artifact", "compress.cli_info", "compress.cli_options"),
 )
 
 
@@ -219,7 +227,11 @@ def test_naming_a_target_or_a_pass_is_noticed_wherever_it_stands(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["passes"], ["hardware", "list"], ["run", "--help"], ["plan", "--help"]]
+    "arguments",
+    [
+        *(["--help"], ["--version"], ["passes"], ["hardware", "list"]),
+        *([verb, "--help"] for verb in ("run", "plan", "generate", "predict")),
+    ],
 )
 def test_help_and_lists_import_nothing_heavy(arguments: list[str]) -> None:
     code = (

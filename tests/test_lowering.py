@@ -143,7 +143,7 @@ def test_inputs_and_outputs_have_the_names_that_other_runtimes_look_for(
     assert [item.name for item in session.get_inputs()] == ["input_ids", "attention_mask", *past]
     assert [item.name for item in session.get_outputs()] == ["logits", *present]
     config = json.loads((tmp_path / "genai_config.json").read_text())["model"]
-    assert config["type"] == "llama" and config["decoder"]["filename"] == "model.onnx"
+    assert config["type"] == "llama" and config["decoder"]["filename"] == "model_gqa.onnx"
     assert (config["decoder"]["head_size"], config["decoder"]["num_key_value_heads"]) == (16, 2)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import compress
 from compress import manifest
-from compress.artifact import export, generate, open_artifact, verify
+from compress.artifact import export, open_artifact, verify
 from compress.errors import InputError, ResourceError, UsageError
 from compress.report import load as load_report
 
@@ -128,7 +128,9 @@ def test_verify_accepts_the_artifact_and_names_every_damage(
 ) -> None:
     out, _ = finished
     found = verify(out)
-    assert found.agrees and found.level == "ran" and found.positions >= 512 and not found.notes
+    assert found.agrees and found.level == "ran" and found.positions >= 512
+    (note,) = found.notes  # and none that the tokens are not those recorded
+    assert note.startswith("model_gqa.onnx and model.onnx") and "the same 64 greedy tokens" in note
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     (copy / "onnx" / "config.json").unlink()
@@ -294,20 +296,6 @@ def test_a_signal_ends_a_verb_that_keeps_nothing_without_a_traceback(
     assert "Stopped" in errors and "Traceback" not in errors
 
 
-def test_a_prompt_outside_the_vocabulary_or_too_long_is_a_usage_error(
-    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(finished[0], copy)
-    (copy / "model" / "tokenizer.json").unlink()
-    assert len(generate(copy, "1 2 3", tokens=4).split()) == 7
-    assert len(generate(copy, " ".join(["7"] * 126), tokens=64).split()) == 128
-    with pytest.raises(UsageError, match="token 256, but the vocabulary has 256"):
-        generate(copy, "1 256")
-    with pytest.raises(UsageError, match="128 tokens; the model has positions for 128"):
-        generate(copy, " ".join(["7"] * 128))
-
-
 def test_changed_code_of_ours_is_another_run(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,9 +316,10 @@ def test_generate_continues_a_prompt_and_the_command_prints_the_same(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     out, _ = finished
-    text = generate(out, "the river", tokens=8)
-    assert text.startswith("the river") and len(text) > len("the river")
-    assert command("generate", out, "--prompt", "the river", "--tokens", 8).stdout == text + "\n"
+    engine: Any = compress.load(out, anyway=True)  # the profile need not be this machine's
+    text = engine.generate("the river", max_new_tokens=8).text
+    given = ("generate", out, "--prompt", "the river", "--tokens", 8, "--anyway")
+    assert text and command(*given).stdout == f"the river{text}\n"
 
 
 def test_a_second_run_onto_the_same_output_is_refused_and_overwrite_replaces(
@@ -495,5 +484,5 @@ def test_an_encoder_runs_from_end_to_end(tmp_path: Path, save_random: Callable[.
     assert report["operators"] == {"Gather": 1, "MatMul": 1, "MatMulIntegerToFloat": 12}
     assert {timing["phase"] for timing in report["speed"]["timings"]} == {"encode"}
     assert report["artifact_quality"]["metrics"]["cosine"]["value"] > 0.98
-    refused = command("generate", tmp_path / "out", "--prompt", "1 2")
+    refused = command("generate", tmp_path / "out", "--prompt", "1 2", "--anyway")
     assert refused.returncode == 2 and "kind encoder" in refused.stderr

@@ -413,13 +413,13 @@ def test_a_second_signal_stops_at_once_and_its_number_is_carried(numbers: tuple[
 def test_the_command_that_a_second_sigterm_stops_exits_143() -> None:
     program = """
 import os, signal, sys
-import compress.artifact, compress.__main__
+import compress.opening, compress.__main__
 def generate(*_args, **_more):
     from compress.progress import Progress
     with Progress(quiet=True).catching_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-compress.artifact.generate = generate
+compress.opening.open_engine = generate
 sys.exit(compress.__main__.main(["generate", "x", "--prompt", "y", "--json"]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

@@ -1,13 +1,14 @@
 """Generate greedily with onnxruntime-genai. Imports nothing of compress: it runs in an environment of its own.
 
-    python client_genai.py FOLDER '[[5, 6, 7], [8]]' 64 [--pad ID]
+    python client_genai.py FOLDER '[[5, 6, 7], [8]]' 64 [--pad ID] [--graph FILE]
 
 Prints the versions (JSON), then on the last line the tokens generated after each prompt (JSON list of lists).
 
-The folder is opened as it is, with the search settings of its genai_config.json. genai ends a sequence at its
-end-of-text token; a prompt alone is then taken up again with that token appended, so there is no early stop. In a
-padded batch that is not possible: tokens after a row's end-of-text mean nothing. Batches are padded on the right, as
-genai's own tokenizer does: it masks trailing pad tokens only (its src/models/position_inputs.cpp).
+The folder is opened as it is, with the search settings of its genai_config.json; --graph overrules the graph named in
+it by one whose cache is no shared buffer. genai ends a sequence at its end-of-text token; a prompt alone is then taken
+up again with that token appended, so there is no early stop. In a padded batch that is not possible: tokens after a
+row's end-of-text mean nothing. Batches are padded on the right, as genai's own tokenizer does: it masks trailing pad
+tokens only (its src/models/position_inputs.cpp).
 """
 
 from __future__ import annotations
@@ -55,14 +56,24 @@ def padded(model: Any, prompts: list[list[int]], count: int, pad: int) -> list[l
     return [list(row) for row in zip(*steps, strict=True)]
 
 
+def configured(folder: Path, graph: str | None) -> Any:
+    """The folder's own configuration, or the same for another graph."""
+    config = og.Config(str(folder))
+    if graph:
+        search = {"past_present_share_buffer": False}
+        config.overlay(json.dumps({"model": {"decoder": {"filename": graph}}, "search": search}))
+    return config
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("prompts", type=json.loads, help="JSON list of lists of token ids")
     parser.add_argument("count", type=int)
     parser.add_argument("--pad", type=int, help="run all prompts as one batch, padded with this token")
+    parser.add_argument("--graph", help="another graph of the folder, whose cache is concatenated")
     given = parser.parse_args()
-    model = og.Model(str(given.folder))
+    model = og.Model(configured(given.folder, given.graph))
     print(json.dumps({name: version(name) for name in ("onnxruntime-genai", "onnxruntime")}))
     if given.pad is not None:
         print(json.dumps(padded(model, given.prompts, given.count, given.pad)))

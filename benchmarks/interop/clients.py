@@ -17,15 +17,23 @@ TIMEOUT_S = 600
 
 
 def run_client(
-    envs: Path, name: str, folder: Path, prompts: list[list[int]], count: int, pad: int | None = None
+    envs: Path,
+    name: str,
+    folder: Path,
+    prompts: list[list[int]],
+    count: int,
+    pad: int | None = None,
+    graph: str | None = None,
 ) -> tuple[dict[str, str], list[list[int]]]:
-    """Versions, and tokens after each prompt; without network. pad: run all prompts as one batch, padded with it.
+    """Versions, and tokens after each prompt; without network. pad: run all prompts as one batch, padded with it;
+    graph: another than the folder names (genai only).
 
     Raises: InputError with the client's last words.
     """
     command = [str(python_of(envs / name)), str(HERE / f"client_{name}.py"), str(folder.resolve())]
     command += [json.dumps(prompts), str(count)]
     command += [] if pad is None else ["--pad", str(pad)]
+    command += ["--graph", graph] if graph else []
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=TIMEOUT_S)

@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from tokens import COUNT, Difference, Prompts, Settings, choose_prompts, compare
 
 from compress import manifest
 from compress.errors import CompressError, InputError
-from compress.export.onnx.runtime import Session
+from compress.export.onnx.runtime import PORTABLE, SHARED, Session
 from compress.hwprofiles import machine_summary
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "interop.json"
+NEAR = "allowed: near ties"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Row:
     differences: tuple[Difference, ...] = ()
     refusal: str = ""
     excuse: str = ""
+    graph: str = PORTABLE
 
     @property
     def passes(self) -> bool:
@@ -65,6 +67,8 @@ class Artifact:
         self.session = Session(self.folder, threads=1)
         self.versions = {"onnxruntime": self.session.name.split()[1]}
         self.alone = [self.session.greedy(prompt, COUNT) for prompt in self.prompts]
+        both = (self.folder / SHARED).is_file()
+        self.shared = Session(self.folder, threads=1, graph=SHARED) if both else None
 
     def row(self, runtime: str, batch: str, versions: dict[str, str], ours: Prompts, theirs: Prompts) -> Row:
         """Compare their tokens with ours; in a padded batch up to the first end of a row."""
@@ -81,7 +85,7 @@ class Artifact:
             return ""
         if b"DynamicQuantizeMatMul" in (self.folder / "model.onnx").read_bytes():
             return "allowed: DynamicQuantizeMatMul rounds a whole batch, padding too, on one grid"
-        return "allowed: near ties" if all(difference.is_tie for difference in found) else ""
+        return NEAR if all(difference.is_tie for difference in found) else ""
 
     def rows(self, envs: Path) -> Iterator[Row]:
         """Our own runtime, then each client."""
@@ -92,13 +96,28 @@ class Artifact:
         for side, tokens in batches.items():
             yield self.row("onnxruntime", f"padded {side}", self.versions, self.alone, tokens)
         for name, side in CLIENTS.items():
-            yield self._client_row(envs, name, "alone", self.alone)
-            yield self._client_row(envs, name, f"padded {side}", batches[side])
+            graph = PORTABLE if name == "genai" and self.shared else None
+            yield self._client_row(envs, name, "alone", self.alone, graph)
+            yield self._client_row(envs, name, f"padded {side}", batches[side], graph)
+        if self.shared is not None:
+            yield from self._shared_rows(self.shared, envs)
 
-    def _client_row(self, envs: Path, name: str, batch: str, ours: Prompts) -> Row:
+    def _shared_rows(self, shared: Session, envs: Path) -> Iterator[Row]:
+        """The graph that genai_config.json names where there are two: our runtime on it, and genai on the folder as
+        it is."""
+        tokens = [shared.greedy(prompt, COUNT) for prompt in self.prompts]
+        padded = greedy_batch(shared, self.prompts, self.known.pad, "right")
+        alone = self.row("onnxruntime", "alone", self.versions, self.alone, tokens)
+        near = bool(alone.differences) and all(difference.is_tie for difference in alone.differences)
+        yield replace(alone, graph=SHARED, excuse=NEAR * near)
+        yield replace(self.row("onnxruntime", "padded right", self.versions, tokens, padded), graph=SHARED)
+        for batch, ours in (("alone", tokens), ("padded right", padded)):
+            yield replace(self._client_row(envs, "genai", batch, ours), graph=SHARED)
+
+    def _client_row(self, envs: Path, name: str, batch: str, ours: Prompts, graph: str | None = None) -> Row:
         pad = None if batch == "alone" else self.known.pad
         try:
-            versions, theirs = run_client(envs, name, self.folder, self.prompts, COUNT, pad)
+            versions, theirs = run_client(envs, name, self.folder, self.prompts, COUNT, pad, graph)
         except InputError as error:
             return Row(name, batch, {}, refusal=str(error))
         return self.row(name, batch, versions, ours, theirs)
@@ -110,7 +129,7 @@ def compare_artifact(path: Path, envs: Path) -> dict[str, Any]:
     name = path.resolve().name
     for row in artifact.rows(envs):
         version = next(iter(row.versions.values()), "")
-        print(f"{name:<20} {row.runtime:<12}{version:<9}{row.batch:<13} {row.text()}", flush=True)
+        print(f"{name:<20} {row.runtime:<12}{version:<9}{row.graph:<15}{row.batch:<13} {row.text()}", flush=True)
         rows.append(asdict(row) | {"passes": row.passes})
     recipe = artifact.facts.get("recipe")
     lengths = [len(prompt) for prompt in artifact.prompts]

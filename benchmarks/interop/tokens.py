@@ -55,7 +55,10 @@ def choose_prompts(rows: Sequence[Sequence[int]], context: int, count: int) -> P
 
 
 def steps(session: Session, prompts: Prompts, pad: int = 0, side: str = "left") -> Iterator[NDArray[np.float32]]:
-    """Logits (batch, vocabulary) of each greedy step after prompts in one batch, padded on one side."""
+    """Logits (batch, vocabulary) of each greedy step after prompts in one batch, padded on one side.
+
+    The graph with GroupQueryAttention takes the right side only.
+    """
     longest = max(map(len, prompts))
     gaps = [longest - len(prompt) for prompt in prompts]
     left = [gap if side == "left" else 0 for gap in gaps]
@@ -64,14 +67,13 @@ def steps(session: Session, prompts: Prompts, pad: int = 0, side: str = "left") 
     for index, (prompt, skip) in enumerate(zip(prompts, left, strict=True)):
         mask[index, skip : skip + len(prompt)] = 1
     last = np.asarray([skip + len(prompt) - 1 for prompt, skip in zip(prompts, left, strict=True)])
-    feeds = session.feeds(np.asarray(rows, np.int64)) | {"attention_mask": mask}
+    ids, cache = np.asarray(rows, np.int64), session.cache(len(prompts), longest + COUNT)
     while True:
-        logits, *present = session.session.run(session.outputs, feeds)
+        logits = cache.run(ids, mask)
         newest = logits[np.arange(len(prompts)), last]
         yield newest
         last, mask = np.zeros_like(last), np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        feeds = {"input_ids": newest.argmax(-1)[:, None], "attention_mask": mask}
-        feeds |= dict(zip(session.cache_names, present, strict=True))
+        ids = newest.argmax(-1)[:, None]
 
 
 def greedy_batch(session: Session, prompts: Prompts, pad: int, side: str, count: int = COUNT) -> Prompts:

@@ -39,7 +39,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def plan_tables(plan: Plan) -> tuple[Table, ...]:
     """In the order of the page."""
-    return _cost_table(plan), _layer_table(plan), _match_table(plan), _untouched_table(plan)
+    return _cost_table(plan), _latency_table(plan), _layer_table(plan), _match_table(plan), _untouched_table(plan)
 
 
 def _cost_table(plan: Plan) -> Table:
@@ -50,6 +50,29 @@ def _cost_table(plan: Plan) -> Table:
         found[ARTIFACT_SIZE] += f" ({words} the source, {fmt.size(plan.source_bytes)})"
     notes = ("The artifact size leaves out the refused layers.",) if plan.refusals else ()
     return Table("cost", "Costs", ("quantity", "predicted"), "ll", tuple(found.items()), notes=notes)
+
+
+def _latency_table(plan: Plan) -> Table:
+    rows = tuple(
+        (
+            f"{one.phase} batch {one.batch} prompt {one.prompt}",
+            fmt.duration(one.baseline_s),
+            fmt.duration(one.variant_s),
+            one.bound,
+        )
+        for one in plan.predicted_latency
+    )
+    notes = ("At best: bytes at the profile's bandwidth, products at its dense peak, nothing else counted.",)
+    columns = ("setting", "uncompressed", "compressed", "bound by")
+    return Table(
+        "latency",
+        "Latency (roofline, predicted)",
+        columns,
+        "lrrl",
+        rows,
+        notes=notes if rows else (),
+        empty="none for this model",
+    )
 
 
 def _layer_table(plan: Plan) -> Table:

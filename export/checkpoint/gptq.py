@@ -120,9 +120,7 @@ def size_of(form: IntGrid, columns: int) -> int:
 def weight_only(spec: LayerSpec, name: str) -> Refusal | None:
     """What the weight-only layouts of old leave out: rounded inputs, embeddings and heads."""
     if spec.act is not None:
-        return Refusal(
-            f"inputs in {spec.act}: {name} rounds weights only. Leave out act_quant, or give another target"
-        )
+        return Refusal(f"inputs in {spec.act}: {name} rounds weights only. Leave out act_quant, or give another target")
     if is_outer(spec):
         return Refusal(
             f"{spec.format}: {name} keeps embeddings and the head in float. Leave {spec.name} out of the pass"

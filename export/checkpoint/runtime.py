@@ -61,7 +61,7 @@ class Session:
     @torch.no_grad()
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """See compress.target.Session."""
-        with self._running():
+        with self.running():
             output = self.model(input_ids=torch.from_numpy(ids), **self._uncached())
         first = output.logits if self.is_decoder else output.last_hidden_state
         result: NDArray[np.float32] = first.float().numpy()
@@ -71,7 +71,7 @@ class Session:
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
         ids, cache, tokens = torch.tensor([list(prompt)]), None, list[int]()
-        with self._running():
+        with self.running():
             for _ in range(count):
                 output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
                 cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
@@ -86,13 +86,13 @@ class Session:
         """See compress.target.Session. The cached tokens are zeros, read once."""
         tensor, cache = torch.from_numpy(ids), None
         if past and self.is_decoder:
-            with self._running():
+            with self.running():
                 filler = torch.zeros((len(ids), past), dtype=torch.int64)
                 cache = self.model(input_ids=filler, use_cache=True, logits_to_keep=1).past_key_values
 
         @torch.no_grad()
         def once() -> None:
-            with self._running():
+            with self.running():
                 if self.is_decoder:
                     self.model(input_ids=tensor, past_key_values=_fork(cache), use_cache=True)
                 else:
@@ -104,7 +104,7 @@ class Session:
         return {"use_cache": False} if self.is_decoder else {}
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """torch with this session's threads."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)

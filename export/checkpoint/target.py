@@ -23,6 +23,7 @@ from compress.export.checkpoint.compressed_tensors import CompressedTensors
 from compress.export.checkpoint.gptq import Gptq
 from compress.export.checkpoint.layout import Choice, Layout, Packed, plain_choice, rows_of
 from compress.export.checkpoint.names import FileNames, Place, require_expert_names
+from compress.export.checkpoint.runner import Runner
 from compress.export.checkpoint.runtime import Session
 from compress.export.checkpoint.writer import SHARD_BYTES, ShardWriter, header_bytes
 from compress.hwprofiles import Profile
@@ -112,6 +113,10 @@ class CheckpointTarget:
     def session(self, folder: Path, threads: int, exact: bool = False) -> Session:
         """See Target; exact: inputs rounded by our own grids, weights decoded in float32."""
         return Session(folder, threads, exact=exact)
+
+    def runner(self, session: Session, folder: Path) -> Runner:
+        """See Target."""
+        return Runner(session, folder)
 
     def probe_command(self, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
         """Runs `runtime.probe` in a process of its own."""

@@ -77,10 +77,10 @@ def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value)
         key = graph.node("Concat", [node.inputs[3], key], {"axis": 2})
         value = graph.node("Concat", [node.inputs[4], value], {"axis": 2})
         results = [key, value]
-    heads, size = _dim(query, 1), _dim(query, 3)
-    kv_heads, value_size = _dim(node.inputs[1], 1), _dim(node.inputs[2], 3)
+    heads, size = dim(query, 1), dim(query, 3)
+    kv_heads, value_size = dim(node.inputs[1], 1), dim(node.inputs[2], 3)
     groups = heads // kv_heads
-    scaled = graph.node("Mul", [query, graph.constant(_float(node, "scale"), np.float32)])
+    scaled = graph.node("Mul", [query, graph.constant(float_of(node, "scale"), np.float32)])
     if groups > 1:  # (b, heads, s, d) → (b, kv heads, groups · s, d): keys are read once per group
         scaled = graph.node("Reshape", [scaled, graph.constant([0, kv_heads, -1, size])])
     scores = graph.node("MatMul", [scaled, graph.node("Transpose", [key], {"perm": [0, 1, 3, 2]})])
@@ -97,11 +97,11 @@ def _softmax(
     graph: GraphBuilder, node: ir.Node, scores: ir.Value, ids: ir.Value, mask: ir.Value, kv_heads: int, groups: int
 ) -> ir.Value:
     """scores (b, kv heads, groups · s, total) → attention weights of the same shape."""
-    softcap = _float(node, "softcap")
+    softcap = float_of(node, "softcap")
     if softcap:
         cap = graph.constant(softcap, np.float32)
         scores = graph.node("Mul", [graph.node("Tanh", [graph.node("Div", [scores, cap])]), cap])
-    bias = mask_bias(graph, ids, mask, before=_int(node, "before"), after=_int(node, "after"))
+    bias = mask_bias(graph, ids, mask, before=int_of(node, "before"), after=int_of(node, "after"))
     if groups == 1:
         return graph.node("Softmax", [graph.node("Add", [scores, bias])], {"axis": -1})
     integer = ir.DataType.INT64
@@ -114,16 +114,19 @@ def _softmax(
     return graph.node("Reshape", [weights, joined])
 
 
-def _dim(value: ir.Value | None, axis: int) -> int:
+def dim(value: ir.Value | None, axis: int) -> int:
+    """The fixed size of an axis."""
     assert value is not None and value.shape is not None
     size = value.shape[axis]
     assert isinstance(size, int), f"{value.name} has no fixed size on axis {axis}"
     return size
 
 
-def _float(node: ir.Node, name: str) -> float:
+def float_of(node: ir.Node, name: str) -> float:
+    """An attribute of a node."""
     return float(node.attributes[name].as_float())
 
 
-def _int(node: ir.Node, name: str) -> int:
+def int_of(node: ir.Node, name: str) -> int:
+    """An attribute of a node."""
     return int(node.attributes[name].as_int())

@@ -9,12 +9,15 @@ from typing import Any
 
 from compress.errors import InputError
 from compress.export.onnx.capture import cache_shapes
+from compress.export.onnx.runtime import PORTABLE, SHARED
 from compress.image_model import ImageModule
 from compress.model import Model, Task
 
-GRAPH = "model.onnx"
+GRAPH = PORTABLE
 DATA = "model.onnx_data"
 PREPROCESSING = "preprocessing.json"
+# onnxruntime-genai allocates a shared cache of max_length at the start; models may have positions for 131,072
+SHARED_LENGTH = 4096
 
 # model types that onnxruntime-genai 0.18 knows by name; any other decoder of this form is its generic `decoder`
 _GENAI_TYPES = frozenset(
@@ -35,9 +38,9 @@ _GENAI_TYPES = frozenset(
 )
 
 
-def write(model: Model, folder: Path) -> None:
+def write(model: Model, folder: Path, shared: bool) -> None:
     """config.json, generation_config.json, tokenizer files, and genai_config.json for a decoder; for an image
-    classifier how its inputs are made."""
+    classifier how its inputs are made. shared: whether there is a graph whose cache is one buffer."""
     if model.image is not None:
         text = json.dumps(_preprocessing(model.image), indent=2, sort_keys=True) + "\n"
         (folder / PREPROCESSING).write_text(text, encoding="utf8")
@@ -48,7 +51,7 @@ def write(model: Model, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     _rename_tokenizer_class(folder / "tokenizer_config.json")
     if model.task is Task.CAUSAL_LM:
-        text = json.dumps(genai_config(model), indent=2) + "\n"
+        text = json.dumps(genai_config(model, shared), indent=2) + "\n"
         (folder / "genai_config.json").write_text(text, encoding="utf8")
 
 
@@ -82,15 +85,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def genai_config(model: Model) -> dict[str, Any]:
-    """What onnxruntime-genai needs to run the concatenating cache of this graph."""
+def genai_config(model: Model, shared: bool) -> dict[str, Any]:
+    """What onnxruntime-genai needs to run the graph with a shared cache, or else the concatenating one."""
     config = model.config.get_text_config()
     kv_heads, head_size = cache_shapes(model.config)[0]
     tokens = _special_tokens(model)
     context = int(getattr(config, "max_position_embeddings", None) or 2048)
     decoder = {
         "session_options": {"provider_options": []},
-        "filename": GRAPH,
+        "filename": SHARED if shared else GRAPH,
         "head_size": head_size,
         "hidden_size": int(config.hidden_size),
         "num_attention_heads": int(config.num_attention_heads),
@@ -122,11 +125,11 @@ def genai_config(model: Model) -> dict[str, Any]:
         "search": {
             "do_sample": False,
             "early_stopping": True,
-            "max_length": context,
+            "max_length": min(context, SHARED_LENGTH) if shared else context,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": shared,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,

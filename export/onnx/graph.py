@@ -98,6 +98,21 @@ class GraphBuilder:
             self.shared[key] = self._register(name, lazy)
         return self.shared[key]
 
+    def typed(self, name: str, make: Callable[[], Tensor], dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """A stored tensor of a type that torch may not have (INT4, FLOAT8E4M3FN, FLOAT4E2M1): `make` gives its values,
+        each of which the type holds."""
+        key = ("initializer", name)
+        if key not in self.shared:
+            lazy = ir.LazyTensor(
+                lambda: ir.Tensor(make().detach().contiguous().numpy().astype(dtype.numpy()), dtype=dtype, name=name),
+                dtype=dtype,
+                shape=ir.Shape(list(shape)),
+                name=name,
+                cache=False,
+            )
+            self.shared[key] = self._register(name, lazy)
+        return self.shared[key]
+
     def float_initializer(
         self, name: str, make: Callable[[], Tensor], dtype: torch.dtype, shape: Sequence[int]
     ) -> ir.Value:
@@ -111,6 +126,7 @@ class GraphBuilder:
             cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT.value}, name=f"{name}/Cast")
             cast.outputs[0].name = f"{name}/float"
             cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            cast.outputs[0].shape = ir.Shape(list(shape))
             first = next(iter(self.graph), None)
             if first is None:
                 self.graph.append(cast)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,39 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from compress.export.onnx import attention, experts, files, norms, qdq_edges, transforms
-from compress.export.onnx.capture import PARAMETER, capture_graph
+from compress.export.onnx import attention, experts, files, fusions, grouped_query, qdq_edges, transforms
+from compress.export.onnx.capture import PARAMETER, cache_shapes, capture_graph
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
+from compress.export.onnx.graphs import compare_graphs
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Choice, Source, choose, require
-from compress.export.onnx.runtime import Session
-from compress.hwprofiles import Profile
+from compress.export.onnx.runner import Runner
+from compress.export.onnx.runtime import REASON, SHARED, Session, preferred
+from compress.export.onnx.shared_runner import SharedRunner
+from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
-from compress.model import Model
+from compress.model import Model, Task
 from compress.target import Lowered, Refusal
 
 RUNTIME = "onnxruntime"
 FOLDER = "onnx"
 GRAPH, DATA = files.GRAPH, files.DATA
+Attend = Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]
 
 
 # the interface of compress.target
-__all__ = ["FOLDER", "RUNTIME", "capture", "plan_layer", "predict_bytes", "probe_command", "session", "write"]
+__all__ = ["FOLDER", "RUNTIME", "capture", "compare_graphs", "plan_layer", "predict_bytes", "probe_command", "runner"]
+__all__ += ["session", "write"]
 
 
 def session(folder: Path, threads: int, exact: bool = False) -> Session:
-    """A written folder in ONNX Runtime; exact: see `Session`."""
-    return Session(folder, threads, exact=exact)
+    """A written folder in ONNX Runtime, the graph that decodes faster where it has two; exact: see `Session`."""
+    return Session(folder, threads, exact=exact, graph=preferred(folder))
+
+
+def runner(session: Session, folder: Path) -> Runner:
+    """Batches through a session."""
+    return SharedRunner(session, folder) if session.shares_cache else Runner(session, folder)
 
 
 def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
@@ -65,13 +75,19 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
         return weights + model.plain_bytes + IMAGE_BYTES + len(specs) * IMAGE_LAYER_BYTES + quantized * DECODED_BYTES
     side = sum(path.stat().st_size for path in model.side_files()) + CONFIG_BYTES
     layers = sum(isinstance(choice, Choice) for choice in choices)
-    return weights + model.plain_bytes + side + GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES
+    graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES
+    if model.task is Task.CAUSAL_LM and cache_shapes(model.config)[0][1] % grouped_query.STEP == 0:
+        graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES
+    return weights + model.plain_bytes + side + graphs
 
 
 # Fitted on the graphs of tests/test_plan.py: bytes of model.onnx besides weights, and of the two JSON files.
 CONFIG_BYTES = 2_500
 GRAPH_BASE_BYTES = 8_000
 GRAPH_LAYER_BYTES = 1_900
+# and of model_gqa.onnx
+SHARED_BASE_BYTES = 8_000
+SHARED_LAYER_BYTES = 1_700
 # The same of image classifiers (the test's own CNN, resnet20 and resnet44): nodes of a layer, and what decoding adds.
 IMAGE_BYTES = 800
 IMAGE_LAYER_BYTES = 720
@@ -88,26 +104,44 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     runtime = profile.runtime(RUNTIME)
     choices = {name: require(spec, runtime, profile.id) for name, spec in model.structure.layers.items()}
     document = onnx.load_from_string(graph or capture(model, profile))
-    lowered = ir.from_proto(document)
     sources = {
         user: Source(spec, choices[name], _reader(model, spec))
         for name, spec in model.structure.layers.items()
         for user in spec.users
     }
-    _lower(lowered, sources, model)
+    folder.mkdir(parents=True, exist_ok=True)
+    reason = grouped_query.refusal(ir.from_proto(document).graph, runtime) if model.task is Task.CAUSAL_LM else ""
+    portable = _document(document, sources, model, runtime, fusions.attend(runtime))
+    if reason:
+        portable.metadata_props[REASON] = reason
+    ir.save(portable, folder / GRAPH, external_data=DATA)
+    (folder / SHARED).unlink(missing_ok=True)
+    shared = model.task is Task.CAUSAL_LM and not reason
+    if shared:
+        second = _document(document, sources, model, runtime, grouped_query.attention)
+        grouped_query.refer(second, ir.load(folder / GRAPH), DATA)
+        ir.save(second, folder / SHARED)
+    files.write(model, folder, shared)
+    operators = Counter(choice.operator for choice in choices.values())
+    plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
+    bounds = experts.bounds(choices, model.structure.layers)
+    return Lowered(folder, dict(sorted(operators.items())), plain, bounds)
+
+
+def _document(
+    document: onnx.ModelProto, sources: Mapping[str, Source], model: Model, runtime: Runtime, attend: Attend
+) -> ir.Model:
+    """The captured graph, every placeholder lowered. attend: how an attention with or without a cache is."""
+    lowered = ir.from_proto(document)
+    lower(lowered, sources, model, attend)
+    fusions.fuse(lowered, runtime)
     _open_cache_inputs(lowered.graph)
     lowered.ir_version = runtime.ir_version
     lowered.producer_name = "compress"
     lowered.producer_version = None
     lowered.opset_imports.pop(DOMAIN, None)
     lowered.opset_imports[MICROSOFT] = 1
-    folder.mkdir(parents=True, exist_ok=True)
-    ir.save(lowered, folder / GRAPH, external_data=DATA)
-    files.write(model, folder)
-    operators = Counter(choice.operator for choice in choices.values())
-    plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
-    bounds = experts.bounds(choices, model.structure.layers)
-    return Lowered(folder, dict(sorted(operators.items())), plain, bounds)
+    return lowered
 
 
 def _open_cache_inputs(graph: ir.Graph) -> None:
@@ -127,7 +161,10 @@ def _reader(model: Model, spec: LayerSpec) -> Any:
     return lambda: model.layer(spec)
 
 
-def _lower(document: ir.Model, sources: Mapping[str, Source], model: Model) -> None:
+def lower(
+    document: ir.Model, sources: Mapping[str, Source], model: Model, attend: Attend = attention.attention
+) -> None:
+    """Turn parameters into initializers and each placeholder into its lowering's nodes, in place. sources: by user."""
     graph = document.graph
     builder = GraphBuilder(graph)
     _parameters_to_initializers(graph, builder, model)
@@ -137,7 +174,7 @@ def _lower(document: ir.Model, sources: Mapping[str, Source], model: Model) -> N
             continue
         if node.op_type == "Attention":
             place = builder.at(node.name or "attention")
-            values = attention.attention(place, node, inputs["input_ids"], inputs["attention_mask"])
+            values = attend(place, node, inputs["input_ids"], inputs["attention_mask"])
         elif node.op_type == "Experts":
             place = builder.at(node.attributes["layer"].as_string())
             values = [experts.lower(place, node, sources)]
@@ -147,7 +184,6 @@ def _lower(document: ir.Model, sources: Mapping[str, Source], model: Model) -> N
             values = [_lower_layer(place, node, sources[user])]
         _replace(graph, node, place.nodes, values)
     qdq_edges.close(builder)
-    norms.keep_apart(graph)
 
 
 def _lower_layer(builder: GraphBuilder, node: ir.Node, source: Source) -> ir.Value:

@@ -1,0 +1,167 @@
+"""Measure a machine: its memory, its matrix rates, and each format's kernel; the result is a hardware profile.
+
+Kernels are timed against the same layer in float32, in alternating rounds, so that what disturbs one disturbs both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from compress import hwprofiles, kernel_probe
+from compress.errors import UnsupportedError, UsageError
+from compress.hwprofiles import Profile
+from compress.kernel_probe import Probe
+from compress.measure import thread_count
+from compress.progress import Progress
+from compress.store import write_text
+
+SIZE = 2048
+BATCHES = {"decode": 1, "prefill": 64}
+ROUNDS = 15
+READ_BYTES = 1 << 28
+MATRIX = 1024
+# A kernel is `fast` where neither decode nor prefill is slower than float32 by more than this, and one is quicker.
+SLOWER, QUICKER = 0.95, 1.2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def calibrate(base: Profile, name: str, *, size: int = SIZE, progress: Progress | None = None) -> Profile:
+    """A profile of this machine: `base`, which fits its kind, with measured numbers in place of those of the class.
+
+    Args: name: the new profile's id; size: inputs and outputs of the layers that are timed (a multiple of 32).
+    Raises: UnsupportedError where the base is of another kind of machine.
+    """
+    if base.kind != "cpu" or base.cpu is None:
+        raise UnsupportedError(
+            f"{base.id} is a profile of kind {base.kind}; calibrate measures the CPU that it runs on. Give one of "
+            "kind cpu."
+        )
+    quiet = progress or Progress(quiet=True)
+    threads = thread_count(base)
+    here, today = hwprofiles.machine_summary(), datetime.now(UTC).date().isoformat()
+    told = f"{here['cpu']}, {threads} thread(s), {today}"
+    content = base.model_dump(mode="json")
+    quiet.tick("Measuring memory and matrices", 0, 2)
+    content["memory"]["bandwidth_gb_s"] = _figure(read_bandwidth(threads), f"read by torch: {told}")
+    content["memory"]["capacity_bytes"] = _capacity(told) or content["memory"]["capacity_bytes"]
+    content["peak"]["dense_gflops_per_core"] |= {
+        key: _figure(matrix_gflops(dtype, threads) / threads, f"{MATRIX}x{MATRIX} products by torch: {told}")
+        for key, dtype in DTYPES.items()
+    }
+    quiet.tick("Measuring memory and matrices", 2, 2)
+    ratios = kernel_ratios(size, threads, quiet)
+    runtime = content["runtimes"].get("onnxruntime")
+    for entry in runtime["formats"] if runtime else []:
+        _measured(entry, ratios, f"{size}x{size} at batch 1 and {BATCHES['prefill']}, onnxruntime: {told}")
+    content |= {"id": name, "name": f"{here['cpu']}, measured", "detect": None}
+    return Profile.model_validate(content)
+
+
+def require_new(path: Path) -> None:
+    """Raises: UsageError where a profile cannot be written: told before a minute of measuring."""
+    if path.suffix not in {".yaml", ".yml"}:
+        raise UsageError(f"{path}: a profile is a .yaml file. Give -o my-machine.yaml.")
+    if path.exists():
+        raise UsageError(f"{path} exists. Remove it, or give another -o.")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder. Make it, or give another -o.")
+
+
+def write(profile: Profile, path: Path) -> None:
+    """As a file that `--profile` takes."""
+    text = yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    write_text(path, text)
+
+
+def read_bandwidth(threads: int) -> float:
+    """GB/s of reading memory once, the best of several: noise only takes away."""
+    values = torch.ones(READ_BYTES // 4)
+    with _threads(threads):
+        return READ_BYTES / 1e9 / min(_seconds(values.sum) for _ in range(7))
+
+
+def matrix_gflops(dtype: torch.dtype, threads: int) -> float:
+    """Billions of operations a second of a matrix product in torch, a multiply-add being two; the best of several."""
+    left = torch.ones(MATRIX, MATRIX, dtype=dtype)
+    with _threads(threads):
+        return 2 * MATRIX**3 / 1e9 / min(_seconds(lambda: left @ left) for _ in range(7))
+
+
+def kernel_ratios(size: int, threads: int, progress: Progress) -> dict[tuple[str, int], dict[str, float]]:
+    """(use, bits) → how many times faster than float32 the kernel is, for decode and prefill; those that fail are
+    left out."""
+    plain, *others = kernel_probe.probes(size)
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for place, probe in enumerate(others):
+        progress.tick("Timing kernels", place, len(others))
+        if probe.use != "weight_and_static_activation" and not kernel_probe.check(probe, threads).problem:
+            found[probe.use, probe.bits] = {
+                phase: ratio(plain, probe, batch, threads) for phase, batch in BATCHES.items()
+            }
+    progress.tick("Timing kernels", len(others), len(others))
+    return found
+
+
+def ratio(plain: Probe, probe: Probe, batch: int, threads: int) -> float:
+    """Median of the paired ratios of time, plain to probe, over alternating rounds."""
+    calls = [_call(each, batch, threads) for each in (plain, probe)]
+    for call in calls:
+        call()
+    pairs = [[_seconds(call) for call in calls] for _ in range(ROUNDS)]
+    return statistics.median(first / second for first, second in pairs)
+
+
+def _call(probe: Probe, batch: int, threads: int) -> Callable[[], Any]:
+    session, _ = kernel_probe.open_probe(probe, threads)
+    feeds = {"x": probe.make(batch)}
+    return lambda: session.run(None, feeds)
+
+
+def _measured(entry: dict[str, Any], ratios: dict[tuple[str, int], dict[str, float]], told: str) -> None:
+    """Fill in one line of a profile's table, where all its widths were timed; a stored width may be wider."""
+    widths = [entry["stored_bits"] or bits for bits in entry["bits"]]
+    found = [ratios.get((entry["use"], bits)) for bits in widths]
+    if not found or None in found:
+        return
+    worst = {phase: min(each[phase] for each in found if each) for phase in BATCHES}
+    fast = min(worst.values()) >= SLOWER and max(worst.values()) >= QUICKER
+    figures = ", ".join(f"{phase} {value:.2g}x float32" for phase, value in worst.items())
+    entry |= {"state": "fast" if fast else "works", "evidence": "measured", "note": figures, "source": told}
+
+
+def _capacity(told: str) -> dict[str, Any] | None:
+    from compress.memory import allowed_memory
+
+    allowed = allowed_memory()
+    return None if allowed is None else {"value": allowed, "state": "measured", "source": f"of the system: {told}"}
+
+
+def _figure(value: float, source: str) -> dict[str, Any]:
+    return {"value": float(f"{value:.3g}"), "state": "measured", "source": source}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+class _threads:  # noqa: N801 (a context, used like a function)
+    """Meanwhile torch uses so many threads."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.before = count, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *_: Sequence[object]) -> None:
+        torch.set_num_threads(self.before)

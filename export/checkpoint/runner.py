@@ -1,0 +1,71 @@
+"""Batches through a checkpoint in torch: padded on the left, with transformers' own cache."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compress.export.checkpoint.runtime import Session
+from compress.target import Placement
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class Runner:
+    """See compress.target.Runner."""
+
+    def __init__(self, session: Session, folder: Path) -> None:
+        self._session, self._folder = session, folder
+        self._mask: Ids = np.zeros((0, 0), np.int64)
+        self._cache: Any = None
+        taken = inspect.signature(session.model.forward).parameters
+        self._takes_positions, self._takes_last = "position_ids" in taken, "logits_to_keep" in taken
+
+    @property
+    def placement(self) -> Placement:
+        """See compress.target.Runner."""
+        device = next(self._session.model.parameters()).device
+        name = self._session.name.replace(" CPU", "", 1)
+        return Placement(name, f"torch {device}", self._session.threads, self._folder.name)
+
+    def start(self, ids: Ids, mask: Ids) -> Floats:
+        """See compress.target.Runner."""
+        self._mask, self._cache = mask, None
+        return self._run(ids)
+
+    def step(self, tokens: Ids, alive: NDArray[np.bool_]) -> Floats:
+        """See compress.target.Runner."""
+        self._mask = np.concatenate([self._mask, alive[:, None].astype(np.int64)], axis=1)
+        return self._run(tokens[:, None])
+
+    @torch.no_grad()
+    def hidden(self, ids: Ids, mask: Ids) -> Floats:
+        """See compress.target.Runner."""
+        with self._session.running():
+            output = self._session.model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+        result: Floats = output.last_hidden_state.float().numpy()
+        return result
+
+    @torch.no_grad()
+    def _run(self, ids: Ids) -> Floats:
+        mask = torch.from_numpy(self._mask)
+        more: dict[str, Any] = {"logits_to_keep": 1} if self._takes_last else {}
+        if self._takes_positions:
+            more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with self._session.running():
+            output = self._session.model(
+                input_ids=torch.from_numpy(ids),
+                attention_mask=mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                **more,
+            )
+        self._cache = output.past_key_values
+        result: Floats = output.logits[:, -1].float().numpy()
+        return result

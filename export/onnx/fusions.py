@@ -1,0 +1,36 @@
+"""What is rewritten in a lowered graph so that ONNX Runtime fuses what is faster fused, and only that.
+
+Its own optimizer runs when the graph is loaded: it makes QuickGelu of x · sigmoid(x) and one operator of a LayerNorm or
+an RMSNorm, and folds scales into products. The rewrites bring to the form it looks for what it misses, and keep from
+that form what its CPU kernels compute slower fused. They write standard operators only, and depend on the structure
+alone: a variant is rewritten as its baseline is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from compress.export.onnx import attention, gelu, multi_head, norms
+from compress.export.onnx.graph import GraphBuilder
+from compress.hwprofiles import Runtime
+
+REWRITES = (norms.as_quotients, norms.keep_apart, gelu.as_operators, gelu.keep_apart)
+CPU = "CPUExecutionProvider"
+
+
+def attend(runtime: Runtime) -> Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]:
+    """How attention is lowered in the form the runtime is fastest at; see `attention.attention` for the arguments."""
+    return multi_head.attention if runtime.provider == CPU else attention.attention
+
+
+def fuse(document: ir.Model, runtime: Runtime) -> None:
+    """Rewrite a lowered graph in place, for the CPU only: the kernels were timed there."""
+    if runtime.provider != CPU:
+        return
+    builder = GraphBuilder(document.graph)
+    for rewrite in REWRITES:
+        rewrite(builder)
+    RemoveUnusedNodesPass()(document)

@@ -1,0 +1,59 @@
+"""The two graphs of a folder against each other: the portable one and the one with GroupQueryAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.export.onnx.runtime import PORTABLE, SHARED, Session
+from compress.target import Session as AnySession
+
+TOKENS, PROMPT = 64, 16
+
+
+def compare_graphs(
+    session: AnySession, exact: AnySession, ids: NDArray[np.int64], limit: float, room: int
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether the graph of `session` computes what the folder's other one does, and notes that tell by how much.
+
+    Logits are compared teacher-forced without the kernels' own rounding, and greedy tokens with it, decoded through
+    the caches. Tokens may part only where the margin is within what rounding was seen to move.
+    Args: session, exact: as verification loaded them; ids (rows, length); limit: largest relative difference of
+    logits; room: positions that the model has. Nothing is compared where the folder has one graph.
+    """
+    assert isinstance(session, Session) and isinstance(exact, Session)
+    if not session.is_decoder or not (session.folder / SHARED).is_file():
+        return True, ()
+    name = PORTABLE if session.shares_cache else SHARED
+    apart = _apart(exact, Session(session.folder, session.threads, exact=True, graph=name), ids)
+    other = Session(session.folder, session.threads, graph=name)
+    prompt = ids[0, : max(1, min(PROMPT, room - 1))].tolist()
+    count = min(TOKENS, room - len(prompt))
+    first, second = session.greedy(prompt, count), other.greedy(prompt, count)
+    where = next((place for place, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]), None)
+    told = f"{session.graph} and {name}: largest relative difference {apart:.2g} on {ids.size} positions (bound "
+    if where is None:
+        return apart <= limit, (f"{told}{limit:g}), the same {count} greedy tokens",)
+    margin = _margin(other, [*prompt, *first[:where]], (first[where], second[where]))
+    moved = _apart(session, other, ids)
+    note = f"greedy tokens part at {where}, margin {margin:.2g} of the largest logit (rounding moves {moved:.2g})"
+    return apart <= limit and margin <= 2 * moved, (f"{told}{limit:g})", note)
+
+
+def _apart(first: Session, second: Session, ids: NDArray[np.int64]) -> float:
+    """Largest difference of logits as a share of the largest logit; infinite where one is no number."""
+    widest = scale = 0.0
+    for row in ids:
+        one, other = first.logits(row[None]), second.logits(row[None])
+        difference = float(np.abs(one - other).max())
+        widest = max(widest, difference if np.isfinite(difference) else np.inf)
+        scale = max(scale, float(np.abs(one).max()))
+    return widest / (scale or 1.0)
+
+
+def _margin(session: Session, ids: Sequence[int], tokens: tuple[int, int]) -> float:
+    """By how much two tokens differ after ids, as a share of the largest logit there."""
+    last = session.logits(np.asarray([ids], np.int64))[0, -1]
+    return float(abs(last[tokens[0]] - last[tokens[1]]) / (np.abs(last).max() or 1.0))

@@ -1,0 +1,152 @@
+"""Quantized layers in the form that TensorRT knows: QuantizeLinear and DequantizeLinear in front of MatMul and Conv.
+
+Codes stand in the file as the type that they are (INT8, INT4, FLOAT8E4M3FN, FLOAT4E2M1), input columns first, so that
+DequantizeLinear feeds the product directly and blocks run along the first axis. TensorRT is strongly typed: the scales'
+type is that of the product, float16 unless a scale is too small for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from compress import floats
+from compress.export.onnx import conv as convolution
+from compress.export.onnx.float_matmul import add_bias, float_bias
+from compress.export.onnx.graph import GraphBuilder
+from compress.export.onnx.lowering import Source
+from compress.export.tensorrt.rules import EngineChoice
+from compress.formats.base import QuantTensor
+from compress.formats.float_grid import FloatGrid
+from compress.formats.int_grid import IntGrid
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+SMALLEST = 2.0**-17
+"""Scales from here on are within 0.4 % in float16, whose numbers thin out below 2^-14."""
+CODES = {"INT8": ir.DataType.INT8, "INT4": ir.DataType.INT4, "FP8": ir.DataType.FLOAT8E4M3FN}
+CODES["FP4"] = ir.DataType.FLOAT4E2M1
+
+
+def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
+    """values (…, in) → (…, out)."""
+    rows, columns = source.spec.shape
+    kind = _compute(source)
+    weight = _weight(graph, source, lambda codes: codes.T, (columns, rows), axis=1)
+    out = graph.node("MatMul", [_input(graph, source, values), weight], dtype=kind)
+    return add_bias(graph, source, _cast(graph, out, kind, FLOAT))
+
+
+def conv(graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node) -> ir.Value:
+    """values (batch, channels, h, w) → (batch, out, h', w'); node: the placeholder."""
+    shape, kind = convolution.weight_shape(source.spec), _compute(source)
+    weight = _weight(graph, source, lambda codes: codes.reshape(shape), shape, axis=0)
+    bias = float_bias(graph, source)
+    inputs = [_input(graph, source, values), weight, None if bias is None else _cast(graph, bias, FLOAT, kind)]
+    out = graph.node("Conv", inputs, convolution.attributes(node), dtype=kind)
+    return _cast(graph, out, kind, FLOAT)
+
+
+def _compute(source: Source) -> ir.DataType:
+    """Type of a layer's scales and product."""
+    assert isinstance(source.choice, EngineChoice)
+    if source.choice.compute != "float16":
+        return FLOAT
+    smallest = min(float(scale.min()) for scale in _scales(source))
+    return HALF if smallest >= SMALLEST else FLOAT
+
+
+def _scales(source: Source) -> list[Tensor]:
+    layer = source.read()
+    assert isinstance(layer.weight, QuantTensor)
+    found = [decoded(layer.weight)[1]]
+    if "global_scale" in layer.weight.tensors:
+        found.append(1.0 / layer.weight.tensors["global_scale"].float())
+    if layer.act is not None and layer.act.params is not None:
+        found.append(layer.act.params["scale"].float())
+    return found
+
+
+def decoded(weight: QuantTensor) -> tuple[Tensor, Tensor]:
+    """What the codes stand for, (out, in), int8 or float32, and their scales (out, groups) float32, 1 for a group of
+    zeros: TensorRT wants scales above 0."""
+    form = weight.format
+    if isinstance(form, IntGrid):
+        stored, scale, zero = form.unpack(weight.tensors, weight.shape)
+        codes = (stored.to(torch.int16) - zero[:, :1].to(torch.int16)).to(torch.int8)
+    else:
+        assert isinstance(form, FloatGrid)
+        stored, scale = form.unpack(weight.tensors, weight.shape)
+        codes = floats.decode(stored, form.kind)
+    filled = (codes.reshape(*scale.shape, -1) != 0).any(-1)
+    return codes, torch.where(filled, scale.float(), 1.0)
+
+
+def _weight(
+    graph: GraphBuilder, source: Source, turn: Callable[[Tensor], Tensor], shape: tuple[int, ...], axis: int
+) -> ir.Value:
+    """The decoded weight in the product's type. turn: codes (out, in) → shape; axis: of the output channels."""
+    name, kind = f"{source.spec.name}.weight", _compute(source)
+    (rows, columns), block = source.spec.shape, source.choice.block
+
+    def read() -> QuantTensor:
+        weight = source.read().weight
+        assert isinstance(weight, QuantTensor)
+        return weight
+
+    stored = CODES[source.choice.operator.split()[1]]
+    codes = graph.typed(f"{name}.codes", lambda: turn(decoded(read())[0]), stored, shape)
+    form = source.spec.format
+    if isinstance(form, FloatGrid) and form.shares_peak:
+        scale = _two_levels(graph, source, read, kind)
+    elif block:
+        scale = graph.typed(f"{name}.scale", lambda: decoded(read())[1].T, kind, (columns // block, rows))
+    else:
+        scale = graph.typed(f"{name}.scale", lambda: decoded(read())[1][:, 0], kind, (rows,))
+    attributes = {"axis": 0, "block_size": block} if block else {"axis": axis}
+    return graph.node("DequantizeLinear", [codes, scale], attributes, dtype=kind)
+
+
+def _two_levels(graph: GraphBuilder, source: Source, read: Callable[[], QuantTensor], kind: ir.DataType) -> ir.Value:
+    """NVFP4's scales (blocks, out): FP8 times one float for the tensor."""
+    (rows, columns), name = source.spec.shape, f"{source.spec.name}.weight"
+
+    def blocks() -> Tensor:
+        return read().tensors["scale"].view(torch.float8_e4m3fn).float().T
+
+    shape = (columns // source.choice.block, rows)
+    inner = graph.typed(f"{name}.scale", blocks, ir.DataType.FLOAT8E4M3FN, shape)
+    outer = graph.typed(f"{name}.global_scale", lambda: 1.0 / read().tensors["global_scale"].float()[0], kind, ())
+    return graph.node("DequantizeLinear", [inner, outer], dtype=kind)
+
+
+def _input(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
+    """What the product reads: values, rounded to the layer's grid if it has one, in the product's type."""
+    kind = _compute(source)
+    if source.spec.act is None:
+        return _cast(graph, values, FLOAT, kind)
+    act = source.read().act
+    assert act is not None and act.params is not None
+    number = np.float16 if kind is HALF else np.float32
+    scale = graph.constant(float(act.params["scale"]), number)
+    whole = isinstance(act.format, IntGrid)
+    kinds = ir.DataType.INT8 if whole else ir.DataType.FLOAT8E4M3FN
+    key = ("rounded", values, scale, kinds)
+    if key not in graph.shared:
+        zero = graph.typed(f"zero_{kinds.name.lower()}", lambda: torch.zeros((), dtype=torch.int8), kinds, ())
+        codes = graph.node("QuantizeLinear", [_cast(graph, values, FLOAT, kind), scale, zero], dtype=kinds)
+        graph.shared[key] = graph.node("DequantizeLinear", [codes, scale, zero], dtype=kind)
+    return graph.shared[key]
+
+
+def _cast(graph: GraphBuilder, value: ir.Value, have: ir.DataType, want: ir.DataType) -> ir.Value:
+    """The same value in another type; layers that read one tensor share the node."""
+    if have is want:
+        return value
+    key = ("cast", value, want)
+    if key not in graph.shared:
+        graph.shared[key] = graph.node("Cast", [value], {"to": want.value}, dtype=want)
+    return graph.shared[key]

@@ -1,0 +1,133 @@
+"""The graph of an engine in ONNX Runtime on the CPU: what can be known of its numbers without the chip.
+
+The same graph, with its types and its rounding; only FP4 weights, for which ONNX Runtime has no kernel, are decoded
+by numpy beforehand. Speed here says nothing of the engine, so nothing is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import InputError, UnsupportedError
+from compress.export.onnx.files import GRAPH
+from compress.export.onnx.runtime import load_onnxruntime
+from compress.export.tensorrt import record
+
+TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+
+
+class Session:
+    """See compress.target.Session. `built_for` names the engine's runtime, `name` what computes here.
+
+    Raises: InputError when the graph does not load.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.record = record.read(folder)
+        ort = load_onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        # its own fusions of Q/DQ round otherwise than the graph says
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            graph = readable(folder)
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnx and onnxruntime raise kinds of their own
+            raise InputError(f"onnxruntime {ort.__version__} cannot load {folder / GRAPH} ({error}).") from error
+        self.level, self.notes, self.built_for = self.record.level, self.record.notes, self.record.runtime
+        self.name = f"onnxruntime {ort.__version__} CPU, the engine's graph"
+        self._outputs = [item.name for item in self._session.get_outputs()]
+        inputs = self._session.get_inputs()
+        self._cache = {
+            item.name: (int(item.shape[1]), int(item.shape[3]), TYPES[item.type])
+            for item in inputs
+            if item.name.startswith("past_key_values.")
+        }
+        self._images = inputs[0].name == "images"
+        self.is_decoder = self._outputs[0] == "logits" and not self._images
+
+    def _feeds(self, ids: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        if self._images:
+            return {"images": ids}
+        batch, length = ids.shape
+        feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, length), np.int64)}
+        for name, (heads, size, kind) in self._cache.items():
+            feeds[name] = np.zeros((batch, heads, 0, size), kind)
+        return feeds
+
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """See compress.target.Session."""
+        found: NDArray[np.float32] = self._session.run([self._outputs[0]], self._feeds(ids))[0]
+        return found
+
+    def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
+        """See compress.target.Session."""
+        feeds, tokens = self._feeds(np.asarray([list(prompt)], np.int64)), list[int]()
+        for _ in range(count):
+            logits, *present = self._session.run(self._outputs, feeds)
+            tokens.append(int(logits[0, -1].argmax()))
+            if tokens[-1] in stop:
+                break
+            seen = feeds["attention_mask"].shape[1] + 1
+            feeds = {"input_ids": np.asarray([tokens[-1:]], np.int64), "attention_mask": np.ones((1, seen), np.int64)}
+            feeds |= dict(zip(self._cache, present, strict=True))
+        return tokens
+
+    def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
+        """Raises: UnsupportedError; a time here would be mistaken for the engine's."""
+        raise not_timed(self.record.runtime)
+
+
+def not_timed(runtime: str) -> UnsupportedError:
+    """Why there is no figure of speed."""
+    return UnsupportedError(f"An engine of {runtime} cannot be timed on this machine: it runs on that chip only.")
+
+
+def readable(folder: Path) -> bytes:
+    """The graph without its weights, for ONNX Runtime: each FP4 weight as the float16 or float32 that it stands for."""
+    import onnx
+
+    document = onnx.load(str(folder / GRAPH), load_external_data=False)
+    fp4 = {each.name: each for each in document.graph.initializer if each.data_type == onnx.TensorProto.FLOAT4E2M1}
+    if fp4:
+        _decode_fp4(document, fp4, folder)
+    return bytes(document.SerializeToString())
+
+
+def _decode_fp4(document: Any, fp4: dict[str, Any], folder: Path) -> None:
+    from onnx import external_data_helper, numpy_helper
+
+    stored = {each.name: each for each in document.graph.initializer}
+
+    def array(tensor: Any) -> NDArray[np.float32]:
+        if tensor.data_location == tensor.EXTERNAL:
+            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            tensor.data_location = tensor.DEFAULT
+            del tensor.external_data[:]
+        return np.asarray(numpy_helper.to_array(tensor), np.float32)
+
+    made = {node.output[0]: node for node in document.graph.node}
+    for node in list(document.graph.node):
+        if node.op_type != "DequantizeLinear" or node.input[0] not in fp4:
+            continue
+        attributes = {each.name: each.i for each in node.attribute}
+        scale, inner = stored.get(node.input[1]), made.get(node.input[1])
+        if scale is not None:
+            scales, kind = array(scale), scale.data_type
+        else:  # two levels: the scales are codes themselves
+            assert inner is not None
+            outer = stored[inner.input[1]]
+            scales, kind = array(stored[inner.input[0]]) * array(outer), outer.data_type
+        values = array(fp4[node.input[0]]) * np.repeat(scales, attributes["block_size"], axis=attributes["axis"])
+        number = np.float16 if kind == fp4[node.input[0]].FLOAT16 else np.float32
+        document.graph.initializer.append(numpy_helper.from_array(values.astype(number), node.output[0]))
+        document.graph.node.remove(node)
+    for name in fp4:
+        document.graph.initializer.remove(fp4[name])

@@ -1,0 +1,191 @@
+"""The `tensorrt` target: the captured graph in TensorRT's types, checked first, and an engine built from it.
+
+See compress.target.Target. Engines are built by TensorRT-RTX ahead of time, without a GPU, for the compute
+capabilities that it offers; for others the folder holds the graph and build_command.txt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from compress.errors import UnsupportedError, UsageError
+from compress.export.onnx import experts, files, transforms
+from compress.export.onnx import target as portable
+from compress.export.onnx.capture import capture_graph
+from compress.export.onnx.interfaces import DOMAIN
+from compress.export.onnx.lowering import Source
+from compress.export.tensorrt import builder, record, rules, shapes
+from compress.export.tensorrt.half import halve, halve_cache
+from compress.export.tensorrt.runtime import Session, not_timed
+from compress.hwprofiles import Profile, Runtime
+from compress.layer import LayerSpec
+from compress.model import Model, Task
+from compress.target import Lowered, Refusal
+
+RUNTIME = rules.RTX
+FOLDER = "tensorrt"
+TIMED_HERE = False
+COMMAND = "build_command.txt"
+FP4_OPSET, FP4_IR = 23, 11
+# Fitted on models of 1 to 8 blocks (TensorRT-RTX 1.7.1): code in an engine, of the whole and per layer. A decoder has
+# two optimization profiles, each with code of its own.
+ENGINE_BYTES = {Task.CAUSAL_LM: 2_000_000, Task.ENCODER: 900_000}
+ENGINE_LAYER_BYTES = {Task.CAUSAL_LM: 310_000, Task.ENCODER: 190_000}
+IMAGE_ENGINE_BYTES, IMAGE_ENGINE_LAYER_BYTES = 300_000, 120_000
+RECORD_BYTES = 2_000
+
+# the interface of compress.target
+__all__ = ["FOLDER", "RUNTIME", "TIMED_HERE", "capture", "plan_layer", "predict_bytes", "probe_command"]
+__all__ += ["require_tools", "session", "write", "write_baseline"]
+
+
+def _builds(profile: Profile) -> bool:
+    """Whether an engine is built here, by TensorRT-RTX."""
+    return rules.RTX in profile.runtimes and profile.gpu is not None and profile.gpu.sm in builder.CAPABILITIES
+
+
+def require_tools(profile: Profile) -> None:
+    """Raises: UnsupportedError where an engine is to be built and TensorRT-RTX is missing; UsageError for a profile
+    of another kind of machine."""
+    _runtime(profile)
+    if _builds(profile):
+        builder.load_module()
+
+
+def _runtime(profile: Profile) -> Runtime:
+    found = rules.runtime_of(profile)
+    if isinstance(found, Refusal):
+        raise UsageError(f"The tensorrt target cannot export for profile {profile.id}: {found.reason}.")
+    return found
+
+
+def plan_layer(spec: LayerSpec, profile: Profile) -> rules.EngineChoice | Refusal:
+    """See Target: the rules of TensorRT and the formats of the chip, without building anything."""
+    return rules.choose(spec, profile)
+
+
+def capture(model: Model, profile: Profile) -> bytes:
+    """See Target. Raises: UnsupportedError where the model cannot be traced."""
+    return capture_graph(model, _runtime(profile).opset)
+
+
+def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
+    """See Target: the graph and its weights, and the engine with the same again."""
+    specs = list(specs)
+    choices = [choice for spec in specs if not isinstance(choice := plan_layer(spec, profile), Refusal)]
+    weights = sum(choice.stored_bytes for choice in choices) + model.plain_bytes + transforms.stored_bytes(specs)
+    graph = weights + portable.GRAPH_BASE_BYTES + len(choices) * portable.GRAPH_LAYER_BYTES + RECORD_BYTES
+    side = sum(path.stat().st_size for path in model.side_files())
+    base = ENGINE_BYTES.get(model.task, IMAGE_ENGINE_BYTES)
+    engine = weights + base + len(choices) * ENGINE_LAYER_BYTES.get(model.task, IMAGE_ENGINE_LAYER_BYTES)
+    return graph + side + (engine if _builds(profile) else 0)
+
+
+def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
+    """See Target. Raises: UsageError, UnsupportedError naming the layer that TensorRT does not take."""
+    require_tools(profile)
+    return _write(model, profile, folder, graph, _builds(profile))
+
+
+def write_baseline(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
+    """The same without an engine: of the baseline, which is never deployed, only the graph runs here."""
+    return _write(model, profile, folder, graph, builds=False)
+
+
+def _write(model: Model, profile: Profile, folder: Path, graph: bytes | None, builds: bool) -> Lowered:
+    specs = model.structure.layers
+    choices = _require(specs, profile)
+    document = ir.from_proto(onnx.load_from_string(graph or capture(model, profile)))
+    _lower(document, model, choices, _runtime(profile))
+    folder.mkdir(parents=True, exist_ok=True)
+    ir.save(document, folder / files.GRAPH, external_data=files.DATA)
+    files.write(model, folder, shared=False)
+    (folder / "genai_config.json").unlink(missing_ok=True)  # whose runtime does not read this cache
+    made = _build(model, profile, folder, builds)
+    made.write(folder)
+    operators = Counter(choice.operator for choice in choices.values())
+    plain = tuple(name for name, spec in specs.items() if spec.format is None)
+    bounds = experts.bounds(choices, specs)
+    deployed = made.engine_bytes or made.graph_bytes
+    return Lowered(folder, dict(sorted(operators.items())), plain, bounds, deployed)
+
+
+def _require(specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, rules.EngineChoice]:
+    choices: dict[str, rules.EngineChoice] = {}
+    for name, spec in specs.items():
+        answer = plan_layer(spec, profile)
+        if isinstance(answer, Refusal):
+            kind = UsageError if answer.usage else UnsupportedError
+            raise kind(f"Layer {name} cannot be exported for profile {profile.id}: {answer.reason}.")
+        choices[name] = answer
+    return choices
+
+
+def _lower(document: ir.Model, model: Model, choices: Mapping[str, rules.EngineChoice], runtime: Runtime) -> None:
+    sources = {
+        user: Source(spec, choices[name], lambda spec=spec: model.layer(spec))  # type: ignore[misc]
+        for name, spec in model.structure.layers.items()
+        for user in spec.users
+    }
+    portable.lower(document, sources, model)
+    if runtime.float_dtype == "float16":
+        halve(document.graph)
+        halve_cache(document.graph)
+    document.opset_imports.pop(DOMAIN, None)
+    seal(document, runtime)
+
+
+def seal(document: ir.Model, runtime: Runtime) -> None:
+    """Opset and IR version of what the graph holds, whose nodes mean the same in both opsets; inputs left out at the
+    end of a node are not named, since the parser takes a convolution without bias only so."""
+    for node in document.graph:
+        given = [place for place, value in enumerate(node.inputs) if value is not None]
+        node.resize_inputs(max(given, default=-1) + 1)
+    four = any(value.dtype is ir.DataType.FLOAT4E2M1 for value in document.graph.initializers.values())
+    document.ir_version = FP4_IR if four else runtime.ir_version
+    document.opset_imports[""] = FP4_OPSET if four else runtime.opset
+    document.producer_name, document.producer_version = "compress", None
+
+
+def _build(model: Model, profile: Profile, folder: Path, builds: bool) -> record.Record:
+    """The engine beside the graph, or the command that makes it."""
+    assert profile.gpu is not None
+    sm, ranges = profile.gpu.sm, shapes.ranges(model, profile)
+    graph_bytes = sum((folder / name).stat().st_size for name in (files.GRAPH, files.DATA) if (folder / name).is_file())
+    engine, name, size = "", "TensorRT", 0
+    if builds:
+        version = str(builder.load_module().__version__)
+        name, engine = f"TensorRT-RTX {version}", f"engines/tensorrt-rtx-{version}-sm{sm}/engine"
+        path = folder / engine
+        path.parent.mkdir(parents=True, exist_ok=True)
+        builder.build(folder / files.GRAPH, sm, shapes.as_json(ranges), path, path.parent / "build.log")
+        size = path.stat().st_size
+    else:
+        (folder / COMMAND).write_text(shapes.build_command(ranges, files.GRAPH, "engine"), encoding="utf8")
+    return record.Record(
+        level="built" if builds else "checked",
+        builder=name,
+        sm=sm,
+        profile=profile.id,
+        compute=_runtime(profile).float_dtype,
+        engine=engine,
+        onnx_sha256=record.digests(folder, (files.GRAPH, files.DATA)),
+        ranges=shapes.as_json(ranges),
+        engine_bytes=size,
+        graph_bytes=graph_bytes,
+    )
+
+
+def session(folder: Path, threads: int, exact: bool = False) -> Session:
+    """See Target: the engine's graph in ONNX Runtime, whose kernels round nothing by themselves."""
+    return Session(folder, threads)
+
+
+def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
+    """Raises: UnsupportedError, since load time and memory are the engine's own."""
+    raise not_timed(record.read(folder).runtime)
