@@ -5,6 +5,7 @@ Kernels are timed against the same layer in float32, in alternating rounds, so t
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ READ_BYTES = 1 << 28
 MATRIX = 1024
 # A kernel is `fast` where neither decode nor prefill is slower than float32 by more than this, and one is quicker.
 SLOWER, QUICKER = 0.95, 1.2
+NAME = r"[a-z0-9][a-z0-9._-]*"
+Ratios = dict[tuple[str, int], dict[str, float] | str]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,6 +72,11 @@ def require_new(path: Path) -> None:
     """Raises: UsageError where a profile cannot be written: told before a minute of measuring."""
     if path.suffix not in {".yaml", ".yml"}:
         raise UsageError(f"{path}: a profile is a .yaml file. Give -o my-machine.yaml.")
+    if not re.fullmatch(NAME, path.stem):
+        raise UsageError(
+            f"{path}: the profile is called as the file, and '{path.stem}' is no name of one. Allowed are small "
+            "letters, digits, '.', '_' and '-', beginning with a letter or digit."
+        )
     if path.exists():
         raise UsageError(f"{path} exists. Remove it, or give another -o.")
     if not path.parent.is_dir():
@@ -95,17 +103,18 @@ def matrix_gflops(dtype: torch.dtype, threads: int) -> float:
         return 2 * MATRIX**3 / 1e9 / min(_seconds(lambda: left @ left) for _ in range(7))
 
 
-def kernel_ratios(size: int, threads: int, progress: Progress) -> dict[tuple[str, int], dict[str, float]]:
-    """(use, bits) → how many times faster than float32 the kernel is, for decode and prefill; those that fail are
-    left out."""
+def kernel_ratios(size: int, threads: int, progress: Progress) -> Ratios:
+    """(use, bits) → how many times faster than float32 the kernel is, for decode and prefill, or what is wrong with
+    it."""
     plain, *others = kernel_probe.probes(size)
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    found: Ratios = {}
     for place, probe in enumerate(others):
         progress.tick("Timing kernels", place, len(others))
-        if probe.use != "weight_and_static_activation" and not kernel_probe.check(probe, threads).problem:
-            found[probe.use, probe.bits] = {
-                phase: ratio(plain, probe, batch, threads) for phase, batch in BATCHES.items()
-            }
+        if probe.use == "weight_and_static_activation":  # a convolution: float32 here is a layer
+            continue
+        problem = kernel_probe.check(probe, threads).problem
+        timed = {phase: ratio(plain, probe, batch, threads) for phase, batch in BATCHES.items()} if not problem else {}
+        found[probe.use, probe.bits] = problem or timed
     progress.tick("Timing kernels", len(others), len(others))
     return found
 
@@ -125,15 +134,21 @@ def _call(probe: Probe, batch: int, threads: int) -> Callable[[], Any]:
     return lambda: session.run(None, feeds)
 
 
-def _measured(entry: dict[str, Any], ratios: dict[tuple[str, int], dict[str, float]], told: str) -> None:
-    """Fill in one line of a profile's table, where all its widths were timed; a stored width may be wider."""
+def _measured(entry: dict[str, Any], ratios: Ratios, told: str) -> None:
+    """Fill in one line of a profile's table, where all its widths were tried; a stored width may be wider."""
     widths = [entry["stored_bits"] or bits for bits in entry["bits"]]
     found = [ratios.get((entry["use"], bits)) for bits in widths]
     if not found or None in found:
         return
-    worst = {phase: min(each[phase] for each in found if each) for phase in BATCHES}
+    problem = next((each for each in found if isinstance(each, str)), None)
+    if problem is not None:
+        entry |= {"state": "no", "evidence": "measured", "note": f"the kernel {problem}", "source": told}
+        return
+    worst = {phase: min(each[phase] for each in found if isinstance(each, dict)) for phase in BATCHES}
     fast = min(worst.values()) >= SLOWER and max(worst.values()) >= QUICKER
-    figures = ", ".join(f"{phase} {value:.2g}x float32" for phase, value in worst.items())
+    blocks = f", with blocks of {kernel_probe.BLOCK}" if entry["blocks"] else ""
+    figures = ", ".join(f"{phase} {value:.2g}x float32" for phase, value in worst.items()) + blocks
+    figures += f". Of the class: {entry['note']}" if entry["note"] and entry["evidence"] != "measured" else ""
     entry |= {"state": "fast" if fast else "works", "evidence": "measured", "note": figures, "source": told}
 
 

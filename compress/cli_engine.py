@@ -91,9 +91,10 @@ def predict(
     ] = None,
     text: Annotated[list[str] | None, typer.Option("--text", help="A text for an encoder; may be repeated.")] = None,
     pool: Annotated[
-        Literal["mean", "cls", "none"], typer.Option("--pool", help="What an encoder's tokens become.")
-    ] = "mean",
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to print per image.")] = 5,
+        Literal["mean", "cls", "none"] | None,
+        typer.Option("--pool", help="What an encoder's tokens become [default: mean]."),
+    ] = None,
+    top: Annotated[int | None, typer.Option("--top", min=1, help="Classes to print per image [default: 5].")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Inputs that go through at once.")] = 1,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write an .npz instead of printing.")] = None,
@@ -117,9 +118,13 @@ def predict(
     if loaded.takes_images:
         if source is None:
             raise UsageError(f"{artifact} is an image classifier. Give --input with an image, a folder or an .npz.")
-        arrays, rows, lines = class_rows(loaded, source, top, batch)
+        if pool is not None or truncate:
+            raise UsageError(f"{artifact} is an image classifier: --pool and --truncate are for texts. Leave them out.")
+        arrays, rows, lines = class_rows(loaded, source, top or 5, batch)
     else:
-        arrays, rows, lines = text_rows(loaded, source, text or [], pool, batch, truncate)
+        if top is not None:
+            raise UsageError(f"{artifact} takes texts: --top is for the classes of images. Leave it out.")
+        arrays, rows, lines = text_rows(loaded, source, text or [], pool or "mean", batch, truncate)
     if out is not None:
         write_arrays(out, arrays)
     content = {"artifact": str(artifact), "placement": asdict(loaded.placement), "count": len(rows)}

@@ -110,8 +110,10 @@ def overwritten(files: dict[str, set[str]]) -> list[Finding]:
 
 
 def _torch() -> list[Finding]:
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: its libraries do not load
+        return [Finding(what="torch", state="failed", text=f"does not import ({error}). Install it again.")]
     layers = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 8))
     with torch.no_grad():
         finite = bool(torch.isfinite(layers(torch.ones(2, 32))).all())
@@ -125,19 +127,24 @@ def _onnxruntime() -> list[Finding]:
 
     try:
         import onnxruntime
-    except ImportError as error:
-        text = f"does not import ({error}). Install exactly one of onnxruntime and onnxruntime-gpu."
+
+        probes = kernel_probe.probes()
+    except (ImportError, OSError) as error:
+        text = f"it or onnx does not import ({error}). Install onnx, and one of onnxruntime and onnxruntime-gpu."
         return [Finding(what="onnxruntime", state="failed", text=text)]
     findings = []
-    for probe in kernel_probe.probes():
+    for probe in probes:
         done = kernel_probe.check(probe)
         name = f"onnxruntime, {probe.name}"
-        if done.problem:
+        if done.problem and done.error is not None and done.error > probe.bound:
+            text = f"{done.problem}: it computes wrongly here, do not use it. Another version of onnxruntime may not"
+            findings.append(Finding(what=name, state="failed", text=text))
+        elif done.problem:
             findings.append(Finding(what=name, state="warning", text=f"{done.problem}: slower, or not usable, here"))
         else:
             kernel = ", ".join(sorted(probe.operators))
             findings.append(Finding(what=name, state="ok", text=f"runs as {kernel}, error {done.error:.1g}"))
-    works = any(one.state == "ok" for one in findings)
+    works = findings[0].state == "ok"  # float32, without which nothing runs
     text = f"onnxruntime {onnxruntime.__version__}, {_providers(onnxruntime)}"
     return [Finding(what="onnxruntime", state="ok" if works else "failed", text=text), *findings]
 

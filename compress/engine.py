@@ -174,4 +174,18 @@ def _batch(prompts: Any) -> list[Any]:
     if not given:
         raise UsageError("No prompt was given.")
     is_one = all(isinstance(part, int | np.integer | Mapping) for part in given)
-    return [given] if is_one else given
+    batch = [given] if is_one else given
+    wrong = next((each for each in batch if not _is_prompt(each)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"A prompt is a text, a list of token ids, or a chat (a list of messages), found {str(wrong)[:60]!r} of "
+            f"type {type(wrong).__name__}."
+        )
+    return batch
+
+
+def _is_prompt(given: Any) -> bool:
+    if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
+        return isinstance(given, str)
+    kinds = (Mapping,) if len(given) and isinstance(given[0], Mapping) else (int, np.integer)
+    return all(isinstance(part, kinds) for part in given)

@@ -96,7 +96,7 @@ class Model:
         """Tokens of the longest sequence that the model has positions for; 0 where it takes none."""
         if self.image is not None:
             return 0
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+        return positions(self.config.get_text_config())
 
     @property
     def source_bytes(self) -> int:
@@ -182,6 +182,22 @@ def config_dtype(config: Any) -> torch.dtype:
     """The dtype a config says its weights are stored in."""
     dtype = getattr(config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+# their position ids begin after the padding token's id
+OFFSET_POSITIONS = {
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "longformer", "xmod"),
+    *("data2vec-text", "ibert", "lilt"),
+}
+
+
+def positions(config: Any) -> int:
+    """Tokens of the longest sequence by a text model's config; a million where it sets no limit."""
+    rows = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    if getattr(config, "model_type", "") not in OFFSET_POSITIONS:
+        return rows
+    padding = getattr(config, "pad_token_id", None)
+    return rows - (1 if padding is None else int(padding)) - 1
 
 
 def load(source: str | Path, *, revision: str | None = None, weights: bool = True) -> Model:

@@ -19,7 +19,7 @@ from compress.export import find as find_target
 from compress.folder import load_tokenizer, parse_config
 from compress.hwprofiles import Profile
 from compress.measure import thread_count
-from compress.model import Model, Task
+from compress.model import Model, Task, positions
 from compress.pictures import ImageInput
 from compress.prompts import Reader
 from compress.target import Runner, Session, Target
@@ -147,11 +147,11 @@ def _opened(
 def _misfit(profile: Profile, target: Target) -> str:
     """Why this machine is not of the profile's kind; empty where it is, or where the profile does not say how this
     target runs (torch decodes a checkpoint anywhere)."""
-    if target.RUNTIME not in profile.runtimes or profile.detect is None:
+    if target.RUNTIME not in profile.runtimes:
         return ""
     facts = hwprofiles.machine()
     flags, here = set(facts.get("flags", "").split()), facts.get("architecture", "unknown")
-    if here not in profile.detect.architecture:
+    if profile.detect is not None and here not in profile.detect.architecture:
         return f"It was made for {profile.id} ({' or '.join(profile.detect.architecture)}); this machine is {here}."
     missing = [flag for flag in profile.isa if flag not in flags]
     return f"It was made for {profile.id}; this machine lacks {', '.join(missing)}." if missing else ""
@@ -165,15 +165,14 @@ def _reader(folder: Path) -> Reader:
     ends = given.get("eos_token_id", getattr(config, "eos_token_id", None))
     if ends is None and tokenizer is not None:
         ends = tokenizer.eos_token_id
-    pad = next(
-        (each for each in (getattr(tokenizer, "pad_token_id", None), config.pad_token_id) if each is not None), 0
-    )
+    marks = (getattr(each, "pad_token_id", None) for each in (tokenizer, config))
+    pad = next((each for each in marks if each is not None), 0)
     vocabulary = int(config.vocab_size)
     return Reader(
         str(folder),
         tokenizer,
         vocabulary,
-        int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        positions(config),
         tuple(int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None),
         int(pad) if 0 <= int(pad) < vocabulary else 0,
     )

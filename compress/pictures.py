@@ -55,8 +55,13 @@ class ImageInput:
     def prepare(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         """Inputs (n, channels, h, w) float32 from uint8 pixels of that shape; floats are inputs already.
 
-        Raises: UsageError where the preprocessing is a function that the artifact does not hold; InputError for NaN.
+        Raises: UsageError for whole numbers of another type, or where the preprocessing is a function that the artifact
+        does not hold; InputError for NaN.
         """
+        if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
+            raise UsageError(
+                f"Images of {pixels.dtype}: allowed are pixels of uint8 (0 to 255), and floats as the model takes them."
+            )
         if pixels.dtype != np.uint8:
             if not bool(np.isfinite(pixels).all()):
                 raise InputError("The images hold NaN or infinite values.")

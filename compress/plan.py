@@ -21,7 +21,7 @@ from compress.measure import thread_count
 from compress.memory import allowed_memory
 from compress.model import Model, Task
 from compress.pipeline import Pipeline, planned
-from compress.predict import Sizes, artifact_bytes, disk_bytes, model_bytes, peak_memory, seconds
+from compress.predict import Sizes, artifact_bytes, deployed_bytes, disk_bytes, model_bytes, peak_memory, seconds
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer, PredictedLatency
 from compress.target import Choice, Refusal, plan_layers
@@ -61,7 +61,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
         other_targets=other_targets(specs, profile) if refused else (),
         refused_settings=bool(refused) and all(choice.usage for choice in refused),
         source_bytes=model.source_bytes,
-        predicted_artifact_bytes=artifact,
+        predicted_artifact_bytes=deployed_bytes(target, specs.values(), model, profile),
         predicted_model_bytes=stored,
         predicted_peak_memory_bytes=memory,
         predicted_disk_bytes=disk_bytes(sizes, specs.values(), model, artifact),
@@ -77,12 +77,14 @@ def _latency(
     if model.image is not None:
         return ()
     runtime = profile.runtimes.get(find_target(profile.target).RUNTIME)
+    # of a chip whose engines are built elsewhere, and of torch, the machine's own type still tells what is fastest
+    own = runtime or next(iter(profile.runtimes.values()))
     return roofline.predict(
         specs.values(),
         {name: choice.stored_bytes for name, choice in choices.items() if not isinstance(choice, Refusal)},
         model.config.get_text_config(),
         profile,
-        float_dtype=runtime.float_dtype if runtime else "float32",
+        float_dtype=own.float_dtype,
         threads=thread_count(profile),
         decodes=model.task is Task.CAUSAL_LM,
         rounded=[name for name, spec in specs.items() if runtime and _rounds_inputs(spec, runtime)],

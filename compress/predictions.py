@@ -16,6 +16,7 @@ from compress.engine import Engine
 from compress.errors import ResourceError
 from compress.prompts import read_texts
 from compress.sampling import softmax
+from compress.store import umask
 
 Arrays = dict[str, NDArray[Any]]
 Rows = tuple[Arrays, list[dict[str, Any]], list[str]]
@@ -58,6 +59,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         with tempfile.NamedTemporaryFile(dir=path.absolute().parent, suffix=".npz", delete=False) as stream:
             name = stream.name
             np.savez(stream, **arrays)  # type: ignore[arg-type]
+        Path(name).chmod(0o666 & ~umask())  # a temporary file is its owner's alone
         Path(name).replace(path)
     except OSError as error:
         Path(name).unlink(missing_ok=True) if name else None

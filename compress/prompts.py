@@ -35,8 +35,9 @@ class Reader:
             ids = self._chat(given) if is_chat else [int(token) for token in given]  # type: ignore[arg-type]
         else:
             ids = self._ids(given, marks=True)
-            while len(ids) > 1 and ids[-1] in self.ends:  # some tokenizers close each text; this one goes on
-                ids.pop()
+            # some tokenizers close each text, but this one goes on; an end that was typed stays
+            closing = self._closing(ids) - self._closing(self._ids(given, marks=False))
+            ids = ids[: max(1, len(ids) - closing)] if closing > 0 else ids
         self._check(ids, name)
         if len(ids) >= self.longest:
             raise UsageError(
@@ -75,6 +76,10 @@ class Reader:
         if not all(word.isascii() and word.isdigit() for word in words):
             raise UsageError(f"{self.where} has no tokenizer: give token ids, such as '1 403 407'.")
         return [int(word) for word in words]
+
+    def _closing(self, ids: list[int]) -> int:
+        """How many end tokens stand last."""
+        return next((place for place, token in enumerate(reversed(ids)) if token not in self.ends), len(ids))
 
     def _cut(self, text: str) -> list[int]:
         """The first tokens, with the marks at both ends."""

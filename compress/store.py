@@ -82,7 +82,7 @@ def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain
     path = folder / segment_file(segment)
     with whole_file(path) as beside, _disk_failures(path):
         save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
-        beside.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
+        beside.chmod(0o666 & ~umask())  # the library writes files that only their owner can read
 
 
 def _part_shared(tensors: dict[str, Tensor]) -> None:
@@ -107,7 +107,8 @@ def _disk_failures(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that files of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -127,7 +127,8 @@ class Runner(Protocol):
 class Target(Protocol):
     """The module of a target.
 
-    It may also have `plan_together(specs)`, the refusals (by layer) of what it does not take side by side,
+    It may also have `predict_deployed_bytes`, as `predict_bytes` of what the machine needs where that is not the whole
+    folder, `plan_together(specs)`, the refusals (by layer) of what it does not take side by side,
     `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,
     and `compare_graphs(session, exact, ids, limit, room)`, where a folder holds the model more than once: whether what
     `session` does not run agrees with what it does, and notes for the report.

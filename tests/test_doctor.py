@@ -70,6 +70,13 @@ def test_doctor_says_what_works_here(capsys: pytest.CaptureFixture[str]) -> None
         assert part in told
 
 
+def test_doctor_calls_a_kernel_that_computes_wrongly_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(PROBES[1], answer=lambda x: x)
+    monkeypatch.setattr(kernel_probe, "probes", lambda: [PROBES[0], wrong])
+    states = {one.what: one.state for one in doctor._onnxruntime()}
+    assert states["onnxruntime, int4 weights, blocks of 32"] == "failed"
+
+
 def test_doctor_fails_with_4_where_a_backend_does_not_work(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +109,16 @@ def test_a_kernel_is_fast_where_it_gains_and_never_loses(
 ) -> None:
     support = quick(decode, prefill).runtime("onnxruntime").support("weight_only", 4)
     assert (support.state, support.evidence) == (state, "measured")
-    assert support.note == f"decode {decode:.2g}x float32, prefill {prefill:.2g}x float32"
+    assert support.note.startswith(f"decode {decode:.2g}x float32, prefill {prefill:.2g}x float32, with blocks of 32")
+
+
+def test_a_kernel_that_computes_wrongly_here_is_not_called_usable(
+    quick: Callable[..., Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = kernel_probe.Outcome("int4 weights", "is off by 0.3 of its largest output")
+    monkeypatch.setattr(kernel_probe, "check", lambda probe, threads: bad)
+    support = quick(2.0, 2.0).runtime("onnxruntime").support("weight_only", 4)
+    assert support.state == "no" and "off by 0.3" in support.note
 
 
 def test_a_calibrated_profile_says_where_its_numbers_come_from(quick: Callable[..., Profile]) -> None:
@@ -122,7 +138,8 @@ def test_a_written_profile_is_read_back_whole(quick: Callable[..., Profile], tmp
 
 def test_where_a_profile_cannot_go_is_told_before_measuring(tmp_path: Path) -> None:
     (tmp_path / "there.yaml").touch()
-    for name, told in (("mine.txt", ".yaml file"), ("there.yaml", "exists"), ("no/mine.yaml", "not a folder")):
+    wrong = {"mine.txt": ".yaml file", "My Machine.yaml": "no name of one", "there.yaml": "exists"}
+    for name, told in (wrong | {"no/mine.yaml": "not a folder"}).items():
         with pytest.raises(UsageError, match=told):
             calibrate.require_new(tmp_path / name)
 

@@ -104,6 +104,12 @@ def test_an_artifact_for_another_kind_of_machine_is_a_sentence_with_exit_code_4(
     assert "Note: It was made for" in capsys.readouterr().err
 
 
+def test_a_calibrated_profile_detects_no_machine_but_its_instructions_are_still_checked(out: Path) -> None:
+    of_profile(out, isa=["imaginary_vnni"], detect=None)
+    with pytest.raises(UnsupportedError, match="lacks imaginary_vnni"):
+        compress.load(out, engine="onnx")
+
+
 def test_another_architecture_is_named(out: Path) -> None:
     detect = manifest.read(out)["profile"]["detect"]
     here = hwprofiles.machine()["architecture"]

@@ -156,6 +156,7 @@ def test_a_prompt_that_leaves_room_for_two_tokens_gets_two(onnx: Engine) -> None
         ([-1], "token -1"),
         (["the", ""], "Prompt 2 is empty"),
         ([], "No prompt"),
+        ([[7, "a"]], "A prompt is a text, a list of token ids, or a chat"),
         ([{"role": "user", "content": "hello"}], "has no chat template"),
     ],
 )
@@ -214,6 +215,7 @@ def test_marks_that_a_tokenizer_puts_before_a_text_are_kept_and_those_behind_it_
 
     reader = Reader("here", Marking(), 256, 64, ends=(2,))
     assert reader.prompt("ab") == [1, 97, 98]
+    assert reader.prompt("ab\x02") == [1, 97, 98, 2], "an end that was typed stays"
     assert reader.text("ab", "Text 1") == [1, 97, 98, 2]
 
 

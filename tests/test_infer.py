@@ -147,8 +147,18 @@ def test_images_that_do_not_fit_are_refused(
     engine: Any = compress.load(images_out)
     with pytest.raises(UsageError, match=r"Images are \(2, 3\)"):
         engine.predict(np.zeros((2, 3), np.uint8))
+    with pytest.raises(UsageError, match=r"Images of int64: allowed are pixels of uint8"):
+        engine.predict(np.zeros((2, 3, 12, 12), np.int64))
     with pytest.raises(UsageError, match="kind image-classifier"):
         engine.generate("hello")
+
+
+@pytest.mark.parametrize("option", [["--pool", "cls"], ["--truncate"]])
+def test_options_for_texts_are_refused_for_images(
+    images_out: Path, images_file: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    code, _, told = run(capsys, "predict", images_out, "-i", images_file, *option)
+    assert code == 2 and "--pool and --truncate are for texts" in told
 
 
 TEXTS = ["the river", "a", "stone runs over tree"]
@@ -216,6 +226,7 @@ def test_a_text_that_is_too_long_is_refused_or_cut_as_asked(
         (["--text", ""], "Text 1 is empty"),
         (["-i", "missing.txt"], "No such data file"),
         (["--text", "a", "-o", "x.json"], "is no name of an .npz"),
+        (["--text", "a", "--top", "3"], "--top is for the classes of images"),
     ],
 )
 def test_wrong_options_are_one_paragraph_with_exit_code_2(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.errors import CompressError, InputError, UnsupportedError
+from compress.model import positions
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -101,3 +102,10 @@ def test_every_block_and_layer_is_found(make_llama: Callable[..., Path]) -> None
     assert model.structure.layers["model.layers.1.mlp.down_proj"].shape == (64, 96)
     with pytest.raises(InputError, match=r"no config\.json"):
         compress.load(Path(__file__).parent)
+
+
+def test_position_ids_that_begin_after_the_padding_shorten_the_longest_text() -> None:
+    from transformers import BertConfig, RobertaConfig
+
+    assert positions(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert positions(BertConfig(max_position_embeddings=512)) == 512

@@ -98,3 +98,13 @@ def test_a_plan_predicts_every_setting_of_the_profiles_grid(llama: Path) -> None
     wanted = len(profile.grid.prefill) + len(profile.grid.decode)
     assert len(plan.predicted_latency) == wanted
     assert all(0 < one.variant_s < one.baseline_s for one in plan.predicted_latency if one.phase == "decode")
+
+
+def test_a_chip_whose_engines_are_built_elsewhere_is_predicted_in_its_own_type(llama: Path) -> None:
+    recipe, model = of_passes("rtn(format=int4(group=32))"), compress.load(llama)
+    for name in ("nvidia-l4", "nvidia-h100-sxm"):
+        profile = as_profile(name)
+        plan = make_plan(model, recipe, profile)
+        moved = sum(row.shape[0] * row.shape[1] for row in plan.layers) * 2  # float16
+        decode = next(one for one in plan.predicted_latency if one.phase == "decode")
+        assert decode.baseline_s < 1.5 * moved / (profile.memory.bandwidth_gb_s.value * 1e9)

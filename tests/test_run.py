@@ -130,7 +130,7 @@ def test_verify_accepts_the_artifact_and_names_every_damage(
     found = verify(out)
     assert found.agrees and found.level == "ran" and found.positions >= 512
     (note,) = found.notes  # and none that the tokens are not those recorded
-    assert note.startswith("model_gqa.onnx and model.onnx") and "the same 64 greedy tokens" in note
+    assert note.startswith("model_gqa.onnx and model.onnx") and "the same 32 greedy tokens" in note
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     (copy / "onnx" / "config.json").unlink()

@@ -129,6 +129,7 @@ def _load(folder: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor] | 
 
     maker = getattr(transformers, raw["architectures"][0])
     settings: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
+    settings["use_safetensors"] = True  # never a pickle
     source: Path | None = folder
     if tensors is not None:
         plain = {key: value for key, value in raw.items() if key != "quantization_config"}

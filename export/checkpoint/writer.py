@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from compress.store import umask
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,15 +55,9 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self._part(len(self._homes))
         save_file(dict(sorted(self._waiting.items())), path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~_umask())  # the library writes files that only their owner can read
+        path.chmod(0o666 & ~umask())  # the library writes files that only their owner can read
         self._homes.append(sorted(self._waiting))
         self._waiting = {}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def header_bytes(entries: Mapping[str, tuple[tuple[int, ...], int]]) -> int:

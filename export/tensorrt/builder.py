@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compress.errors import UnsupportedError
+from compress.errors import ResourceError, UnsupportedError
 
 MODULE, EXTRA = "tensorrt_rtx", "tensorrt-rtx"
 CAPABILITIES = (75, 80, 86, 89, 120, 121)
@@ -36,13 +36,24 @@ def build(onnx: Path, sm: int, ranges: dict[str, Any], engine: Path, log: Path) 
     bytes differ at each build (1.7.1).
 
     Args: ranges: optimization profile → input → (smallest, usual, largest shape).
-    Raises: UnsupportedError with the builder's reason where it refuses.
+    Raises: UnsupportedError with the builder's reason where it refuses; ResourceError where it does not get there.
     """
     request = {"onnx": str(onnx), "sm": sm, "ranges": ranges, "engine": str(engine)}
     command = [sys.executable, "-m", "compress.export.tensorrt.builder"]
-    child = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+    try:
+        child = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ResourceError(
+            f"TensorRT-RTX was not done with {onnx.name} for SM {sm} after {TIMEOUT_S // 60} minutes. Use a faster "
+            "machine, or --target onnx."
+        ) from error
+    if child.returncode < 0:  # by a signal: most often the system, short of memory
+        raise ResourceError(
+            f"The process that built {onnx.name} for SM {sm} was killed (signal {-child.returncode}), as happens where "
+            "memory is short. Free some, then repeat the command."
+        )
     answer = _answer(child.stdout)
     log.write_text("\n".join([*answer["log"], child.stderr.strip()]).strip() + "\n", encoding="utf8")
     if child.returncode != 0 or answer["error"] or not engine.is_file():

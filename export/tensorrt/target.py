@@ -7,7 +7,7 @@ capabilities that it offers; for others the folder holds the graph and build_com
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -41,6 +41,7 @@ RECORD_BYTES = 2_000
 
 # the interface of compress.target
 __all__ = ["FOLDER", "RUNTIME", "TIMED_HERE", "capture", "plan_layer", "predict_bytes", "probe_command"]
+__all__ += ["predict_deployed_bytes"]
 __all__ += ["require_tools", "session", "write", "write_baseline"]
 
 
@@ -76,14 +77,25 @@ def capture(model: Model, profile: Profile) -> bytes:
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
     """See Target: the graph and its weights, and the engine with the same again."""
-    specs = list(specs)
+    graph, engine = _predicted(list(specs), model, profile)
+    side = sum(path.stat().st_size for path in model.side_files())
+    return graph + RECORD_BYTES + side + (engine if _builds(profile) else 0)
+
+
+def predict_deployed_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
+    """See Target: the engine alone, or the graph where none is built."""
+    graph, engine = _predicted(list(specs), model, profile)
+    return engine if _builds(profile) else graph
+
+
+def _predicted(specs: Sequence[LayerSpec], model: Model, profile: Profile) -> tuple[int, int]:
+    """Bytes of the graph with its weights, and of an engine."""
     choices = [choice for spec in specs if not isinstance(choice := plan_layer(spec, profile), Refusal)]
     weights = sum(choice.stored_bytes for choice in choices) + model.plain_bytes + transforms.stored_bytes(specs)
-    graph = weights + portable.GRAPH_BASE_BYTES + len(choices) * portable.GRAPH_LAYER_BYTES + RECORD_BYTES
-    side = sum(path.stat().st_size for path in model.side_files())
+    graph = weights + portable.GRAPH_BASE_BYTES + len(choices) * portable.GRAPH_LAYER_BYTES
     base = ENGINE_BYTES.get(model.task, IMAGE_ENGINE_BYTES)
     engine = weights + base + len(choices) * ENGINE_LAYER_BYTES.get(model.task, IMAGE_ENGINE_LAYER_BYTES)
-    return graph + side + (engine if _builds(profile) else 0)
+    return graph, engine
 
 
 def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
