@@ -81,6 +81,9 @@ class StateReader:
         """As the callable made it; float32 where a normalisation is folded in."""
         return self.state[name].dtype
 
+    def release(self) -> None:
+        """Nothing is open: the tensors are the module's own."""
+
     def _read(self, name: str) -> Tensor:
         tensor = self.state[name]
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -40,6 +40,10 @@ class Reader(Protocol):
         """Stored dtype of a parameter."""
         ...
 
+    def release(self) -> None:
+        """Let go of opened files; tensors that were read stay valid."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
@@ -146,6 +150,11 @@ class Model:
     def plain(self, segment: int) -> dict[str, Tensor]:
         """The other stored tensors of a segment."""
         return self.reader.plain(self.structure.plain[segment])
+
+    def release(self) -> None:
+        """Let go of files that were read: their pages stop counting as memory, and what is read next opens them."""
+        if self.weights is not None:
+            self.weights.release()
 
     @property
     def reader(self) -> Reader:

@@ -85,6 +85,10 @@ class Overlay:
         """Stored dtype of a parameter."""
         return self.base.dtype(name)
 
+    def release(self) -> None:
+        """Let go of opened files."""
+        self.base.release()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""

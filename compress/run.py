@@ -179,8 +179,10 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     graph = target.capture(result.model, profile)
     progress.tick("Exporting", 1, 3)
     write_baseline(target, result.source, profile, folder / "baseline", graph)
+    result.source.release()
     progress.tick("Exporting", 2, 3)
     lowered = target.write(result.model, profile, folder / target.FOLDER, graph)
+    result.model.release()
     progress.tick("Exporting", 3, 3)
     return lowered
 

@@ -215,6 +215,10 @@ class StoreReader:
         tensor: Tensor = self.plain([name])[name]
         return tensor.dtype
 
+    def release(self) -> None:
+        """Let go of the mapped files; tensors that were read stay valid."""
+        self._handles.clear()
+
     @property
     def nbytes(self) -> int:
         """Bytes of the segment files."""

@@ -156,8 +156,9 @@ class BlockStream:
             self._to_device(self.module.get_submodule(path))
 
     def release(self, index: int) -> None:
-        """Give a block's memory back."""
+        """Give a block's memory back, and that of the file it was read from."""
         skeleton.release(self.module, self.model.structure.blocks[index])
+        self.model.release()
 
     def call(self, index: int, hidden: Tensor) -> Tensor:
         """What the loaded block puts out for hidden states of a known shape. Keeps gradients."""

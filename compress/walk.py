@@ -93,6 +93,7 @@ class Walk:
         count = len(self.model.structure.blocks)
         for index in range(count):
             self._block(index)
+            self.model.release()
             progress.tick("Compressing blocks", index + 1, count)
         found += self._apply_all(outer, late, plain)
         store.write_segment(self.folder, OUTER, outer, plain)

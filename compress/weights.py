@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from compress import products
 from compress.errors import InputError, UnsupportedError, nearest
 from compress.experts import owner
 from compress.layer import Layer, LayerKind, LayerSpec
@@ -64,7 +65,7 @@ class Checkpoint:
         origin = self._origin(name)
         is_whole = origin.converter is None
         tensor = self._tensor(*origin.parts[0]) if is_whole else self._convert(name, origin)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not products.all_finite(tensor):
             where = ", ".join(sorted({path.name for path, _ in origin.parts}))
             raise InputError(
                 f"{name} in {where} holds NaN or infinite values; compressing it would hide that. "
@@ -115,6 +116,11 @@ class Checkpoint:
     def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors that are no layer's, in their stored dtype."""
         return {name: self.read(name) for name in names}
+
+    def release(self) -> None:
+        """Let go of the mapped files and of converted experts; tensors that were read stay valid."""
+        self._handles.clear()
+        self._stacks.clear()
 
     @property
     def nbytes(self) -> int:

@@ -1,5 +1,7 @@
 """The block stream where it could go wrong quietly: spilled activations, changing arguments, values not finite."""
 
+import gc
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +65,27 @@ def test_what_rests_outside_memory_comes_back_as_it_was(tmp_path: Path, monkeypa
         view.fill_(place)
     activations.rest(usual, views[0], views[1][1:])
     assert [bool((view == place).all()) for place, view in enumerate([usual, *views])] == [True] * 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="only Linux lists what is mapped")
+def test_a_source_s_file_leaves_memory_with_each_block_and_what_was_read_stays_valid(
+    llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "copy"))
+    model = compress.load(folder)
+    stream = BlockStream(model, list(windows().ids.split(1)))
+    layers, expected = model.layers(0), compress.load(llama).layers(0)
+    stream.load(0, layers, model.plain(0))
+    assert mapped(folder)
+    stream.release(0)
+    assert all(torch.equal(layer.float_weight(), expected[name].float_weight()) for name, layer in layers.items())
+    layers.clear()
+    gc.collect()
+    assert not mapped(folder)
+
+
+def mapped(folder: Path) -> bool:
+    return str(folder) in Path("/proc/self/maps").read_text()
 
 
 def test_a_block_that_puts_out_nan_for_any_window_stops_the_run(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

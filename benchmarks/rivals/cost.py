@@ -44,10 +44,10 @@ SETTINGS = {
 }
 OURS = {
     "compress": {"ours": "gptq(format=int4(group=128))"},
-    "compress, same method": {"ours": "gptq(format=int4(group=128), mismatch=0, refit=0)", "stream": "bfloat16"},
+    "compress, same method": {"ours": "gptq(format=int4(group=128), mismatch=0, refit=0, clip=false)", "stream": "bfloat16"},
 }
-"""Our defaults, which carry a second, uncompressed stream and refit scales; and what the rival does, as it does it: no
-more than the columns, with the forward passes in the checkpoint's bfloat16."""
+"""Our defaults, which carry a second, uncompressed stream, search ranges and refit scales; and what the rival does, as
+it does it: ranges from the extremes, no more than the columns, forward passes in the checkpoint's bfloat16."""
 RIVAL = "llmcompressor"
 FIGURES = ("seconds", "cpu_seconds", "peak_bytes")
 
