@@ -79,12 +79,14 @@ def _is_profile_error(error: Exception) -> bool:
 
 
 def _fail(given: Sequence[str], kind: str, message: str, code: int) -> int:
+    from compress.errors import visible
+
     if "--debug" in given:
         traceback.print_exc()
     if "--json" in given:
         print(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
     else:
-        print(f"compress: {message}", file=sys.stderr)
+        print(f"compress: {visible(message)}", file=sys.stderr)
     return code
 
 

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from compress import data, hwprofiles, manifest, store
+from compress.continuations import Amount
+from compress.end_to_end import Material, measure_end_to_end, read_material, with_end_to_end
 from compress.errors import InputError, UnsupportedError, UsageError
-from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate, read_inputs, verify_export
+from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate, read_inputs, runners_of, verify_export
 from compress.export import find as find_target
+from compress.harness import Arm, TaskRequest, require_tasks, score_tasks
 from compress.hwprofiles import Profile
-from compress.measure import BUDGET_S, deployable_bytes, measure, thread_count
+from compress.image_source import fitting
+from compress.measure import BUDGET_S, check_processes, deployable_bytes, measure, thread_count
 from compress.model import Model, load
 from compress.pipeline import Result
 from compress.plan import check_storable
@@ -24,7 +28,8 @@ from compress.profiles import as_profile
 from compress.progress import Progress
 from compress.records import Bounds, Speed, Verification
 from compress.run import require_agreement
-from compress.target import Lowered, Session, Target, require_tools, timed_here, write_baseline
+from compress.target import Lowered, Session, Target, require_graphs, require_tools, timed_here, write_baseline
+from compress.task_records import Tasks
 from compress.workspace import Workspace, disk_errors, require_space
 
 
@@ -68,7 +73,13 @@ def open_artifact(folder: str | Path) -> Artifact:
     path = Path(folder)
     if not path.is_dir():
         raise UsageError(f"No such artifact: {path}. Give the -o folder of an earlier `compress run`.")
-    return Artifact(path, manifest.read(path))
+    facts = manifest.read(path)
+    if facts.get("kind") == "sweep":
+        names = ", ".join(sorted(each.name for each in (path / "variants").glob("*")))
+        raise UsageError(
+            f"{path} is a sweep of several recipes. Give one of its artifacts: {path / 'variants'}/ has {names}."
+        )
+    return Artifact(path, facts)
 
 
 def verify(folder: str | Path) -> Verification:
@@ -115,6 +126,7 @@ def export(
     exporter = find_target(machine.target)
     model, facts = _of(result)
     specs = model.structure.layers
+    require_graphs(exporter, model, machine)
     check_storable(specs, machine)
     require_tools(exporter, machine)
     space = Workspace(Path(out), overwrite)
@@ -201,44 +213,81 @@ def evaluate_artifact(
     source = source_of(artifact, against)
     windows = data.quality_windows(source, quality_data, samples=samples, length=length)
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
-        baseline = _baseline(source, artifact.profile, Path(scratch))
-        return evaluate(
-            baseline, artifact.session(), source, artifact.model(), windows, progress or Progress(quiet=True)
-        )
+        baseline, session = baseline_session(source, artifact.profile, Path(scratch)), artifact.session()
+        runners = runners_of(artifact.target, (baseline, Path(scratch)), (session, artifact.deployable))
+        progress = progress or Progress(quiet=True)
+        return evaluate(baseline, session, source, artifact.model(), windows, progress, runners, Amount())
+
+
+def evaluate_tasks(
+    folder: str | Path | Artifact,
+    request: TaskRequest,
+    *,
+    against: Model | str | Path | None = None,
+    progress: Progress | None = None,
+) -> Tasks:
+    """Labelled tasks of lm-evaluation-harness for an artifact and its uncompressed model, in the same runtime.
+
+    Raises: as `compress.harness.score_tasks`.
+    """
+    artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    require_tasks(str(artifact.facts.get("task", "")), artifact.target)
+    source, machine = source_of(artifact, against), artifact.facts["profile"]
+    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
+        session = baseline_session(source, artifact.profile, Path(scratch))
+        baseline = Arm(session, Path(scratch), {"model": source.digest, "profile": machine})
+        identity = {name: artifact.facts.get(name) for name in ("files", "recipe", "profile")}
+        variant = Arm(artifact.session(), artifact.deployable, identity)
+        return score_tasks(baseline, variant, artifact.target, request, progress)
 
 
 def profile(
     folder: str | Path | Artifact,
     *,
     against: Model | str | Path | None = None,
+    inputs: str | Path | None = None,
     budget_s: float = BUDGET_S,
+    processes: int = 1,
     progress: Progress | None = None,
 ) -> Speed:
     """Paired latency of an artifact against its uncompressed model in the same runtime, measured here.
 
-    Raises: UnsupportedError for an artifact that runs on another machine only.
+    inputs: a text, or an image file or folder, that whole requests begin with [default: the text that the artifact
+    keeps]; processes: as in `measure`. Raises: UnsupportedError for an artifact that runs on another machine only.
     """
+    check_processes(processes)
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
-    if not timed_here(artifact.target):
+    if not timed_here(artifact.target, artifact.profile):
         raise UnsupportedError(
             f"{artifact.folder} was made for {artifact.profile.name}: its speed can be measured there only."
         )
     source = source_of(artifact, against)
+    if inputs is not None:
+        material = read_material(inputs, artifact.deployable, source.task)
+    else:  # the tokens that the artifact is verified with are the first of its quality data
+        kept = (artifact.facts.get("verification") or {}).get("ids") or [[]]
+        material = Material(ids=tuple(kept[0]))
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
-        return measure(
-            Path(scratch),
-            artifact.deployable,
-            artifact.profile,
+        arms = Path(scratch), artifact.deployable
+        machine = fitting(artifact.profile, source.image)
+        speed = measure(
+            *arms,
+            machine,
             vocabulary=source.vocabulary,
             longest=source.longest,
             image=source.image.shape if source.image else None,
             budget_s=budget_s,
+            processes=processes,
             progress=progress or Progress(quiet=True),
+        )
+        return with_end_to_end(
+            speed, lambda: measure_end_to_end(*arms, machine, source.task, material, budget_s=budget_s)
         )
 
 
-def _baseline(source: Model, machine: Profile, folder: Path) -> Session:
+def baseline_session(source: Model, machine: Profile, folder: Path) -> Session:
+    """The uncompressed model, written to a folder and loaded in the profile's runtime."""
     target = find_target(machine.target)
     write_baseline(target, source, machine, folder)
     return target.session(folder, thread_count(machine))

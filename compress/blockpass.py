@@ -84,6 +84,7 @@ class BlockPass(Pass, ABC):
     """A pass that treats the layers of a block together."""
 
     any_dtype: ClassVar[bool] = False  # what it runs through the block, and compares, is float32
+    opaque: ClassVar[bool] = False
 
     @abstractmethod
     def block(self, block: Block) -> Changed:

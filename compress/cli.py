@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress import __version__, cli_artifact, cli_engine, cli_info
+from compress import __version__, cli_artifact, cli_engine, cli_info, cli_report, cli_sweep
 from compress.cli_info import console, show
 from compress.cli_options import (
     ArtifactArg,
@@ -66,8 +66,8 @@ def _root(
 def run(
     model: ModelArg,
     out: OutOpt,
-    recipe: RecipeOpt = None,
-    passes: PassesOpt = None,
+    recipe: cli_sweep.RecipesOpt = None,
+    passes: cli_sweep.PassesListOpt = None,
     profile: ProfileOpt = None,
     target: TargetOpt = None,
     data: DataOpt = None,
@@ -78,29 +78,47 @@ def run(
     seed: SeedOpt = None,
     device: Annotated[str, typer.Option(help="Where blocks run during calibration: cpu or cuda.")] = "cpu",
     budget: BudgetOpt = None,
+    max_loss: cli_sweep.MaxLossOpt = None,
+    max_latency: cli_sweep.MaxLatencyOpt = None,
+    max_size: cli_sweep.MaxSizeOpt = None,
+    prefer: cli_sweep.PreferOpt = None,
+    workers: cli_sweep.WorkersOpt = 1,
+    executor: cli_sweep.ExecutorOpt = "processes",
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Compress MODEL: passes, export, verification, quality, speed, report."""
+    """Compress MODEL: passes, export, verification, quality, speed, report. Several recipes are compared in one."""
     from compress.measure import BUDGET_S
     from compress.profiles import as_profile
-    from compress.run import Request
-    from compress.run import run as run_request
 
-    chosen = _recipe(recipe, passes, samples, quality_samples, length, seed, dtype)
+    given: list[tuple[str | None, str | None]] = [(name, None) for name in recipe or ()]
+    given += [(None, text) for text in passes or ()]
+    limits = cli_sweep.limits_of(max_loss, max_latency, max_size, prefer, several=len(given) > 1)
+    chosen = [_recipe(*each, samples, quality_samples, length, seed, dtype) for each in given or [(None, None)]]
+    machine, budget_s = as_profile(profile, target), budget or BUDGET_S
     command = "compress " + shlex.join(sys.argv[1:])
+    if len(chosen) > 1:
+        from compress.sweep.setup import SweepRequest
+
+        asked = SweepRequest(
+            model, tuple(chosen), machine, out, data, _device(device), overwrite, command, budget_s, limits
+        )
+        return cli_sweep.run_sweep(asked, workers, executor, quiet, as_json)
+    from compress.run import run as run_request
+    from compress.run_report import Request
+
     request = Request(
         model,
-        chosen,
-        as_profile(profile, target),
+        chosen[0],
+        machine,
         out,
         data=data,
         device=_device(device),
         overwrite=overwrite,
         command=command,
-        budget_s=budget or BUDGET_S,
+        budget_s=budget_s,
     )
     progress = Progress(quiet)
     with progress.catching_signals():
@@ -187,8 +205,12 @@ def export(
 app.command()(cli_artifact.verify)
 app.command("eval")(cli_artifact.evaluate)
 app.command()(cli_artifact.profile)
+app.command()(cli_report.report)
+app.command()(cli_report.compare)
+app.command()(cli_report.reproduce)
 app.command()(cli_engine.generate)
 app.command()(cli_engine.predict)
+app.command(hidden=True)(cli_sweep.worker)
 app.command()(cli_info.passes)
 app.command()(cli_info.doctor)
 app.add_typer(cli_info.hardware, name="hardware")

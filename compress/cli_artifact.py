@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,9 +15,10 @@ from compress.cli_options import (
     DebugOpt,
     JsonOpt,
     LengthOpt,
+    ProcessesOpt,
     QuietOpt,
 )
-from compress.errors import InputError
+from compress.errors import InputError, UsageError
 from compress.progress import Progress
 
 
@@ -40,7 +42,26 @@ def verify(artifact: ArtifactArg, as_json: JsonOpt = False, debug: DebugOpt = Fa
 
 def evaluate(
     artifact: ArtifactArg,
-    data: Annotated[str, typer.Option("--data", "-d", help="Text or token ids to judge by.")],
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Text or token ids to judge by.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Instead of --data: tasks of lm-evaluation-harness, a,b (extra `eval`)."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="With --tasks: samples per task.")] = None,
+    task_path: Annotated[
+        Path | None, typer.Option("--task-path", help="With --tasks: a folder of your own; code in it is run.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With --tasks: through the model's chat template.")] = False,
+    keep: Annotated[
+        Path | None,
+        typer.Option("--keep", help="With --tasks: a folder for per-sample logs and answers to go on from."),
+    ] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            "--max-loss", min=0, help="With --tasks: end with 3 where a score may have lost more, such as 0.01."
+        ),
+    ] = None,
     model: AgainstOpt = None,
     quality_samples: Annotated[
         int | None, typer.Option("--quality-samples", min=1, help="Quality windows [default: all].")
@@ -50,7 +71,16 @@ def evaluate(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Quality of an artifact on other data, beside its uncompressed model."""
+    """Quality of an artifact on other data or on labelled tasks, beside its uncompressed model."""
+    if tasks is not None:
+        _only_tasks(data, quality_samples, length)
+        return _evaluate_tasks(artifact, tasks, limit, task_path, chat, keep, max_loss, model, as_json, quiet)
+    if data is None:
+        raise UsageError("Give what to judge by: --data FILE, or --tasks NAME,NAME.")
+    given = {"--limit": limit, "--task-path": task_path, "--chat": chat, "--keep": keep, "--max-loss": max_loss}
+    stray = [name for name, value in given.items() if value not in (None, False)]
+    if stray:
+        raise UsageError(f"{stray[0]} goes with --tasks only. Leave it out.")
     from compress.artifact import evaluate_artifact
     from compress.report.parts import show_quality
 
@@ -66,10 +96,55 @@ def evaluate(
     return 0
 
 
+def _only_tasks(data: str | None, quality_samples: int | None, length: int | None) -> None:
+    """Raises: UsageError for an option of --data."""
+    given = {"--data": data, "--quality-samples": quality_samples, "--length": length}
+    stray = [name for name, value in given.items() if value is not None]
+    if stray:
+        raise UsageError(f"{stray[0]} does not go with --tasks, which brings its own samples. Leave it out.")
+
+
+def _evaluate_tasks(
+    artifact: Path,
+    tasks: str,
+    limit: int | None,
+    folder: Path | None,
+    chat: bool,
+    keep: Path | None,
+    max_loss: float | None,
+    model: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    from compress.artifact import evaluate_tasks
+    from compress.harness import TaskRequest
+    from compress.report.parts import show_tasks
+
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        raise UsageError("--tasks names no task. Give one or several, such as --tasks arc_easy,piqa.")
+    request = TaskRequest(names, limit, folder, chat, keep, max_loss)
+    found = evaluate_tasks(artifact, request, against=model, progress=Progress(quiet))
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        show_tasks(found, console())
+    return 0 if all(gate.met for gate in found.gates) else 3
+
+
 def profile(
     artifact: ArtifactArg,
     model: AgainstOpt = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            help="What whole requests begin with: a text, or an image file or a folder of them [default: the text that "
+            "the artifact keeps].",
+        ),
+    ] = None,
     budget: BudgetOpt = None,
+    processes: ProcessesOpt = 1,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
@@ -79,7 +154,14 @@ def profile(
     from compress.measure import BUDGET_S
     from compress.report.parts import show_speed
 
-    found = profile_artifact(artifact, against=model, budget_s=budget or BUDGET_S, progress=Progress(quiet))
+    found = profile_artifact(
+        artifact,
+        against=model,
+        inputs=inputs,
+        budget_s=budget or BUDGET_S,
+        processes=processes,
+        progress=Progress(quiet),
+    )
     if as_json:
         print(found.model_dump_json(indent=1))
     else:

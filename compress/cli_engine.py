@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compress.cli_options import ArtifactArg, DebugOpt, JsonOpt, OverwriteOpt, QuietOpt
-from compress.errors import InputError, UsageError
+from compress.errors import InputError, UsageError, visible
 
 if TYPE_CHECKING:
     from compress.engine import Engine, Generated
@@ -107,7 +107,7 @@ def predict(
     debug: DebugOpt = False,
 ) -> int:
     """Classes of images, or embeddings of texts, by an artifact in its runtime."""
-    from compress.predictions import class_rows, text_rows, write_arrays
+    from compress.predictions import image_rows, text_rows, write_arrays
 
     if (source is None) == (not text):
         raise UsageError("Give --input FILE, or --text TEXT for an encoder.")
@@ -120,7 +120,7 @@ def predict(
             raise UsageError(f"{artifact} is an image classifier. Give --input with an image, a folder or an .npz.")
         if pool is not None or truncate:
             raise UsageError(f"{artifact} is an image classifier: --pool and --truncate are for texts. Leave them out.")
-        arrays, rows, lines = class_rows(loaded, source, top or 5, batch)
+        arrays, rows, lines = image_rows(loaded, source, top, batch)
     else:
         if top is not None:
             raise UsageError(f"{artifact} takes texts: --top is for the classes of images. Leave it out.")
@@ -143,7 +143,7 @@ def _open(artifact: Path, engine: str | None, threads: int | None, anyway: bool,
 
     loaded = open_engine(artifact, engine=engine, threads=threads, anyway=anyway)
     for note in loaded.notes if not quiet else ():
-        print(f"Note: {note}", file=sys.stderr)
+        print(f"Note: {visible(note)}", file=sys.stderr)
     return loaded
 
 

@@ -10,8 +10,8 @@ import typer
 ModelArg = Annotated[
     str,
     typer.Argument(
-        help="A model folder (config.json, *.safetensors), a hub id org/name, or file.py:callable for an image "
-        "classifier of your own; that file is run."
+        help="A model folder (config.json, *.safetensors), a hub id org/name, file.py:callable for an image "
+        "classifier of your own (that file is run), or model.onnx that takes images."
     ),
 ]
 ArtifactArg = Annotated[Path, typer.Argument(help="The -o folder of an earlier run.")]
@@ -46,6 +46,14 @@ DtypeOpt = Annotated[
 ]
 SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
 BudgetOpt = Annotated[float | None, typer.Option("--budget", min=0.1, help="Seconds of timing per setting.")]
+ProcessesOpt = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Repeat the timing in so many fresh processes, 3 or more: what differs between them counts.",
+    ),
+]
 AgainstOpt = Annotated[str | None, typer.Option("--model", help="The uncompressed model [default: where it was].")]
 TargetOpt = Annotated[
     str | None,

@@ -125,6 +125,11 @@ class Engine:
         return self._encode(ids, pool, batch)
 
     @property
+    def outputs(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Name and shape of each output for an image, of a model of images whose outputs are no classes."""
+        return self._images.outputs if self._images is not None and self.task is Task.OUTPUTS else ()
+
+    @property
     def takes_images(self) -> bool:
         """Whether it is an image classifier."""
         return self._images is not None

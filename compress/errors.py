@@ -57,3 +57,8 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"{hint} Allowed: {', '.join(names) or 'none'}."
+
+
+def visible(text: str) -> str:
+    """For a terminal: names out of files may hold escape sequences and direction marks, which are told, not obeyed."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

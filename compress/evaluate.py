@@ -8,10 +8,10 @@ logits is ever written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,28 +19,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import quality
+from compress.calibration_error import Halves
+from compress.continuations import Amount, plan_prompts
 from compress.data import Samples, Windows
 from compress.errors import UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
-from compress.image_evaluate import evaluate_images, probe_images, probe_steps
+from compress.image_evaluate import evaluate_images, probe_images, probe_positions, probe_steps
 from compress.images import BATCH, Images
 from compress.measure import thread_count
+from compress.metrics import headline
 from compress.model import Model, Task
+from compress.output_evaluate import evaluate_outputs
+from compress.outputs import score_outputs
 from compress.progress import Progress
 from compress.records import Bounds, Quality, Verification
 from compress.skeleton import OUTER
 from compress.stream import BlockStream
+from compress.target import LogitsRunner, Runner, Session, Target
+from compress.token_evaluate import evaluate_tokens, with_continuations
+from compress.token_scores import Array
 
-
-class Runner(Protocol):
-    """A runtime that computes logits."""
-
-    name: str
-
-    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
-        """(batch, length) int64 → (batch, length, vocabulary); images (batch, channels, h, w) → (batch, classes)."""
-        ...
+Runners = tuple[Runner, Runner]
+"""Of the baseline and of the artifact."""
+NO_GENERATION = Amount(prompts=0)
 
 
 @dataclass(frozen=True)
@@ -69,46 +71,56 @@ def stream_logits(model: Model, windows: Iterable[Tensor], device: str = "cpu") 
 
 
 def evaluate(
-    baseline: Runner, artifact: Runner, source: Model, compressed: Model, windows: Samples, progress: Progress
+    baseline: LogitsRunner,
+    artifact: LogitsRunner,
+    source: Model,
+    compressed: Model,
+    windows: Samples,
+    progress: Progress,
+    runners: Runners | None = None,
+    generation: Amount = NO_GENERATION,
 ) -> Evaluation:
-    """Score every window, or image, with all four models.
+    """Score every window, or image, with all four models; of a language model also compare how prompts go on.
 
-    Raises: InputError when a model puts out NaN, Interrupted.
+    runners: of the baseline and the artifact, see `runners_of`. Raises: InputError when a model puts out NaN,
+    Interrupted.
     """
     if isinstance(windows, Images):
+        if source.task is Task.OUTPUTS:
+            return Evaluation(*evaluate_outputs(baseline, artifact, source, compressed, windows, progress))
         return Evaluation(*evaluate_images(baseline, artifact, source, compressed, windows, progress))
     tokens = windows.rows()
-    in_memory = zip(stream_logits(source, tokens), stream_logits(compressed, tokens), strict=True)
-    rows = windows.ids.shape[0]
-    progress.tick("Evaluating windows", 0, rows)
     if source.task is Task.ENCODER:
+        in_memory = zip(stream_logits(source, tokens), stream_logits(compressed, tokens), strict=True)
         return _evaluate_encoder(baseline, artifact, in_memory, windows, progress)
-    runtime_scores, memory_scores = [], []
-    for place, (reference, output) in enumerate(in_memory):
-        ids = windows.ids[place]
-        one = ids.numpy()[None]
-        # copies: a runtime may hand out memory that it writes again
-        first, second = torch.from_numpy(baseline.logits(one)[0]), torch.from_numpy(artifact.logits(one)[0])
-        runtime_scores.append(quality.score_window(first[:-1], second[:-1], ids[1:]))
-        memory_scores.append(quality.score_window(reference[:-1], output[:-1], ids[1:]))
-        progress.tick("Evaluating windows", place + 1, rows)
-    where, protocol, digest = artifact.name, windows.protocol, windows.digest
-    of_baseline = [score.of_reference() for score in runtime_scores]
-    return Evaluation(
-        quality.summarize(of_baseline, "baseline", where, protocol, digest),
-        quality.summarize(runtime_scores, "compressed", where, protocol, digest),
-        quality.summarize(memory_scores, "compressed", "torch, in memory", protocol, digest),
-    )
+    ordered = [tokens[place] for place in Halves(len(tokens)).order]
+    in_memory = zip(stream_logits(source, ordered), stream_logits(compressed, ordered), strict=True)
+    judged = evaluate_tokens(baseline, artifact, in_memory, windows, source.tokenizer(), progress)
+    plan = plan_prompts(source, tokens, generation)
+    return Evaluation(*with_continuations(judged[:2], runners, plan, progress), judged[2])
+
+
+def runners_of(target: Target, baseline: tuple[Session, Path], artifact: tuple[Session, Path]) -> Runners | None:
+    """What continues prompts, of two sessions with their folders; None where the target has nothing that does here."""
+    make: Callable[[Session, Path], Runner] | None = getattr(target, "runner", None)
+    if make is None or not (baseline[0].is_decoder and artifact[0].is_decoder):
+        return None
+    return make(*baseline), make(*artifact)
 
 
 def _evaluate_encoder(
-    baseline: Runner, artifact: Runner, in_memory: Iterator[tuple[Tensor, Tensor]], windows: Windows, progress: Progress
+    baseline: LogitsRunner,
+    artifact: LogitsRunner,
+    in_memory: Iterator[tuple[Tensor, Tensor]],
+    windows: Windows,
+    progress: Progress,
 ) -> Evaluation:
     pooled: list[list[NDArray[np.float64]]] = [[], [], [], []]
     tokens = windows.rows()
+    progress.tick("Evaluating windows", 0, len(tokens))
     for place, outputs in enumerate(in_memory):
         one = tokens[place].numpy()[None]
-        hidden: tuple[quality.Array, ...] = (
+        hidden: tuple[Array, ...] = (
             baseline.logits(one),
             artifact.logits(one),
             outputs[0][None],
@@ -124,13 +136,14 @@ def _evaluate_encoder(
     return Evaluation(
         quality.summarize_embeddings(itself, "baseline", where, protocol, digest),
         quality.summarize_embeddings(runtime, "compressed", where, protocol, digest),
-        quality.summarize_embeddings(memory, "compressed", "torch, in memory", protocol, digest),
+        headline(quality.summarize_embeddings(memory, "compressed", "torch, in memory", protocol, digest)),
     )
 
 
 EXACT_BOUND = 1e-3
 EXACT_AGREEMENT = 0.999
 MIN_POSITIONS = 512
+PROBE_BYTES = 1 << 29  # of images that are held to compare an export with its model
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 16
 
@@ -178,7 +191,8 @@ def verification_inputs(samples: Samples) -> Tensor:
     """What an export is compared with its model by: token ids (N, length), or as many images as that takes."""
     if isinstance(samples, Windows):
         return samples.ids
-    first = [samples.inputs(start) for start in range(0, min(len(samples), MIN_POSITIONS), BATCH)]
+    room = max(1, PROBE_BYTES // (4 * samples.pixels[0].numel()))
+    first = [samples.inputs(start) for start in range(0, min(len(samples), MIN_POSITIONS, room), BATCH)]
     return torch.cat(first)
 
 
@@ -193,7 +207,7 @@ def read_inputs(model: Model, kept: list[list[int]]) -> Tensor:
 
 
 def agreement(
-    runner: Runner, compressed: Model, ids: Tensor, bounds: Bounds, exact: Runner | None = None
+    runner: LogitsRunner, compressed: Model, ids: Tensor, bounds: Bounds, exact: LogitsRunner | None = None
 ) -> Verification:
     """Compare a runtime with the in-memory model, teacher-forced (design §2, "Agreement").
 
@@ -205,12 +219,12 @@ def agreement(
     same graph with the kernels' own rounding of activations off, which tells a wrong lowering from a coarse kernel.
     Raises: UsageError for fewer than 512 positions.
     """
-    positions = ids.numel() if compressed.image is None else len(ids)
+    positions = ids.numel() if compressed.image is None else probe_positions(compressed, ids)
     if positions < MIN_POSITIONS:
         raise UsageError(
             f"{positions} positions are too few to compare {runner.name} with the model. Give {MIN_POSITIONS}."
         )
-    shipped, alone = _Comparison(), _Comparison()
+    shipped, alone = _comparison(compressed), _comparison(compressed)
     for one, expected in _steps(compressed, ids):
         shipped.add(torch.from_numpy(runner.logits(one)).reshape(expected.shape), expected)
         if exact is not None:
@@ -277,3 +291,27 @@ class _Comparison:
         clear = torch.cat(self._margins) > margin
         hits = torch.cat(self._hits)[clear]
         return int(clear.sum()), float(hits.float().mean()) if hits.numel() else 1.0
+
+
+class _OutputComparison(_Comparison):
+    """Of outputs that are no classes: norms of whole outputs. The largest of a hundred thousand boxes' differences says
+    how far one tail reaches, not whether the graph is right."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self._sizes, self._largest = sizes, 0.0
+
+    def add(self, found: Tensor, expected: Tensor) -> None:
+        super().add(found, expected)
+        self._largest = max(self._largest, float(score_outputs(expected, found, self._sizes).error.max()))
+
+    @property
+    def relative(self) -> float:
+        """The norm of an output's difference as a share of its norm, largest over outputs and images."""
+        return self._largest
+
+
+def _comparison(model: Model) -> _Comparison:
+    if model.image is None or model.task is not Task.OUTPUTS:
+        return _Comparison()
+    return _OutputComparison([size for _, size in model.image.outputs])

@@ -4,65 +4,74 @@ original and the compressed model in torch, batch by batch in step."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.classification import score_batch, summarize_images
+from compress.calibration_error import Halves
+from compress.classification import BatchScore, score_batch, summarize_images
 from compress.image_stream import image_logits
 from compress.images import BATCH, Images
-from compress.model import Model
+from compress.metrics import headline
+from compress.model import Model, Task
 from compress.progress import Progress
 from compress.records import Quality
+from compress.target import LogitsRunner
 
 PROBES = 512
 """Images by which an export is compared with its model."""
-
-
-class Runner(Protocol):
-    """A runtime that computes logits."""
-
-    name: str
-
-    def logits(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """Images (batch, channels, h, w) float32 → (batch, classes)."""
-        ...
+OUTPUT_PROBES = 32
+"""The same where each has an output of many numbers."""
 
 
 def evaluate_images(
-    baseline: Runner, artifact: Runner, source: Model, compressed: Model, images: Images, progress: Progress
+    baseline: LogitsRunner, artifact: LogitsRunner, source: Model, compressed: Model, images: Images, progress: Progress
 ) -> tuple[Quality, Quality, Quality]:
     """Quality of the baseline and the artifact in the runtime, and of the compressed model in memory."""
-    runtime, memory = [], []
-    starts = range(0, len(images), BATCH)
-    inputs = (images.inputs(start) for start in starts)
-    originals = image_logits(source, (images.inputs(start) for start in starts))
-    changed = image_logits(compressed, (images.inputs(start) for start in starts))
-    for start, batch, reference, output in zip(starts, inputs, originals, changed, strict=True):
-        progress.tick("Evaluating images", start, len(images))
-        labels, one = images.labels[start : start + BATCH], batch.numpy()
+    halves = Halves(len(range(0, len(images), BATCH)))
+    runtime: dict[int, BatchScore] = {}
+    memory: dict[int, BatchScore] = {}
+    inputs = (images.inputs(BATCH * place) for place in halves.order)
+    originals = image_logits(source, (images.inputs(BATCH * place) for place in halves.order))
+    changed = image_logits(compressed, (images.inputs(BATCH * place) for place in halves.order))
+    done = 0
+    for place, batch, reference, output in zip(halves.order, inputs, originals, changed, strict=True):
+        progress.tick("Evaluating images", done, len(images))
+        labels, one = images.labels[BATCH * place : BATCH * (place + 1)], batch.numpy()
         # copied: a runtime may hand out memory that it writes again
         first, second = torch.tensor(baseline.logits(one)), torch.tensor(artifact.logits(one))
-        runtime.append(score_batch(first, second, labels))
-        memory.append(score_batch(reference, output, labels))
+        runtime[place] = score_batch(first, second, labels)
+        memory[place] = score_batch(reference, output, labels)
+        halves.see(place, first, second, labels)
+        done += len(labels)
     progress.tick("Evaluating images", len(images), len(images))
+    shipped = [runtime[place] for place in range(len(runtime))]
+    in_torch = [memory[place] for place in range(len(memory))]
+    fitted = halves.fitted()
     where, protocol, digest = artifact.name, images.protocol, images.digest
     return (
-        summarize_images(runtime, "baseline", where, protocol, digest),
-        summarize_images(runtime, "compressed", where, protocol, digest),
-        summarize_images(memory, "compressed", "torch, in memory", protocol, digest),
+        summarize_images(shipped, "baseline", where, protocol, digest, fitted),
+        summarize_images(shipped, "compressed", where, protocol, digest, fitted),
+        headline(summarize_images(in_torch, "compressed", "torch, in memory", protocol, digest)),
     )
 
 
 def probe_images(model: Model, inputs: Tensor | None = None) -> Tensor:
-    """As many inputs (n, channels, h, w) as there are `PROBES`; where there are too few, seeded normal noise is added,
-    which is what normalised images look like in scale."""
+    """As many inputs (n, channels, h, w) as there are `PROBES`, or `OUTPUT_PROBES`; where there are too few, seeded
+    normal noise is added, which is what normalised images look like in scale."""
     assert model.image is not None
-    kept = torch.empty(0, *model.image.shape) if inputs is None else inputs[:PROBES]
-    noise = torch.randn(PROBES - len(kept), *model.image.shape, generator=torch.Generator().manual_seed(0))
+    count = PROBES if model.task is Task.IMAGE else OUTPUT_PROBES
+    kept = torch.empty(0, *model.image.shape) if inputs is None else inputs[:count]
+    noise = torch.randn(count - len(kept), *model.image.shape, generator=torch.Generator().manual_seed(0))
     return torch.cat([kept, noise])
+
+
+def probe_positions(model: Model, inputs: Tensor) -> int:
+    """How many places of an output are compared: images, or all numbers of outputs that are no classes."""
+    assert model.image is not None
+    return len(inputs) * (1 if model.task is Task.IMAGE else model.image.classes)
 
 
 def probe_steps(model: Model, inputs: Tensor) -> Iterator[tuple[NDArray[Any], Tensor]]:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,48 @@ class ImageModule:
     multiplications: int
 
     @property
-    def reference(self) -> dict[str, Any]:
-        """What a store keeps of it, JSON-able."""
+    def outputs(self) -> tuple[tuple[str, int], ...]:
+        """The logits."""
+        return (("logits", self.classes),)
+
+    @property
+    def labelled(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def batch(self) -> int:
+        """Any."""
+        return 0
+
+    @property
+    def graph(self) -> bytes:
+        """None: it is traced."""
+        return b""
+
+    @property
+    def input(self) -> str:
+        """As its export names them."""
+        return "images"
+
+    @property
+    def kept_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def described(self) -> dict[str, Any]:
+        """See `ImageSource`."""
+        channels, height, width = self.shape
+        return {
+            "input": {"name": self.input, "channels": channels, "height": height, "width": width},
+            "output": {"name": "logits", "classes": self.classes},
+            "preprocessing": self.preprocess.text,
+            "mean": list(self.preprocess.mean),
+            "std": list(self.preprocess.std),
+        }
+
+    def keep(self, folder: Path) -> dict[str, Any]:
+        """See `ImageSource`: the code itself is not kept."""
         file, folded = str(self.factory.path), [list(pair) for pair in self.folded]
         return {"file": file, "callable": self.factory.name, "sha256": self.factory.sha256, "folded": folded}
 

@@ -12,7 +12,7 @@ from compress import skeleton
 from compress.collect import Collector, LayerStats, Stat
 from compress.errors import InputError
 from compress.layer import Layer
-from compress.model import Model, Task
+from compress.model import Model
 from compress.stream import BlockStream
 
 
@@ -153,7 +153,7 @@ def open_stream(
     dtype: torch.dtype = torch.float32,
 ) -> Stream:
     """The stream for a model's kind. Args: see `BlockStream`; for an image classifier batches of images."""
-    if model.task is Task.IMAGE:
+    if model.image is not None:
         return ImageStream(model, batches, device=device, spill=spill, reference=reference)
     return BlockStream(model, batches, device=device, spill=spill, reference=reference, dtype=dtype)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import InputError, UnsupportedError, UsageError
-from compress.image_model import ImageModule
+from compress.image_source import ImageSource
 from compress.user_module import Preprocess
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Images:
         return Images.of(self.pixels[index], self.labels[index], self.preprocess)
 
 
-def read_images(source: str | Path, image: ImageModule) -> Images:
+def read_images(source: str | Path, image: ImageSource) -> Images:
     """All labelled images of a file or folder.
 
     Raises: UsageError for what is not there or of another kind, InputError for a malformed file or images that do not
@@ -87,7 +87,7 @@ def read_images(source: str | Path, image: ImageModule) -> Images:
     """
     path = Path(source)
     if path.is_dir():
-        pixels, labels = _read_folder(path, image.shape)
+        pixels, labels = _read_folder(path, image.shape, image.labelled)
         return _checked(path, pixels, labels, image)
     if not path.is_file():
         raise UsageError(f"No such data: {path}. Allowed for an image classifier: {KINDS}.")
@@ -97,11 +97,14 @@ def read_images(source: str | Path, image: ImageModule) -> Images:
         with np.load(path, allow_pickle=False) as content:
             if not isinstance(content, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array without a name")
-            missing = [name for name in ("images", "labels") if name not in content]
+            first = "images" if "images" in content else image.input
+            wanted = (first, "labels") if image.labelled else (first,)
+            missing = [name for name in wanted if name not in content]
             if missing:
                 names = ", ".join(content) or "nothing"
-                raise InputError(f"{path} has no array '{missing[0]}'; it holds {names}. Wanted: images, labels.")
-            images, labels = content["images"], content["labels"]
+                raise InputError(f"{path} has no array '{missing[0]}'; it holds {names}. Wanted: {', '.join(wanted)}.")
+            images = content[first]
+            labels = content["labels"] if image.labelled else np.zeros(len(images), np.int64)
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} cannot be read as .npz without pickles ({error}). Use numpy.savez.") from error
     return _checked(path, laid_out(path, images, image.shape), labels, image)
@@ -124,7 +127,7 @@ def laid_out(path: Path, images: Pixels, shape: tuple[int, int, int]) -> Pixels:
     return np.ascontiguousarray(images if images.dtype == np.uint8 else images.astype(np.float32))
 
 
-def _checked(path: Path, pixels: Pixels, labels: Pixels, image: ImageModule) -> Images:
+def _checked(path: Path, pixels: Pixels, labels: Pixels, image: ImageSource) -> Images:
     if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
         found = f"{labels.dtype} {labels.shape}"
         raise InputError(f"{path}: {len(pixels)} images, but labels are {found}; one integer each is wanted.")
@@ -136,19 +139,20 @@ def _checked(path: Path, pixels: Pixels, labels: Pixels, image: ImageModule) -> 
     return Images.of(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), image.preprocess)
 
 
-def _read_folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Pixels, Pixels]:
-    """Classes are the folders in order of name."""
+def _read_folder(folder: Path, shape: tuple[int, int, int], labelled: bool) -> tuple[Pixels, Pixels]:
+    """Classes are the folders in order of name; without labels all images below the folder are taken."""
     try:
         import PIL.Image
     except ImportError as error:
         raise UnsupportedError(
             f"{folder}: image files are read with Pillow, which is not installed. Install it: pip install pillow."
         ) from error
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if labelled else [folder]
     files = [(path, place) for place, each in enumerate(classes) for path in sorted(each.rglob("*"))]
     files = [(path, place) for path, place in files if path.suffix.lower() in SUFFIXES]
     if not files:
-        raise InputError(f"{folder} holds no images in a folder per class ({', '.join(SUFFIXES)}).")
+        where = " in a folder per class" if labelled else ""
+        raise InputError(f"{folder} holds no images{where} ({', '.join(SUFFIXES)}).")
     pixels = np.empty((len(files), *shape), np.uint8)
     for row, (path, _) in enumerate(files):
         try:

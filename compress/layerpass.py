@@ -42,7 +42,8 @@ class Pass(BaseModel, ABC):
     must be; `also` further parts that it fills; `any_dtype` whether blocks may compute in another type than float32
     meanwhile; `inside` whether it treats layers inside the blocks only; `per_layer` whether overrides can hold, because
     its settings are taken layer by layer; `training` whether it has the original and the compressed model in memory,
-    with gradients (see also `trained_copies`).
+    with gradients (see also `trained_copies`); `opaque` whether it can treat a model that can be run but not traced or
+    differentiated (an ONNX graph).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -58,6 +59,7 @@ class Pass(BaseModel, ABC):
     inside: ClassVar[bool] = False
     per_layer: ClassVar[bool] = True
     training: ClassVar[bool] = False
+    opaque: ClassVar[bool] = True
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

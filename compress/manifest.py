@@ -16,6 +16,8 @@ from compress.store import write_text
 
 SCHEMA = 1
 NAME = "manifest.json"
+Facts = dict[str, str | int]
+"""Size and sha256 of a file."""
 PACKAGES = ("compress", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
@@ -41,14 +43,28 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def describe_files(folder: Path, keep: Collection[str] | None = None) -> dict[str, dict[str, str | int]]:
-    """Relative path → size and sha256 of every file but the manifest; `keep` limits it to some top entries."""
+def describe_files(
+    folder: Path, keep: Collection[str] | None = None, known: Mapping[str, Facts] | None = None
+) -> dict[str, Facts]:
+    """Relative path → size and sha256 of every file but the manifest; `keep` limits it to some top entries.
+
+    known: what an earlier call gave for files that have not been touched since.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
     if keep is not None:
         paths = [path for path in paths if path.relative_to(folder).parts[0] in keep]
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths
-    }
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    found = known or {}
+    return {name: found[name] if name in found else _facts(path) for name, path in names.items()}
+
+
+def digests(found: Mapping[str, Facts]) -> dict[str, str]:
+    """Relative path → sha256, of what `describe_files` found."""
+    return {name: str(facts["sha256"]) for name, facts in found.items()}
+
+
+def _facts(path: Path) -> Facts:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:
@@ -56,9 +72,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write(folder: Path, facts: Mapping[str, Any], keep: Collection[str]) -> None:
-    """Write the manifest over the entries of a folder that will stay. facts: what it was made from, JSON-able."""
-    content = {"schema_version": SCHEMA, **facts, "versions": versions(), "files": describe_files(folder, keep)}
+def write(
+    folder: Path, facts: Mapping[str, Any], keep: Collection[str], known: Mapping[str, Facts] | None = None
+) -> None:
+    """Write the manifest over the entries of a folder that will stay.
+
+    Args: facts: what it was made from, JSON-able; known: as `describe_files`.
+    """
+    content = {"schema_version": SCHEMA, **facts, "versions": versions(), "files": describe_files(folder, keep, known)}
     write_text(folder / NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 

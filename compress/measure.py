@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import json
-import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress import hwprofiles
-from compress.errors import InputError
+from compress import disturbance, energy, hwprofiles
+from compress.errors import UnsupportedError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.progress import Progress
 from compress.records import Footprint, Speed, Timing
+from compress.speed_records import Phase
 from compress.target import Session, Target
-from compress.timing import pair, timing_record
+from compress.timing import PairedSamples, pair
+from compress.timing_process import Timed, TimingRequest, last_line, time_in_process
+from compress.timing_record import LEAST_PROCESSES, best_against_best, over_processes, timing_record
 
 PROBE_PROMPT, PROBE_TOKENS = 128, 8
+PROBE_S = 900.0
+"""Seconds after which a process that loads and runs an arm once is given up."""
 
 BUDGET_S = 20.0
 """Seconds of timing per setting, all arms together."""
+LONGEST_S = 120.0
+"""Seconds that a process may take beside its timing: imports and loading, on a busy machine."""
+SLOW_S = 900.0
+"""Seconds that a setting may take beyond its budget: ten rounds are always made, however long its calls take."""
 
-Phase = Literal["prefill", "decode", "encode", "infer"]
+Setting = tuple[Phase, int, int]
+"""Phase, batch, prompt."""
 
 
 def thread_count(profile: Profile) -> int:
@@ -44,16 +54,22 @@ def footprint(target: Target, folder: Path, threads: int, longest: int) -> Footp
     """
     prompt = max(1, min(PROBE_PROMPT, longest - PROBE_TOKENS))
     command = target.probe_command(folder, threads, prompt, PROBE_TOKENS)
-    child = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    if child.returncode != 0:
-        last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-        raise InputError(f"{folder} could not be run in a process of its own: {last[0]}")
-    found = json.loads(child.stdout.splitlines()[-1])
+    found = json.loads(last_line(command, PROBE_S, f"{folder} could not be run in a process of its own"))
     return Footprint(
         disk_bytes=deployable_bytes(folder),
         load_s=found["load_s"],
+        first_call_s=found.get("first_call_s"),
         peak_memory_bytes=int(found["peak_memory_bytes"]),
     )
+
+
+def check_processes(processes: int) -> None:
+    """Raises: UsageError for a number of processes whose differences say nothing."""
+    if processes != 1 and processes < LEAST_PROCESSES:
+        raise UsageError(
+            f"Timing in {processes} processes: give 1, or at least {LEAST_PROCESSES}, so that how much they differ is "
+            "known."
+        )
 
 
 def measure(
@@ -66,56 +82,137 @@ def measure(
     image: tuple[int, int, int] | None = None,
     seed: int = 0,
     budget_s: float = BUDGET_S,
+    processes: int = 1,
     progress: Progress,
 ) -> Speed:
     """Paired timings over the profile's grid, and both footprints.
 
     Args: two exported folders; vocabulary: random token ids are drawn below it; longest: positions that the
-    model has, to which the grid's prompts are cut; image: (channels, h, w) that it takes in place of tokens.
+    model has, to which the grid's prompts are cut; image: (channels, h, w) that it takes in place of tokens;
+    processes: 1, or at least 3 fresh ones that each time everything, which takes so many times as long.
+    Raises: UsageError for another number of processes; InputError where a process does not finish.
     """
-    threads = thread_count(profile)
-    target = find_target(profile.target)
-    arms = {"baseline": target.session(baseline, threads), "variant": target.session(variant, threads)}
-    settings = _image_settings(profile) if image else _settings(profile, arms["baseline"].is_decoder, longest)
-    timings = []
-    for place, (phase, batch, prompt) in enumerate(settings):
-        progress.tick("Timing settings", place, len(settings))
-        timings.append(_time(arms, phase, batch, prompt, image or vocabulary, seed, budget_s))
-    progress.tick("Timing settings", len(settings), len(settings))
-    name = arms["variant"].name
-    del arms
-    return Speed(
+    check_processes(processes)
+    target, threads = find_target(profile.target), thread_count(profile)
+    request = TimingRequest(
+        baseline=baseline,
+        variant=variant,
+        profile=profile,
+        vocabulary=vocabulary,
+        longest=longest,
+        image=image,
+        seed=seed,
+        budget_s=budget_s,
+    )
+    timings, name = _time_here(request, progress) if processes == 1 else _time_apart(request, processes, progress)
+    speed = Speed(
         runtime=name,
         threads=threads,
         machine=hwprofiles.machine_summary(),
-        timings=tuple(timings),
+        timings=timings,
+        best=best_against_best(timings),
+        processes=processes,
         baseline=footprint(target, baseline, threads, longest),
         variant=footprint(target, variant, threads, longest),
     )
+    return with_energy(speed, request, energy.find_meter)
 
 
-def _settings(profile: Profile, is_decoder: bool, longest: int) -> list[tuple[Phase, int, int]]:
+def with_energy(speed: Speed, request: TimingRequest, find: Callable[[str], energy.Meter]) -> Speed:
+    """The speed with the energy of the setting that leads the verdict, or with the reason why it is not measured.
+    find: gives the meter of "cpu" or "cuda"."""
+    target, profile = find_target(request.profile.target), request.profile
+    provider = profile.runtimes[target.RUNTIME].provider if target.RUNTIME in profile.runtimes else ""
+    try:
+        meter = find("cuda" if provider.startswith(("CUDA", "Tensorrt", "NvTensorRT")) else "cpu")
+        arms = _sessions(request)
+        is_image = request.image is not None
+        setting = settings_of(profile, arms["baseline"].is_decoder, request.longest, is_image)[0]
+        found = energy.measure_energy(
+            _calls(arms, setting, request.image or request.vocabulary, request.seed),
+            meter,
+            setting=speed.timings[0].name,
+            unit="image" if is_image else "token",
+            units_per_call=tokens_per_call(setting),
+            seed=request.seed,
+            budget_s=request.budget_s,
+        )
+    except UnsupportedError as error:
+        return speed.model_copy(update={"unavailable": {**speed.unavailable, energy.NAME: str(error)}})
+    return speed.model_copy(update={"energy": found})
+
+
+def time_request(request: TimingRequest) -> Timed:
+    """What a process of its own times (compress.timing_process)."""
+    timings, name = _time_here(request, Progress(quiet=True))
+    return Timed(runtime=name, timings=timings)
+
+
+def time_sessions(
+    arms: Mapping[str, Session],
+    settings: Sequence[Setting],
+    drawn: int | tuple[int, int, int],
+    *,
+    seed: int,
+    budget_s: float,
+    progress: Progress,
+) -> tuple[Timing, ...]:
+    """Every setting (phase, batch, prompt) of the arms "baseline" and "variant". drawn: random tokens below it, or
+    random images of this shape."""
+    timings = []
+    for place, (phase, batch, prompt) in enumerate(settings):
+        progress.tick("Timing settings", place, len(settings))
+        timings.append(_time(arms, phase, batch, prompt, drawn, seed, budget_s))
+    progress.tick("Timing settings", len(settings), len(settings))
+    return tuple(timings)
+
+
+def settings_of(profile: Profile, is_decoder: bool, longest: int, is_image: bool = False) -> list[Setting]:
     """Decode first, since it leads the verdict. Prompts are cut to what the model can read; equal settings are one."""
+    if is_image:  # the batches of the grid; an image is one unit
+        batches = sorted({batch for batch, _ in (*profile.grid.prefill, *profile.grid.decode)})
+        return [("infer", batch, 1) for batch in batches]
     wanted = _grid(profile, is_decoder)
     cut = [(phase, batch, min(prompt, longest - (phase == "decode"))) for phase, batch, prompt in wanted]
     return list(dict.fromkeys(cut))
 
 
-def _image_settings(profile: Profile) -> list[tuple[Phase, int, int]]:
-    """The batches of the grid; an image is one unit."""
-    batches = sorted({batch for batch, _ in (*profile.grid.prefill, *profile.grid.decode)})
-    return [("infer", batch, 1) for batch in batches]
+def _time_here(request: TimingRequest, progress: Progress) -> tuple[tuple[Timing, ...], str]:
+    """All settings in this process, and the runtime's name. The sessions end with it: they take memory."""
+    arms = _sessions(request)
+    settings = settings_of(request.profile, arms["baseline"].is_decoder, request.longest, request.image is not None)
+    drawn = request.image or request.vocabulary
+    found = time_sessions(arms, settings, drawn, seed=request.seed, budget_s=request.budget_s, progress=progress)
+    return found, arms["variant"].name
 
 
-def _grid(profile: Profile, is_decoder: bool) -> list[tuple[Phase, int, int]]:
+def _sessions(request: TimingRequest) -> dict[str, Session]:
+    target, threads = find_target(request.profile.target), thread_count(request.profile)
+    return {"baseline": target.session(request.baseline, threads), "variant": target.session(request.variant, threads)}
+
+
+def _time_apart(request: TimingRequest, processes: int, progress: Progress) -> tuple[tuple[Timing, ...], str]:
+    """All settings in each of several processes, one after another, each with a seed of its own."""
+    grid = request.profile.grid
+    most_s = LONGEST_S + (3 * request.budget_s + SLOW_S) * (len(grid.prefill) + len(grid.decode))
+    found = []
+    for place in range(processes):
+        progress.tick("Timing processes", place, processes)
+        found.append(time_in_process(request.model_copy(update={"seed": request.seed + place}), most_s))
+    progress.tick("Timing processes", processes, processes)
+    by_setting = zip(*(each.timings for each in found), strict=True)
+    return tuple(over_processes(each) for each in by_setting), found[0].runtime
+
+
+def _grid(profile: Profile, is_decoder: bool) -> list[Setting]:
     if not is_decoder:
         return [("encode", batch, prompt) for batch, prompt in profile.grid.prefill]
-    decode: list[tuple[Phase, int, int]] = [("decode", *cell) for cell in profile.grid.decode]
+    decode: list[Setting] = [("decode", *cell) for cell in profile.grid.decode]
     return decode + [("prefill", *cell) for cell in profile.grid.prefill]
 
 
 def _time(
-    arms: dict[str, Session],
+    arms: Mapping[str, Session],
     phase: Phase,
     batch: int,
     prompt: int,
@@ -123,7 +220,38 @@ def _time(
     seed: int,
     budget_s: float,
 ) -> Timing:
-    """One setting. drawn: random tokens below it, or random images of this shape."""
+    """One setting."""
+    samples = sample_setting(arms, (phase, batch, prompt), drawn, seed=seed, budget_s=budget_s)
+    return timing_record(
+        samples,
+        "baseline",
+        "variant",
+        phase=phase,
+        batch=batch,
+        prompt=prompt,
+        tokens_per_call=tokens_per_call((phase, batch, prompt)),
+    )
+
+
+def sample_setting(
+    arms: Mapping[str, Session],
+    setting: Setting,
+    drawn: int | tuple[int, int, int],
+    *,
+    seed: int,
+    budget_s: float,
+) -> PairedSamples:
+    """One setting (phase, batch, prompt) of "baseline" and any other arms, in the same rounds. drawn: see
+    `time_sessions`."""
+    calls = _calls(arms, setting, drawn, seed)
+    return pair(calls, baseline="baseline", seed=seed, budget_s=budget_s, watch=disturbance.watch())
+
+
+def _calls(
+    arms: Mapping[str, Session], setting: Setting, drawn: int | tuple[int, int, int], seed: int
+) -> dict[str, Callable[[], None]]:
+    """One call of each arm, all with the same random tokens or images."""
+    phase, batch, prompt = setting
     length, past = (1, prompt) if phase == "decode" else (prompt, 0)
     random = np.random.default_rng(seed)
     ids: NDArray[Any]
@@ -131,8 +259,10 @@ def _time(
         ids = random.standard_normal((batch, *drawn), dtype=np.float32)
     else:
         ids = random.integers(0, drawn, (batch, length), dtype=np.int64)
-    calls = {name: session.call(ids, past) for name, session in arms.items()}
-    samples = pair(calls, baseline="baseline", seed=seed, budget_s=budget_s)
-    return timing_record(
-        samples, "baseline", "variant", phase=phase, batch=batch, prompt=prompt, tokens_per_call=batch * length
-    )
+    return {name: session.call(ids, past) for name, session in arms.items()}
+
+
+def tokens_per_call(setting: Setting) -> int:
+    """Of the whole batch; an image is one."""
+    phase, batch, prompt = setting
+    return batch if phase == "decode" else batch * prompt

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,38 +16,18 @@ from compress import experts, skeleton
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
 from compress.folder import SIDE_FILES, first_line, load_tokenizer, locate, parse_config, read_config
 from compress.image_model import ImageModule, open_images
+from compress.image_source import ImageSource
 from compress.layer import Layer, LayerKind, LayerSpec
+from compress.reader import Reader
 from compress.skeleton import Structure
 from compress.user_module import is_reference, was_run
 from compress.weights import Checkpoint, digest_files, find_files, index_checkpoint
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
-SUPPORTED = "Supported: decoder language models, BERT-type encoders, and image classifiers as file.py:callable."
-
-
-class Reader(Protocol):
-    """Where weights are read from: the source's files or a store."""
-
-    def layer(self, spec: LayerSpec) -> Layer:
-        """One layer in its stored form."""
-        ...
-
-    def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors that are no layer's."""
-        ...
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a parameter."""
-        ...
-
-    def release(self) -> None:
-        """Let go of opened files; tensors that were read stay valid."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        ...
+SUPPORTED = (
+    "Supported: decoder language models, BERT-type encoders, image classifiers as file.py:callable, and model.onnx of "
+    "images."
+)
 
 
 class Task(StrEnum):
@@ -56,13 +36,14 @@ class Task(StrEnum):
     CAUSAL_LM = "causal-lm"
     ENCODER = "encoder"
     IMAGE = "image-classifier"
+    OUTPUTS = "image-outputs"  # of any kind, such as a detector's boxes
 
 
 @dataclass(frozen=True)
 class Model:
     """A model before compression. Weights are read from its files when asked for.
 
-    image: of an image classifier, which is a module of the user's own code and has no config.
+    image: of a model that takes images: a module of the user's own code, or an ONNX graph. It has no config.
     """
 
     source: str
@@ -75,7 +56,7 @@ class Model:
     raw_config: dict[str, Any] = field(default_factory=dict, repr=False)
     source_digest: str = ""
     warnings: tuple[str, ...] = ()
-    image: ImageModule | None = None
+    image: ImageSource | None = None
 
     def skeleton(self, attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
         """A fresh module tree with parameters on `meta`. Args: see `skeleton.build`; a user's own has neither."""
@@ -127,7 +108,8 @@ class Model:
     @property
     def plain_bytes(self) -> int:
         """Bytes of the tensors that are no layer's."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.plain_shapes.values())
+        beside = 0 if self.image is None else self.image.kept_bytes
+        return beside + sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.plain_shapes.values())
 
     def side_files(self) -> list[Path]:
         """Tokenizer and generation files beside the weights."""
@@ -210,7 +192,7 @@ def positions(config: Any) -> int:
 
 
 def load(source: str | Path, *, revision: str | None = None, weights: bool = True) -> Model:
-    """Open a model folder, a hub id, or `file.py:callable` (an image classifier; the file is run).
+    """Open a model folder, a hub id, `file.py:callable` (an image classifier; the file is run), or `model.onnx`.
 
     Args: revision: hub commit or branch; weights=False reads only config.json (for `plan`; a callable makes its weights
     all the same).
@@ -218,6 +200,8 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     """
     if is_reference(str(source)):
         return _of_module(str(source))
+    if str(source).endswith(".onnx"):
+        return _of_graph(str(source))
     path = locate(str(source), revision, weights)
     raw = read_config(path)
     config = parse_config(path, raw)
@@ -249,13 +233,26 @@ def _of_module(source: str, sha256: str = "") -> Model:
     )
 
 
+def _of_graph(source: str) -> Model:
+    from compress.onnx_model import open_onnx  # onnx is slow to import
+
+    found = open_onnx(source)
+    task = Task.IMAGE if found.image.labelled else Task.OUTPUTS
+    structure, path = found.structure, Path(source).expanduser().parent
+    return Model(
+        source, path, task, None, structure, found.reader, found.digest, warnings=found.notes, image=found.image
+    )
+
+
 def reopen(kept: Mapping[str, Any], folder: Path) -> Model:
-    """The image classifier whose weights a store holds, from the file that made it.
+    """The model of images whose weights a store holds: from the file that made it, or from the graph beside them.
 
     An artifact must not run code that its user never named, so the file must still be where it was, outside of the
-    artifact, and unchanged. Args: kept: what `ImageModule.reference` gave; folder: the store.
+    artifact, and unchanged. Args: kept: what `ImageSource.keep` gave; folder: the store.
     Raises: InputError.
     """
+    if "graph" in kept:
+        return _reopened_graph(kept, folder)
     try:
         path, name, sha256 = Path(kept["file"]), str(kept["callable"]), str(kept["sha256"])
         folded = [tuple(pair) for pair in kept["folded"]]
@@ -269,10 +266,18 @@ def reopen(kept: Mapping[str, Any], folder: Path) -> Model:
     if not path.is_file():
         raise InputError(f"{folder} needs {path}, the file that its module was made by. Put it back there.")
     found = _of_module(f"{path}:{name}", sha256)
-    assert found.image is not None
+    assert isinstance(found.image, ImageModule)
     if [*found.image.folded] != folded:
         raise InputError(f"{folder}: {path}:{name} makes another module than it did: other BatchNorms can be folded.")
     return replace(found, path=folder)
+
+
+def _reopened_graph(kept: Mapping[str, Any], folder: Path) -> Model:
+    from compress.onnx_model import reopen_onnx
+
+    image, structure = reopen_onnx(kept, folder)
+    task = Task.IMAGE if image.labelled else Task.OUTPUTS
+    return Model(str(folder), folder, task, None, structure, None, "", image=image)
 
 
 def _unused(checkpoint: Checkpoint) -> tuple[str, ...]:

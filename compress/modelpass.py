@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -91,6 +91,8 @@ def _left(layer: Layer, text: str, reason: str) -> LayerResult:
 
 class ModelPass(Pass, ABC):
     """A pass that works on the whole model at once."""
+
+    opaque: ClassVar[bool] = False
 
     @abstractmethod
     def apply(self, stage: Stage) -> None:

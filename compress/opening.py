@@ -5,10 +5,8 @@ Of an artifact only manifest.json and one exported folder (onnx/, checkpoint/, â
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from compress import hwprofiles, manifest, model
 from compress.artifact import Artifact, open_artifact
@@ -16,12 +14,11 @@ from compress.engine import Engine
 from compress.errors import InputError, UnsupportedError, UsageError, nearest
 from compress.export import TARGETS
 from compress.export import find as find_target
-from compress.folder import load_tokenizer, parse_config
 from compress.hwprofiles import Profile
 from compress.measure import thread_count
-from compress.model import Model, Task, positions
+from compress.model import Model, Task
 from compress.pictures import ImageInput
-from compress.prompts import Reader
+from compress.prompts import read_reader
 from compress.target import Runner, Session, Target
 
 
@@ -132,14 +129,14 @@ def _opened(
     wanted = profile.runtimes[target.RUNTIME].provider if target.RUNTIME in profile.runtimes else ""
     if not anyway and not runner.placement.provider.startswith(wanted.removesuffix("ExecutionProvider")):
         raise UnsupportedError(f"It runs on {runner.placement.provider} here, not on {wanted} as {profile.id} says.")
-    is_image = task is Task.IMAGE
+    is_image = task in (Task.IMAGE, Task.OUTPUTS)
     return Engine(
         artifact.folder,
         task,
         tuple(notes),
         session,
         runner,
-        None if is_image else _reader(folder),
+        None if is_image else read_reader(folder),
         ImageInput.read(folder) if is_image else None,
     )
 
@@ -155,35 +152,3 @@ def _misfit(profile: Profile, target: Target) -> str:
         return f"It was made for {profile.id} ({' or '.join(profile.detect.architecture)}); this machine is {here}."
     missing = [flag for flag in profile.isa if flag not in flags]
     return f"It was made for {profile.id}; this machine lacks {', '.join(missing)}." if missing else ""
-
-
-def _reader(folder: Path) -> Reader:
-    """How an exported language model or encoder reads its prompts."""
-    config = parse_config(folder, _object(folder / "config.json")).get_text_config()
-    given = _object(folder / "generation_config.json")
-    tokenizer = load_tokenizer(folder)
-    ends = given.get("eos_token_id", getattr(config, "eos_token_id", None))
-    if ends is None and tokenizer is not None:
-        ends = tokenizer.eos_token_id
-    marks = (getattr(each, "pad_token_id", None) for each in (tokenizer, config))
-    pad = next((each for each in marks if each is not None), 0)
-    vocabulary = int(config.vocab_size)
-    return Reader(
-        str(folder),
-        tokenizer,
-        vocabulary,
-        positions(config),
-        tuple(int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None),
-        int(pad) if 0 <= int(pad) < vocabulary else 0,
-    )
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file. Raises: InputError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}). Export the artifact again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object. Export the artifact again.")
-    return content

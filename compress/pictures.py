@@ -22,13 +22,15 @@ KINDS = f"an image ({', '.join(SUFFIXES)}), a folder of them, or an .npz with an
 @dataclass(frozen=True)
 class ImageInput:
     """What an exported classifier takes. shape: (channels, h, w); classes: logits per image; text: how pixels become
-    inputs; mean, std: per channel, empty where there are none, or where a function of the user's does it."""
+    inputs; mean, std: per channel, empty where there are none, or where a function of the user's does it; outputs: name
+    and shape for an image of each, of a model that was given as ONNX."""
 
     shape: tuple[int, int, int]
     classes: int
     text: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    outputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> ImageInput:
@@ -43,6 +45,7 @@ class ImageInput:
                 str(content["preprocessing"]),
                 tuple(float(value) for value in mean),
                 tuple(float(value) for value in std),
+                tuple((str(each["name"]), tuple(map(int, each["shape"]))) for each in content.get("outputs", [])),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(

@@ -19,14 +19,15 @@ import torch
 
 from compress import store
 from compress.data import Calibration, calibrate
-from compress.errors import UsageError
+from compress.errors import UnsupportedError, UsageError
 from compress.layer import LayerSpec
 from compress.layerpass import Pass
 from compress.matching import Resolution, resolve
 from compress.model import Model
-from compress.passes import find
+from compress.passes import PASSES, find
 from compress.progress import Progress
 from compress.records import LayerResult, PassResult
+from compress.shared_stages import SharedStages
 from compress.spec import Call, parse_pipeline
 from compress.stages import Stages
 from compress.walk import Found
@@ -73,6 +74,12 @@ class Pipeline:
         """Lay the passes over a model and check the whole order. Raises: UsageError; UnsupportedError for a kind
         of model that a pass cannot treat."""
         for item in self.passes:
+            if model.image is not None and model.image.graph and not item.opaque:
+                raise UnsupportedError(
+                    f"{item.name}: {model.source} is an ONNX graph, which can be run but neither traced nor "
+                    "differentiated. Passes that take it layer by layer work: "
+                    f"{', '.join(name for name in PASSES if find(name).opaque)}."
+                )
             item.check(model)
         return resolve(self.passes, model.structure)
 
@@ -102,12 +109,13 @@ class Pipeline:
         journal: Journal | None = None,
         device: str = "cpu",
         progress: Progress | None = None,
+        shared: SharedStages | None = None,
     ) -> Result:
         """Compress a model.
 
         Args: calibration: data (a file, see compress/data.py) for passes that need it; folder: where the store is
         written (a temporary one by default); journal: finished blocks of an earlier try; device: where blocks run
-        while statistics are collected (passes compute on the CPU).
+        while statistics are collected (passes compute on the CPU); shared: finished stages of recipes that begin alike.
         Raises: UsageError, InputError, ResourceError, Interrupted.
         """
         if isinstance(calibration, str | Path):
@@ -122,7 +130,8 @@ class Pipeline:
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
             quiet = progress or Progress(quiet=True)
-            results = Stages(self.passes, model, resolution, calibration, target, journal, device, quiet).run()
+            stages = Stages(self.passes, model, resolution, calibration, target, journal, device, quiet, shared)
+            results = stages.run()
         passes = tuple(self._gather(index, results, resolution) for index in range(len(self.passes)))
         return Result(store.open_store(target, keeper), model, passes, self, calibration, resolution.untied)
 

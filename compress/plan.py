@@ -24,7 +24,7 @@ from compress.pipeline import Pipeline, planned
 from compress.predict import Sizes, artifact_bytes, deployed_bytes, disk_bytes, model_bytes, peak_memory, seconds
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer, PredictedLatency
-from compress.target import Choice, Refusal, plan_layers
+from compress.target import Choice, Refusal, plan_layers, require_graphs
 
 Choices = Mapping[str, Choice | Refusal]
 
@@ -41,6 +41,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     resolution = pipeline.resolve(model)
     specs = planned(resolution)
     target = find_target(profile.target)
+    require_graphs(target, model, profile)
     choices = plan_layers(target, specs, profile)
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data, pipeline.passes)

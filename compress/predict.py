@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile
-from compress.image_model import ImageModule
+from compress.image_source import ImageSource
 from compress.images import BATCH, CALIBRATION_SAMPLES
 from compress.layer import LayerKind, LayerSpec
 from compress.layerpass import Pass
@@ -104,7 +104,7 @@ class Sizes:
 
 
 def _image_sizes(
-    image: ImageModule, source: int, specs: list[LayerSpec], recipe: Recipe, needs_data: bool, passes: Sequence[Pass]
+    image: ImageSource, source: int, specs: list[LayerSpec], recipe: Recipe, needs_data: bool, passes: Sequence[Pass]
 ) -> Sizes:
     """Of an image classifier: an image is a token that takes as many multiplications as all layers do for it."""
     weights = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,23 @@ from numpy.typing import NDArray
 
 from compress.embedding import Pool
 from compress.engine import Engine
-from compress.errors import ResourceError
+from compress.errors import ResourceError, UsageError
 from compress.prompts import read_texts
 from compress.sampling import softmax
 from compress.store import umask
 
 Arrays = dict[str, NDArray[Any]]
 Rows = tuple[Arrays, list[dict[str, Any]], list[str]]
+
+
+def image_rows(engine: Engine, source: str | Path, top: int | None, batch: int) -> Rows:
+    """`class_rows` or, where a model puts out something else, `output_rows`. Raises: UsageError for a top of these."""
+    if not engine.outputs:
+        return class_rows(engine, source, top or 5, batch)
+    if top is not None:
+        names = ", ".join(name for name, _ in engine.outputs)
+        raise UsageError(f"{engine.folder} puts out {names}, not classes, which --top is for. Leave it out.")
+    return output_rows(engine, source, batch)
 
 
 def class_rows(engine: Engine, source: str | Path, top: int, batch: int) -> Rows:
@@ -32,6 +43,21 @@ def class_rows(engine: Engine, source: str | Path, top: int, batch: int) -> Rows
         rows.append({"input": name, "classes": [{"class": place, "probability": chance} for place, chance in best]})
         lines.append(f"{name}: " + ", ".join(f"class {place} {chance:.1%}" for place, chance in best))
     return {"names": np.array(names), "logits": logits, "probabilities": chances}, rows, lines
+
+
+def output_rows(engine: Engine, source: str | Path, batch: int) -> Rows:
+    """Images → arrays names (n,) and each output (n, its shape) by name; rows and lines with shapes and ranges."""
+    names, flat = engine.classify_files(source, batch)
+    sizes = [prod(shape) for _, shape in engine.outputs]
+    parts = np.split(flat, np.cumsum(sizes)[:-1], axis=1)
+    found = {name: part.reshape(len(part), *shape) for (name, shape), part in zip(engine.outputs, parts, strict=True)}
+    rows, lines = [], []
+    for place, name in enumerate(names):
+        spans = {key: (float(array[place].min()), float(array[place].max())) for key, array in found.items()}
+        rows.append({"input": name, "outputs": {key: {"min": low, "max": high} for key, (low, high) in spans.items()}})
+        shown = [f"{key} {list(found[key].shape[1:])} from {low:g} to {high:g}" for key, (low, high) in spans.items()]
+        lines.append(f"{name}: {', '.join(shown)}")
+    return {"names": np.array(names), **found}, rows, lines
 
 
 def text_rows(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from compress.errors import Interrupted
+from compress.errors import Interrupted, visible
 
 
 class Progress:
@@ -47,7 +47,7 @@ class Progress:
         """One line of its own."""
         self._close()
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)
 
     def _write(self, done: int, total: int, now: float) -> None:
         elapsed = now - self._started

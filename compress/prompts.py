@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from compress.data import read_documents
 from compress.errors import InputError, UsageError
-from compress.folder import first_line
+from compress.folder import first_line, load_tokenizer, parse_config
+from compress.model import positions
 
 Message = Mapping[str, str]
 """{"role": "user", "content": …}"""
@@ -34,10 +36,7 @@ class Reader:
             is_chat = bool(given) and all(isinstance(part, Mapping) for part in given)
             ids = self._chat(given) if is_chat else [int(token) for token in given]  # type: ignore[arg-type]
         else:
-            ids = self._ids(given, marks=True)
-            # some tokenizers close each text, but this one goes on; an end that was typed stays
-            closing = self._closing(ids) - self._closing(self._ids(given, marks=False))
-            ids = ids[: max(1, len(ids) - closing)] if closing > 0 else ids
+            ids = self.encode(given)
         self._check(ids, name)
         if len(ids) >= self.longest:
             raise UsageError(
@@ -61,6 +60,15 @@ class Reader:
                 "texts there with --truncate (truncate=True)."
             )
         return ids
+
+    def encode(self, text: str, marks: bool = True) -> list[int]:
+        """Ids of a text that goes on, however long; with the marks that the tokenizer puts before it, unless it begins
+        with the first of them already, as a chat's text does. Raises: UsageError."""
+        begin = getattr(self.tokenizer, "bos_token", None)
+        ids = self._ids(text, marks=marks and not (begin and text.startswith(begin)))
+        # some tokenizers close each text, but this one goes on; an end that was typed stays
+        closing = self._closing(ids) - self._closing(self._ids(text, marks=False))
+        return ids[: max(1, len(ids) - closing)] if closing > 0 else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens without marks; their numbers where there is no tokenizer."""
@@ -125,3 +133,35 @@ def read_texts(source: str | Path) -> list[str] | list[list[int]]:
         if not found:
             raise InputError(f"{source} is empty. Give one text per line.")
     return found
+
+
+def read_reader(folder: Path) -> Reader:
+    """How an exported language model or encoder reads its prompts. Raises: InputError."""
+    config = parse_config(folder, _object(folder / "config.json")).get_text_config()
+    given = _object(folder / "generation_config.json")
+    tokenizer = load_tokenizer(folder)
+    ends = given.get("eos_token_id", getattr(config, "eos_token_id", None))
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.eos_token_id
+    marks = (getattr(each, "pad_token_id", None) for each in (tokenizer, config))
+    pad = next((each for each in marks if each is not None), 0)
+    vocabulary = int(config.vocab_size)
+    return Reader(
+        str(folder),
+        tokenizer,
+        vocabulary,
+        positions(config),
+        tuple(int(end) for end in (ends if isinstance(ends, list) else [ends]) if end is not None),
+        int(pad) if 0 <= int(pad) < vocabulary else 0,
+    )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file. Raises: InputError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}). Export the artifact again.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object. Export the artifact again.")
+    return content

@@ -27,12 +27,26 @@ class CalibrationSettings(Record):
 
 
 class QualitySettings(Record):
-    """`quality:` of a recipe. gates: metric → bound, judged at the worse end of the interval."""
+    """`quality:` of a recipe. gates: metric → bound, judged at the worse end of the interval. generation: prompts
+    that are continued by generation_tokens each and compared with the original (0: none)."""
 
     data: str | None = None
     samples: int | None = Field(default=None, ge=1)
     length: int = Field(default=512, ge=2)
+    generation: int = Field(default=8, ge=0)
+    generation_tokens: int = Field(default=32, ge=1)
     gates: dict[str, float] = Field(default_factory=dict)
+
+
+class TaskSettings(Record):
+    """`tasks:` of a recipe: labelled tasks of lm-evaluation-harness (extra `eval`). folder: of tasks of your own, whose
+    code is run; chat: through the model's chat template; max_loss: a gate on every score."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    limit: int | None = Field(default=None, ge=1)
+    folder: str | None = None
+    chat: bool = False
+    max_loss: float | None = Field(default=None, ge=0)
 
 
 class Recipe(Record):
@@ -44,6 +58,7 @@ class Recipe(Record):
     also: dict[str, str] = Field(default_factory=dict)
     calibration: CalibrationSettings = CalibrationSettings()
     quality: QualitySettings = QualitySettings()
+    tasks: TaskSettings | None = None
     seed: int = 0
     summary: str = ""
 

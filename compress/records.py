@@ -7,95 +7,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from compress.base_record import Interval, Record
+from compress.quality_records import Gate, Metric, Quality
+from compress.run_records import Asked
+from compress.speed_records import Footprint, Speed, SpeedVerdict, Timing
+from compress.task_records import Tasks
+
+# imported from here by everything else
+__all__ = ["Asked", "Footprint", "Gate", "Interval", "Metric", "Quality", "Record", "Speed", "SpeedVerdict", "Timing"]
 
 REPORT_SCHEMA = 1
 
-SpeedVerdict = Literal["faster", "slower", "same", "inconclusive"]
 Kernel = Literal["fast", "works", "no"]
-
-
-class Record(BaseModel):
-    """Frozen, closed, JSON-able."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="strings")
-
-
-class Interval(Record):
-    """A two-sided interval at `level`."""
-
-    low: float
-    high: float
-    level: float = 0.95
-
-
-class Metric(Record):
-    """One figure with its uncertainty. `samples` counts independent clusters (windows, documents)."""
-
-    value: float
-    interval: Interval | None = None
-    samples: int
-    unit: str
-    protocol: str
-    better: Literal["lower", "higher"]
-
-
-class Quality(Record):
-    """Metrics of one model on one data set. `where` says what computed them."""
-
-    subject: Literal["baseline", "compressed"]
-    where: str
-    metrics: dict[str, Metric]
-    data_digest: str
-
-
-class Timing(Record):
-    """Paired latency of baseline and variant at one setting; every figure here was measured."""
-
-    phase: Literal["prefill", "decode", "encode", "infer"] = Field(description="infer: images, of which one is a token")
-    batch: int
-    prompt: int
-    rounds: int
-    baseline_s: float = Field(description="median seconds per call")
-    variant_s: float = Field(description="median seconds per call")
-    baseline_tokens_per_s: float
-    variant_tokens_per_s: float
-    speedup: float = Field(description="trimmed mean of paired log ratios, as a ratio")
-    interval: Interval
-    control: Interval = Field(description="baseline against itself: the noise floor")
-    verdict: SpeedVerdict
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """`decode batch 1 prompt 128`, `infer batch 4`."""
-        if self.phase == "infer":
-            return f"{self.phase} batch {self.batch}"
-        return f"{self.phase} batch {self.batch} prompt {self.prompt}"
-
-
-class Footprint(Record):
-    """What one arm takes: bytes of the deployable files, seconds to load, peak resident memory of a run."""
-
-    disk_bytes: int
-    load_s: float | None = None
-    peak_memory_bytes: int | None = None
-
-
-class Speed(Record):
-    """All timings of a run, against `baseline` of the same runtime, threads and graph optimizations."""
-
-    runtime: str
-    threads: int
-    machine: dict[str, str]
-    timings: tuple[Timing, ...]
-    baseline: Footprint
-    variant: Footprint
-
-    def __str__(self) -> str:
-        from compress.report.parts import speed_text
-
-        return speed_text(self)
 
 
 class LayerResult(Record):
@@ -212,15 +137,6 @@ class RunCost(Record):
     peak_memory_bytes: int
 
 
-class Gate(Record):
-    """One gate of the recipe: the bound that was asked for and what was found (the worse end of the interval)."""
-
-    name: str
-    bound: float
-    found: float
-    met: bool
-
-
 class Report(Record):
     """One run, whole. Terminal, Markdown and HTML are pure functions of it."""
 
@@ -244,6 +160,7 @@ class Report(Record):
     baseline_quality: Quality | None = None
     artifact_quality: Quality | None = None
     memory_quality: Quality | None = Field(default=None, description="the compressed model in torch, before lowering")
+    tasks: Tasks | None = Field(default=None, description="labelled tasks, where the recipe names some")
     speed: Speed | None = None
     verification: Verification | None = None
     gates: tuple[Gate, ...] = ()
@@ -251,6 +168,10 @@ class Report(Record):
     verdict: str
     warnings: tuple[str, ...] = ()
     command: str = ""
+    request: Asked | None = Field(default=None, description="what `compress reproduce` repeats; none in older reports")
+    files: dict[str, str] = Field(
+        default_factory=dict, description="sha256 of each file of the model and of what is deployed, by its path in OUT"
+    )
 
     def __str__(self) -> str:
         from compress.report import to_markdown

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress import experts, skeleton
 from compress.errors import UnsupportedError
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.model import Reader
+from compress.reader import Reader
 from compress.rotation import Rotation
 from compress.stream import BlockStream
 from compress.tracing import Call, Trace, same, watching

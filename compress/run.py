@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from compress import data, hwprofiles, manifest
+from compress.continuations import Amount
 from compress.data import Calibration, Samples
+from compress.end_to_end import material_of, measure_end_to_end, with_end_to_end
 from compress.errors import InputError, UsageError
-from compress.evaluate import Evaluation, evaluate, kept_inputs, verification_inputs, verify_export
+from compress.evaluate import Evaluation, evaluate, runners_of, verification_inputs, verify_export
 from compress.export import find as find_target
+from compress.harness import require_tasks, score_exported
 from compress.hwprofiles import Profile
-from compress.measure import BUDGET_S, deployable_bytes, measure, thread_count
+from compress.image_source import fitting
+from compress.measure import measure, thread_count
 from compress.memory import peak_memory
 from compress.model import Model, load
 from compress.pipeline import Pipeline, Result
 from compress.plan import make_plan, refusal
 from compress.progress import Progress
-from compress.quality import check_gates, gates_met
-from compress.recipe import Recipe
+from compress.quality import check_gates
 from compress.records import Plan, Report, RunCost, Speed, Verification
-from compress.report import to_html, to_markdown, verdict_sentence
-from compress.store import write_text
+from compress.run_report import Found, Request, kept, write_report
 from compress.target import Lowered, require_tools, timed_here, write_baseline
 from compress.workspace import Workspace, disk_errors, require_space
 
-KEPT = ("manifest.json", "model", "report.html", "report.json", "report.md")
-"""What an artifact holds beside its target's folder."""
 QUALITY_SAMPLES = 128
 """Windows; images are all taken unless a number is given."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `compress run` was asked for."""
-
-    model: str
-    recipe: Recipe
-    profile: Profile
-    out: Path
-    data: str | None = None
-    device: str = "cpu"
-    overwrite: bool = False
-    command: str = ""
-    budget_s: float = BUDGET_S
 
 
 def run(request: Request, progress: Progress | None = None) -> Report:
@@ -68,10 +49,12 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     pipeline = Pipeline.parse(request.recipe.passes)
     plan = make_plan(model, request.recipe, request.profile, pipeline)
     refuse(plan)
-    check_gates(request.recipe.quality.gates, model.task)
-    calibration, windows = _data(model, request)
+    check_gates(request.recipe.quality.gates, model.task, generation=request.recipe.quality.generation > 0)
+    if request.recipe.tasks is not None:
+        require_tasks(model.task, find_target(request.profile.target))
+    calibration, windows = load_data(model, request)
     with Workspace(request.out, request.overwrite) as space:
-        journal = space.open(_fingerprint(model, request, calibration, windows))
+        journal = space.open(fingerprint(model, request, calibration, windows))
         with disk_errors(space.folder):
             require_space(space.folder, plan.predicted_disk_bytes)
             result = pipeline.run(
@@ -86,17 +69,17 @@ def run(request: Request, progress: Progress | None = None) -> Report:
             lowered = _export_both(result, request.profile, space.folder, progress)
             inputs = verification_inputs(windows)
             verification = verify_export(result.model, lowered.folder, request.profile, inputs, lowered.bounds)
-            evaluation = _evaluate(space.folder, result, request.profile, windows, progress)
-            speed = _measure(space.folder, request, model, progress)
+            evaluation = _evaluate(space.folder, result, request, windows, progress)
+            tasks = score_exported(space.folder, request.recipe.tasks, request.profile, model.digest, progress)
+            speed = _measure(space.folder, request, model, windows, progress)
             cost = RunCost(
                 seconds=time.monotonic() - started,
                 passes_peak_memory_bytes=compress_memory,
                 peak_memory_bytes=peak_memory(),
             )
-            report = _report(request, model, plan, result, lowered, verification, evaluation, speed, cost)
-            kept = (*KEPT, find_target(request.profile.target).FOLDER)
-            _write(space.folder, report, _facts(request, model, result, windows, report), kept)
-            space.commit(kept)
+            found = Found(plan, result, lowered, verification, evaluation, speed, cost, tasks)
+            report = write_report(space.folder, request, model, windows, found)
+            space.commit(kept(request))
     require_agreement(request.out, verification)
     return report
 
@@ -120,7 +103,7 @@ def require_agreement(out: Path, found: Verification) -> None:
     )
 
 
-def _data(model: Model, request: Request) -> tuple[Calibration | None, Samples]:
+def load_data(model: Model, request: Request) -> tuple[Calibration | None, Samples]:
     """Calibration and quality windows, or images, the former in the recipe's type."""
     calibration, windows = _read_data(model, request)
     dtype = getattr(torch, request.recipe.calibration.dtype)
@@ -154,7 +137,8 @@ def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samp
     return calibration, windows
 
 
-def _fingerprint(model: Model, request: Request, calibration: Calibration | None, windows: Samples) -> dict[str, str]:
+def fingerprint(model: Model, request: Request, calibration: Calibration | None, windows: Samples) -> dict[str, str]:
+    """What a run depends on: what an earlier try began is taken up only where all of it is the same."""
     return {
         "model": model.digest,
         "recipe": request.recipe.passes,
@@ -187,108 +171,33 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     return lowered
 
 
-def _evaluate(folder: Path, result: Result, profile: Profile, windows: Samples, progress: Progress) -> Evaluation:
+def _evaluate(folder: Path, result: Result, request: Request, windows: Samples, progress: Progress) -> Evaluation:
+    profile, settings = request.profile, request.recipe.quality
     target, threads = find_target(profile.target), thread_count(profile)
     baseline = target.session(folder / "baseline", threads)
     artifact = target.session(folder / target.FOLDER, threads)
-    return evaluate(baseline, artifact, result.source, result.model, windows, progress)
+    runners = runners_of(target, (baseline, folder / "baseline"), (artifact, folder / target.FOLDER))
+    amount = Amount(settings.generation, settings.generation_tokens)
+    return evaluate(baseline, artifact, result.source, result.model, windows, progress, runners, amount)
 
 
-def _measure(folder: Path, request: Request, model: Model, progress: Progress) -> Speed | None:
+def _measure(folder: Path, request: Request, model: Model, windows: Samples, progress: Progress) -> Speed | None:
     """None where what is deployed does not run here: a time of anything else would be mistaken for its own."""
-    if not timed_here(find_target(request.profile.target)):
+    if not timed_here(find_target(request.profile.target), request.profile):
         return None
-    return measure(
-        folder / "baseline",
-        folder / find_target(request.profile.target).FOLDER,
-        request.profile,
+    arms = folder / "baseline", folder / find_target(request.profile.target).FOLDER
+    machine, seed, budget_s = fitting(request.profile, model.image), request.recipe.seed, request.budget_s
+    speed = measure(
+        *arms,
+        machine,
         vocabulary=model.vocabulary,
         longest=model.longest,
         image=model.image.shape if model.image else None,
-        seed=request.recipe.seed,
-        budget_s=request.budget_s,
+        seed=seed,
+        budget_s=budget_s,
         progress=progress,
     )
-
-
-def _report(
-    request: Request,
-    model: Model,
-    plan: Plan,
-    result: Result,
-    lowered: Lowered,
-    verification: Verification,
-    evaluation: Evaluation,
-    speed: Speed | None,
-    cost: RunCost,
-) -> Report:
-    gates = gates_met(evaluation.artifact, request.recipe.quality.gates)
-    pieces: dict[str, Any] = {
-        "source_bytes": model.source_bytes,
-        "artifact_bytes": lowered.deployed_bytes or deployable_bytes(lowered.folder),
-        "speed": speed,
-        "baseline_quality": evaluation.baseline,
-        "artifact_quality": evaluation.artifact,
-        "memory_quality": evaluation.memory,
-        "verification": verification,
-        "gates": gates,
-    }
-    return Report(
-        title=f"{model.name}, {request.recipe.name}, {request.profile.id}",
-        source=model.source,
-        source_digest=model.digest,
-        recipe=str(result.pipeline),
-        profile=request.profile.id,
-        target=request.profile.target,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=manifest.versions(),
-        seed=request.recipe.seed,
-        calibration=result.calibration.summary() if result.calibration else {},
-        passes=result.passes,
-        plan=plan,
-        operators=lowered.operators,
-        float_layers=lowered.float_layers,
-        cost=cost,
-        verdict=verdict_sentence(**pieces),
-        command=request.command,
-        **pieces,
+    material = material_of(windows, request.recipe.quality.data or request.data)
+    return with_end_to_end(
+        speed, lambda: measure_end_to_end(*arms, machine, model.task, material, seed=seed, budget_s=budget_s)
     )
-
-
-def _facts(request: Request, model: Model, result: Result, windows: Samples, report: Report) -> dict[str, Any]:
-    """What the manifest records beside the files."""
-    verification = report.verification
-    assert verification is not None
-    return {
-        "source": request.model,
-        "source_digest": model.digest,
-        "task": str(model.task),
-        "recipe": {"name": request.recipe.name, "passes": str(result.pipeline)},
-        "profile": request.profile.model_dump(mode="json"),
-        "seed": request.recipe.seed,
-        "calibration": result.calibration.summary() if result.calibration else {},
-        "quality_digest": windows.digest,
-        "verification": {
-            "bounds": {"shipped": verification.bound, "exact": verification.exact_bound},
-            "ids": kept_inputs(model, windows),
-            "greedy_tokens": list(verification.greedy_tokens),
-        },
-        "metrics": _metrics(report),
-    }
-
-
-def _metrics(report: Report) -> dict[str, Any]:
-    """The figures that lead the report, JSON-able: quality by metric, speed-up by setting, bytes."""
-    of = {"baseline": report.baseline_quality, "artifact": report.artifact_quality, "memory": report.memory_quality}
-    # through JSON text, where not-a-number is a string
-    quality = {name: json.loads(found.model_dump_json())["metrics"] for name, found in of.items() if found}
-    timings = report.speed.timings if report.speed else ()
-    speed = {each.name: {"speedup": each.speedup, "verdict": each.verdict} for each in timings}
-    return {"quality": quality, "speed": speed, "artifact_bytes": report.artifact_bytes}
-
-
-def _write(folder: Path, report: Report, facts: Mapping[str, Any], kept: tuple[str, ...]) -> None:
-    write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_text(folder / "report.md", to_markdown(report))
-    write_text(folder / "report.html", to_html(report))
-    manifest.write(folder, facts, kept)

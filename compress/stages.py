@@ -16,11 +16,14 @@ from compress.model import Model
 from compress.modelpass import ModelPass, Stage
 from compress.progress import Progress
 from compress.records import LayerResult
+from compress.shared_stages import SharedStages, stage_key
 from compress.sources import Sources, folder_of
 from compress.walk import Found, Walk
 from compress.workspace import Journal
 
 DONE = "done"
+SHARED = "shared"
+"""The step of a stage that another recipe had finished; its data are the passes."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Stages:
     journal: Journal | None
     device: str
     progress: Progress
+    shared: SharedStages | None = None
 
     def run(self) -> list[Found]:
         """All stages in order; those that the journal names as done are taken as they are, and need not be there."""
@@ -70,7 +74,10 @@ class Stages:
             if steps is not None and DONE in steps:
                 found += [(place, LayerResult.model_validate(item)) for place, item in steps.get(DONE)]
                 continue
-            results = self._stage(number, places, self.folder if is_last else self._folder(number), steps)
+            if is_last or self.shared is None:
+                results = self._stage(number, places, self.folder if is_last else self._folder(number), steps)
+            else:
+                results = self._taken(self.shared, number, places, steps)
             if steps is not None:
                 steps.add(DONE, [[place, result.model_dump(mode="json")] for place, result in results])
             found += results
@@ -80,6 +87,20 @@ class Stages:
             self._remove(number)
             _remove(folder_of(self.folder, number))
         return found
+
+    def _taken(self, shared: SharedStages, number: int, places: Sequence[int], steps: Steps | None) -> list[Found]:
+        """A stage that another recipe has finished, or its result for those that come after."""
+        passes = self.passes[: places[-1] + 1]
+        key = stage_key(self.original.digest, passes, self.resolution, self.calibration, self.device)
+        folders = [self._folder(number), folder_of(self.folder, number)]
+        known = shared.take(key, folders)
+        if known is not None:
+            if steps is not None:
+                steps.add(SHARED, ", ".join(map(str, passes)))
+            return [(place, LayerResult.model_validate(item)) for place, item in known]
+        results = self._stage(number, places, self._folder(number), steps)
+        shared.give(key, folders, [[place, result.model_dump(mode="json")] for place, result in results])
+        return results
 
     def _folder(self, number: int) -> Path:
         return self.folder / f"stage-{number}"

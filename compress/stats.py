@@ -1,13 +1,14 @@
 """Interval estimates for quality and speed: pure functions on arrays, no torch, no clock, no random numbers.
 
 Tokens of a window and neighbouring rounds of a timing run are correlated, so neither is counted as independent:
-quality is clustered by window, speed goes through batch means.
+quality is clustered by window, the error of a speed-up is read off its slow waves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +16,7 @@ from scipy import stats as distributions
 
 from compress.records import Interval, SpeedVerdict
 
-MIN_ROUNDS = 10  # fewer rounds give neither a trimmed tail nor five batches of two
+MIN_ROUNDS = 10  # fewer rounds give neither a trimmed tail nor slow waves to tell from fast ones
 TRIM = 0.1  # share cut from each end (research/profiling_ux_reliability.md §1.2: 54 rounds where the mean needs 157)
 WIDEST_SAME = 0.05  # a noise floor wider than this says nothing about sameness
 
@@ -60,31 +61,63 @@ def speedup(log_ratios: ArrayLike, level: float = 0.95) -> tuple[float, Interval
     """exp of the 10 % trimmed mean of ln(baseline / variant) per round, and an interval that holds under correlation.
 
     log_ratios: (rounds,) in the order measured, rounds >= 10. Standard error of a trimmed mean: that of the mean of
-    the winsorised values over 1 - 2 trim (Tukey and McLaughlin 1963). The winsorised values go into 8 to 20 batches
-    of neighbours (about √rounds). Batches that short are still correlated, so their lag-1 correlation, never taken
-    below 0, widens the interval once more: under AR(1) noise of 0.6 coverage goes from 84 to 90 % at 20 rounds and
-    from 92 to 95 % at 60, for about 15 % more width under white noise (simulated, 4000 and 3000 runs each).
+    the winsorised values over 1 - 2 trim (Tukey and McLaughlin 1963), from the slow waves in them (`_slow_error`):
+    neighbouring rounds of one machine are alike, and what is alike over rounds shows as slow waves. Coverage under
+    autocorrelation, spikes and drift: benchmarks/timing/simulate.py.
     """
     rounds = _rounds(log_ratios)
-    count = len(rounds)
-    cut = int(TRIM * count)
-    ordered = np.sort(rounds)
-    centre = float(ordered[cut : count - cut].mean())
-    winsorised = np.clip(rounds, ordered[cut], ordered[count - cut - 1])
-    means = np.array([batch.mean() for batch in np.array_split(winsorised, batch_count(count))])
-    error = _correlated_error(means) / (1 - 2 * cut / count)
-    half = _t_quantile(level, len(means) - 1) * error
+    centre, winsorised, kept = _trimmed(rounds)
+    waves = wave_count(len(rounds))
+    half = _t_quantile(level, waves) * _slow_error(winsorised, waves) / kept
     return math.exp(centre), Interval(low=math.exp(centre - half), high=math.exp(centre + half), level=level)
 
 
-def batch_count(rounds: int) -> int:
-    """About √rounds batches, 8 to 20, of at least two rounds each."""
-    return min(max(8, min(20, round(math.sqrt(rounds)))), rounds // 2)
+def expected_half_width(log_ratios: ArrayLike, level: float = 0.95) -> float:
+    """What half of `speedup`'s interval would be on average, on the log scale, from all rounds' spread and lag-1
+    correlation (of AR(1), between 0 and 0.8).
+
+    The interval's own width has few degrees of freedom, so it is small by chance now and then, and whoever stops timing
+    at that moment keeps intervals that are too narrow: coverage falls to 92 % under white noise. This one has as many
+    as there are rounds; stopping where both are small keeps 94 % (benchmarks/timing/simulate.py, `stopping`).
+    """
+    rounds = _rounds(log_ratios)
+    _, winsorised, kept = _trimmed(rounds)
+    deviations, count = winsorised - winsorised.mean(), len(rounds)
+    squares = float(deviations @ deviations)
+    if squares == 0:
+        return 0.0
+    bias = 1 / count  # the sample's own mean pulls its lag-1 correlation down by about this
+    correlation = min(max(float(deviations[1:] @ deviations[:-1]) / squares + bias, 0.0), 0.8)
+    error = math.sqrt(squares / (count - 1) / count * (1 + correlation) / (1 - correlation))
+    return _t_quantile(level, wave_count(count)) * error / kept
+
+
+def wave_count(rounds: int) -> int:
+    """0.4 rounds^(2/3) slow waves, at least 4 (Lazarus, Lewis, Stock and Watson 2018): the degrees of freedom."""
+    return max(4, round(0.4 * math.pow(rounds, 2 / 3)))
 
 
 def half_width(interval: Interval) -> float:
     """Half the width of a ratio's interval on the log scale: 0.02 is about ±2 %."""
     return math.log(interval.high / interval.low) / 2
+
+
+def combine_processes(ratios: Sequence[float], intervals: Sequence[Interval]) -> tuple[float, Interval]:
+    """Geometric mean of the ratios of several processes, and the wider of two intervals for it.
+
+    Between: t-interval of the logarithms, one value per process, which holds whatever differs from one process to the
+    next (placement in memory, choice of kernels). Within: the processes' own intervals, by squares, which guards
+    against a few processes that agree by chance. ratios, intervals: (processes,), at least 3, of one level.
+    """
+    count = len(ratios)
+    if count < 3 or count != len(intervals):
+        raise ValueError(f"needs at least 3 processes with an interval each, found {count} and {len(intervals)}")
+    logs = np.log(np.asarray(ratios, dtype=np.float64))
+    level, centre = intervals[0].level, float(logs.mean())
+    between = _t_quantile(level, count - 1) * float(logs.std(ddof=1)) / math.sqrt(count)
+    within = math.sqrt(sum(half_width(interval) ** 2 for interval in intervals)) / count
+    half = max(between, within)
+    return math.exp(centre), Interval(low=math.exp(centre - half), high=math.exp(centre + half), level=level)
 
 
 def noise_floor(control: Interval) -> float:
@@ -133,6 +166,28 @@ def drift(log_ratios: ArrayLike) -> float:
     return float(distributions.spearmanr(np.arange(len(rounds)), rounds).pvalue)
 
 
+def calls_needed(share: float, level: float = 0.95) -> int:
+    """Calls so that with probability `level` at least two of them lie beyond the percentile `share` of (0, 1).
+
+    Binomial bound: 1 - sⁿ - n (1 - s) sⁿ⁻¹ >= level, that is 8, 46, 93 and 473 for 0.5, 0.9, 0.95 and 0.99.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"a percentile's share must lie between 0 and 1, found {share}")
+    count = 2
+    while share**count + count * (1 - share) * share ** (count - 1) > 1 - level:
+        count += 1
+    return count
+
+
+def percentile(samples: ArrayLike, share: float) -> float | None:
+    """The smallest of (calls,) samples that at least `share` of them do not exceed; None from fewer than
+    `calls_needed`, where it would mostly lie below the true one."""
+    values = np.asarray(samples, dtype=np.float64)
+    if values.size < calls_needed(share):
+        return None
+    return float(np.quantile(values, share, method="inverted_cdf"))
+
+
 def _clusters(sums: ArrayLike, counts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     totals, sizes = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if totals.ndim != 1 or totals.shape != sizes.shape or totals.size == 0:
@@ -151,19 +206,33 @@ def _rounds(log_ratios: ArrayLike) -> NDArray[np.float64]:
     return rounds
 
 
-def _correlated_error(means: NDArray[np.float64]) -> float:
-    """Standard error of the mean of (batches,) neighbours: the plain one times √((1+r)/(1-r)), r in [0, 0.8]."""
-    deviations = means - means.mean()
-    squares = float(deviations @ deviations)
-    if squares == 0:
-        return 0.0
-    batches = len(means)
-    bias = 1 / batches  # the sample's own mean pulls its lag-1 correlation down by about this
-    correlation = min(max(float(deviations[1:] @ deviations[:-1]) / squares + bias, 0.0), 0.8)
-    plain = math.sqrt(squares / (batches - 1) / batches)
-    return plain * math.sqrt((1 + correlation) / (1 - correlation))
+def _trimmed(rounds: NDArray[np.float64]) -> tuple[float, NDArray[np.float64], float]:
+    """The trimmed mean of (rounds,), their winsorised values, and the share that the trimming keeps."""
+    count = len(rounds)
+    cut = int(TRIM * count)
+    ordered = np.sort(rounds)
+    winsorised = np.clip(rounds, ordered[cut], ordered[count - cut - 1])
+    return float(ordered[cut : count - cut].mean()), winsorised, 1 - 2 * cut / count
 
 
+def _slow_error(values: NDArray[np.float64], waves: int) -> float:
+    """Standard error of the mean of (rounds,) correlated values: from the mean square of their `waves` slowest cosines.
+
+    A sum of correlated values varies as their spectrum at frequency 0, which the slowest waves estimate; those of white
+    noise are independent, so the t-interval with `waves` degrees of freedom is exact there (Müller 2007).
+    """
+    heights = _cosines(len(values), waves) @ (values - values.mean())
+    return math.sqrt(float(heights @ heights) / waves / len(values))
+
+
+@lru_cache(maxsize=64)
+def _cosines(rounds: int, waves: int) -> NDArray[np.float64]:
+    """(waves, rounds) orthonormal cosines of 1/2, 1, 3/2, … periods, each orthogonal to a constant."""
+    middles = (np.arange(rounds) + 0.5) / rounds
+    return np.asarray(math.sqrt(2 / rounds) * np.cos(np.pi * np.outer(np.arange(1, waves + 1), middles)))
+
+
+@lru_cache(maxsize=256)
 def _t_quantile(level: float, degrees: int) -> float:
     if not 0 < level < 1:
         raise ValueError(f"an interval's level must lie between 0 and 1, found {level}")

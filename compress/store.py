@@ -156,7 +156,7 @@ def write_structure(
         "edits": [],
     }
     if model.image is not None:
-        structure["module"] = model.image.reference
+        structure["module"] = model.image.keep(folder)
     beside = [] if model.image is not None else [model.path / "config.json", *model.side_files()]
     for path in beside:
         with whole_file(folder / path.name) as copy:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from compress.errors import UnsupportedError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -63,6 +65,17 @@ class Choice(Protocol):
     @property
     def note(self) -> str:
         """What to know about it; empty where nothing."""
+        ...
+
+
+class LogitsRunner(Protocol):
+    """A runtime that computes logits: a `Session`, or less."""
+
+    name: str
+
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """Token ids (batch, length) int64 → (batch, length, vocabulary); images (batch, channels, h, w) float32 →
+        (batch, classes)."""
         ...
 
 
@@ -127,8 +140,9 @@ class Runner(Protocol):
 class Target(Protocol):
     """The module of a target.
 
-    It may also have `predict_deployed_bytes`, as `predict_bytes` of what the machine needs where that is not the whole
-    folder, `plan_together(specs)`, the refusals (by layer) of what it does not take side by side,
+    It may also have `TAKES_GRAPHS`, whether it takes models that were given as ONNX, `predict_deployed_bytes`, as
+    `predict_bytes` of what the machine needs where that is not the whole folder, `plan_together(specs)`, the refusals
+    (by layer) of what it does not take side by side,
     `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,
     and `compare_graphs(session, exact, ids, limit, room)`, where a folder holds the model more than once: whether what
     `session` does not run agrees with what it does, and notes for the report.
@@ -165,7 +179,8 @@ class Target(Protocol):
         ...
 
     def probe_command(self, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
-        """A command that loads a folder, reads and decodes, and prints JSON: load_s, peak_memory_bytes."""
+        """A command that loads a folder, reads and decodes, and prints JSON: load_s, peak_memory_bytes and, where it is
+        known, first_call_s."""
         ...
 
 
@@ -184,9 +199,20 @@ def write_baseline(target: Target, model: Model, profile: Profile, folder: Path,
     return write(model, profile, folder, graph)
 
 
-def timed_here(target: Target) -> bool:
-    """Whether its sessions run what will be deployed, so that their speed means something (`TIMED_HERE`)."""
-    return bool(getattr(target, "TIMED_HERE", True))
+def timed_here(target: Target, profile: Profile) -> bool:
+    """Whether its sessions run what will be deployed, so that their speed means something: the target's `TIMED_HERE`,
+    or what its function `timed_here(profile)` says."""
+    found: Callable[[Profile], bool] | None = getattr(target, "timed_here", None)
+    return found(profile) if found is not None else bool(getattr(target, "TIMED_HERE", True))
+
+
+def require_graphs(target: Target, model: Model, profile: Profile) -> None:
+    """Raises: UnsupportedError for a model that was given as ONNX where the target takes none (`TAKES_GRAPHS`)."""
+    if model.image is not None and model.image.graph and not getattr(target, "TAKES_GRAPHS", False):
+        raise UnsupportedError(
+            f"{model.source} is an ONNX graph, which is exported for the target onnx only. Profile {profile.id} is for "
+            f"{profile.target}; add --target onnx, or give the model that the graph was made from."
+        )
 
 
 def plan_layers(target: Target, specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, Choice | Refusal]:

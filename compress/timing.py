@@ -9,27 +9,28 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.records import Timing
-from compress.stats import MIN_ROUNDS, drift, half_width, is_stationary, noise_floor, speed_verdict, speedup
+from compress.disturbance import MOST_VOIDED, Watch, causes
+from compress.stats import MIN_ROUNDS, expected_half_width, half_width, is_stationary, speedup
 
 Arm = Callable[[], object]
 Clock = Callable[[], float]
-Phase = Literal["prefill", "decode", "encode", "infer"]
 Stop = Literal["width", "rounds", "budget"]
 
 WARMUP_CALLS = 200  # cap per arm
 WARMUP_SHARE = 0.2  # of the budget, over all arms
 JITTER = 0.2  # of the inner repeats, so that blocks do not beat with a periodic disturbance
 MOST_REPEATS = 10_000_000
-DRIFT_P = 0.01
+LOOKS = (30, 60, 120, 240)
+SINGLE_CALL_S = 1e-4  # calls at least so long are also timed singly, which costs a ten-millionth of a second each
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,16 @@ class Warmup:
     calls: int
     settled: bool
     repeats: int
+    call_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class PairedSamples:
-    """Seconds per call of every arm and round. `control` is the baseline's second block of each round."""
+    """Seconds per call of every arm and round. `control` is the baseline's second block of each round.
+
+    causes: what disturbed each round, where counters were read. calls: seconds of each single call by round, where
+    calls are long enough.
+    """
 
     baseline: str
     seconds: Mapping[str, NDArray[np.float64]]
@@ -53,32 +59,60 @@ class PairedSamples:
     stopped: Stop
     elapsed_s: float
     target_half_width: float
+    causes: tuple[tuple[str, ...], ...] | None = None
+    calls: Mapping[str, Sequence[NDArray[np.float64]]] = field(default_factory=dict)
 
     @property
     def rounds(self) -> int:
         """Rounds measured, each with every arm once and the baseline twice."""
         return len(self.control)
 
-    def log_ratios(self, variant: str) -> NDArray[np.float64]:
-        """(rounds,) ln(baseline / variant): above 0 where the variant is faster."""
-        with np.errstate(divide="ignore", invalid="ignore"):  # a zero is refused where the ratios are used
-            return np.log(self.seconds[self.baseline] / self.seconds[variant])
+    @property
+    def disturbed(self) -> NDArray[np.bool_]:
+        """(rounds,) whether something that the counters tell of happened."""
+        return np.array([bool(found) for found in self.causes or [()] * self.rounds], dtype=np.bool_)
 
     @property
-    def control_log_ratios(self) -> NDArray[np.float64]:
-        """(rounds,) ln(baseline / baseline again)."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.log(self.seconds[self.baseline] / self.control)
+    def kept(self) -> NDArray[np.bool_]:
+        """(rounds,) the undisturbed ones; all of them where those are too few to stand for the machine."""
+        disturbed = self.disturbed
+        few = disturbed.sum() <= MOST_VOIDED * self.rounds and (~disturbed).sum() >= MIN_ROUNDS
+        return ~disturbed if few else np.ones(self.rounds, dtype=np.bool_)
+
+    @property
+    def rounds_per_cause(self) -> dict[str, int]:
+        """Cause to rounds; a round may have several."""
+        return dict(Counter(name for found in self.causes or () for name in found))
+
+    def log_ratios(self, variant: str, every: bool = False) -> NDArray[np.float64]:
+        """(kept rounds,) ln(baseline / variant): above 0 where the variant is faster. every: of all rounds."""
+        return self._log_ratios(self.seconds[variant], every)
+
+    def control_log_ratios(self, every: bool = False) -> NDArray[np.float64]:
+        """(kept rounds,) ln(baseline / baseline again). every: of all rounds."""
+        return self._log_ratios(self.control, every)
+
+    def single_calls(self, arm: str) -> NDArray[np.float64]:
+        """(calls,) seconds of each call in the kept rounds; none where calls are too short to be timed singly."""
+        rounds = self.calls.get(arm, ())
+        return np.concatenate([[], *(each for each, kept in zip(rounds, self.kept, strict=False) if kept)])
 
     def half_width(self, variant: str) -> float:
         """The wider of the variant's and the control's interval halves, on the log scale."""
-        both = self.log_ratios(variant), self.control_log_ratios
+        both = self.log_ratios(variant), self.control_log_ratios()
         return max(half_width(speedup(series)[1]) for series in both)
 
     @property
     def narrow(self) -> bool:
-        """Whether every interval, the control's too, is as narrow as asked."""
-        return all(self.half_width(name) <= self.target_half_width for name in self.seconds)
+        """Whether every interval, the control's too, is as narrow as asked, and not by chance (expected_half_width)."""
+        series = [self.control_log_ratios(), *(self.log_ratios(name) for name in self.seconds if name != self.baseline)]
+        widths = [max(half_width(speedup(each)[1]), expected_half_width(each)) for each in series]
+        return max(widths) <= self.target_half_width
+
+    def _log_ratios(self, seconds: NDArray[np.float64], every: bool) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a zero is refused where the ratios are used
+            ratios = np.log(self.seconds[self.baseline] / seconds)
+        return ratios if every else ratios[self.kept]
 
 
 def pair(
@@ -87,75 +121,79 @@ def pair(
     baseline: str,
     seed: int,
     clock: Clock = time.perf_counter,
+    watch: Watch | None = None,
     min_block_s: float = 0.02,
-    looks: Sequence[int] = (20, 40, 80, 160),
+    looks: Sequence[int] = LOOKS,
     target_half_width: float = 0.02,
     budget_s: float = 120.0,
 ) -> PairedSamples:
     """Time all arms in rounds of fresh seeded order until every interval is narrow enough.
 
     Widths are looked at after `looks` rounds only, never significance. The budget counts warm-up and is checked
-    after each round, but never cuts below MIN_ROUNDS, under which there is no interval to report.
+    after each round, but never cuts below MIN_ROUNDS, under which there is no interval to report. `watch` reads the
+    machine's counters before and after each round (compress.disturbance.watch()).
     """
     _check(arms, baseline, looks, min_block_s, budget_s)
     start, random = clock(), np.random.default_rng(seed)
     share_s = WARMUP_SHARE * budget_s / len(arms)
     warmups = {name: _warm_up(arm, clock, min_block_s, share_s) for name, arm in arms.items()}
-    slots = [*arms, None]  # None: the baseline once more, as its own control
-    rows: dict[str | None, list[float]] = {slot: [] for slot in slots}
-
-    def samples(stopped: Stop) -> PairedSamples:
-        seconds = {name: np.array(rows[name]) for name in arms}
-        control, elapsed_s = np.array(rows[None]), clock() - start
-        return PairedSamples(baseline, seconds, control, warmups, stopped, elapsed_s, target_half_width)
-
+    session = _Session(arms, baseline, warmups, random, clock, watch)
     for done in range(1, max(looks) + 1):
-        for slot in [slots[index] for index in random.permutation(len(slots))]:
-            name = baseline if slot is None else slot
-            repeats = _jittered(warmups[name].repeats, random)
-            rows[slot].append(_block(arms[name], repeats, clock) / repeats)
-        if done in looks and samples("width").narrow:
-            return samples("width")
+        session.round()
+        if done in looks and session.samples("width", start, target_half_width).narrow:
+            return session.samples("width", start, target_half_width)
         if done >= MIN_ROUNDS and clock() - start >= budget_s:
-            return samples("budget")
-    return samples("rounds")
+            return session.samples("budget", start, target_half_width)
+    return session.samples("rounds", start, target_half_width)
 
 
-def timing_record(
-    samples: PairedSamples,
-    baseline: str,
-    variant: str,
-    *,
-    phase: Phase,
-    batch: int,
-    prompt: int,
-    tokens_per_call: float,
-) -> Timing:
-    """The report's record of one variant against the baseline; `tokens_per_call` counts the whole batch."""
-    if baseline != samples.baseline:
-        raise ValueError(f"the control was taken for {samples.baseline!r}, so {baseline!r} cannot be the baseline")
-    if variant not in samples.seconds or variant == baseline:
-        raise ValueError(f"no variant {variant!r} among the arms {', '.join(samples.seconds)} next to {baseline!r}")
-    if tokens_per_call <= 0:
-        raise ValueError(f"tokens_per_call must be positive, found {tokens_per_call}")
-    ratio, interval = speedup(samples.log_ratios(variant))
-    _, control = speedup(samples.control_log_ratios)
-    baseline_s, variant_s = (float(np.median(samples.seconds[name])) for name in (baseline, variant))
-    return Timing(
-        phase=phase,
-        batch=batch,
-        prompt=prompt,
-        rounds=samples.rounds,
-        baseline_s=baseline_s,
-        variant_s=variant_s,
-        baseline_tokens_per_s=tokens_per_call / baseline_s,
-        variant_tokens_per_s=tokens_per_call / variant_s,
-        speedup=ratio,
-        interval=interval,
-        control=control,
-        verdict=speed_verdict(interval, control),
-        warnings=_warnings(samples, variant),
-    )
+class _Session:
+    """Rounds as they are made."""
+
+    def __init__(
+        self,
+        arms: Mapping[str, Arm],
+        baseline: str,
+        warmups: Mapping[str, Warmup],
+        random: np.random.Generator,
+        clock: Clock,
+        watch: Watch | None,
+    ) -> None:
+        self.arms, self.baseline, self.warmups = arms, baseline, warmups
+        self.random, self.clock, self.watch = random, clock, watch
+        self.slots = [*arms, None]  # None: the baseline once more, as its own control
+        self.rows: dict[str | None, list[float]] = {slot: [] for slot in self.slots}
+        self.calls: dict[str, list[NDArray[np.float64]]] = {name: [] for name in arms}
+        self.causes: list[tuple[str, ...]] = []
+        # one rule for all arms, since the clock's own time counts
+        self.singly = min(warmup.call_s for warmup in warmups.values()) >= SINGLE_CALL_S
+
+    def round(self) -> None:
+        """Each arm once and the baseline once more, in fresh order."""
+        before = self.watch() if self.watch else None
+        for slot in [self.slots[index] for index in self.random.permutation(len(self.slots))]:
+            name = self.baseline if slot is None else slot
+            repeats = _jittered(self.warmups[name].repeats, self.random)
+            stamps: list[float] | None = [] if self.singly else None
+            self.rows[slot].append(_block(self.arms[name], repeats, self.clock, stamps) / repeats)
+            if slot is not None and stamps:
+                self.calls[slot].append(np.diff(stamps))
+        if self.watch and before:
+            self.causes.append(causes(before, self.watch()))
+
+    def samples(self, stopped: Stop, start: float, target_half_width: float) -> PairedSamples:
+        """All rounds so far."""
+        return PairedSamples(
+            baseline=self.baseline,
+            seconds={name: np.array(self.rows[name]) for name in self.arms},
+            control=np.array(self.rows[None]),
+            warmups=self.warmups,
+            stopped=stopped,
+            elapsed_s=self.clock() - start,
+            target_half_width=target_half_width,
+            causes=tuple(self.causes) if self.watch else None,
+            calls={name: tuple(found) for name, found in self.calls.items()} if self.singly else {},
+        )
 
 
 def _check(arms: Mapping[str, Arm], baseline: str, looks: Sequence[int], min_block_s: float, budget_s: float) -> None:
@@ -173,7 +211,7 @@ def _warm_up(arm: Arm, clock: Clock, min_block_s: float, cap_s: float) -> Warmup
     while not is_stationary(calls) and len(calls) < WARMUP_CALLS and sum(calls) < cap_s:
         calls.append(_block(arm, 1, clock))
     repeats = _repeats(arm, clock, min_block_s, min(calls))
-    return Warmup(first_s, 1 + len(calls), is_stationary(calls), repeats)
+    return Warmup(first_s, 1 + len(calls), is_stationary(calls), repeats, min(calls))
 
 
 def _repeats(arm: Arm, clock: Clock, min_block_s: float, call_s: float) -> int:
@@ -193,12 +231,19 @@ def _jittered(repeats: int, random: np.random.Generator) -> int:
     return int(random.integers(fewest, most + 1))
 
 
-def _block(arm: Arm, repeats: int, clock: Clock) -> float:
+def _block(arm: Arm, repeats: int, clock: Clock, stamps: list[float] | None = None) -> float:
+    """Seconds of `repeats` calls; stamps: takes the time before the first and after each of them."""
     with _no_collection():
         begin = clock()
+        if stamps is None:
+            for _ in range(repeats):
+                arm()
+            return clock() - begin
+        stamps.append(begin)
         for _ in range(repeats):
             arm()
-        return clock() - begin
+            stamps.append(clock())
+        return stamps[-1] - begin
 
 
 @contextmanager
@@ -211,23 +256,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _warnings(samples: PairedSamples, variant: str) -> tuple[str, ...]:
-    found = []
-    for name in (samples.baseline, variant):
-        if not samples.warmups[name].settled:
-            found.append(f"{name} had not settled after {samples.warmups[name].calls} warm-up calls")
-    for name, series in ((variant, samples.log_ratios(variant)), ("the control", samples.control_log_ratios)):
-        p = drift(series)
-        if p < DRIFT_P:
-            found.append(f"the ratio of {name} drifted over the rounds (Spearman p = {p:.1g})")
-    half = samples.half_width(variant)
-    if half > samples.target_half_width:
-        end = f"budget spent after {samples.elapsed_s:.0f} s" if samples.stopped == "budget" else "last look reached"
-        target = f"±{samples.target_half_width:.1%}"
-        found.append(f"{end} and {samples.rounds} rounds with an interval of ±{half:.1%} where {target} was asked")
-    control = speedup(samples.control_log_ratios)[1]
-    if not control.low <= 1 <= control.high:
-        found.append(f"the baseline differs from itself by up to {noise_floor(control) - 1:.1%}")
-    return tuple(found)

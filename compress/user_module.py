@@ -109,7 +109,7 @@ class Factory:
             return Preprocess("x / 255")
         if min(std) <= 0:
             raise UsageError(f"{self.path}: STD={std}: each must be above 0.")
-        return Preprocess(f"(x / 255 - {_listed(mean)}) / {_listed(std)}", mean, std)
+        return normalising(mean, std)
 
     def _figures(self, name: str, channels: int) -> tuple[float, ...]:
         found = getattr(self._module, name, None)
@@ -123,6 +123,11 @@ class Factory:
         if len(figures) != channels:
             raise UsageError(f"{self.path}: {name} has {len(figures)} figures, but images have {channels} channels.")
         return tuple(figures)
+
+
+def normalising(mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocess:
+    """Pixels from 0 to 1, less the mean, by the standard deviation, per channel."""
+    return Preprocess(f"(x / 255 - {_listed(mean)}) / {_listed(std)}", mean, std)
 
 
 def is_reference(source: str) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TARGETS: dict[str, str] = {
     "onnx": "compress.export.onnx.target",
     "tensorrt": "compress.export.tensorrt.target",
+    "openvino": "compress.export.openvino.target",
     "checkpoint": "compress.export.checkpoint.target:COMPRESSED_TENSORS",
     "checkpoint-gptq": "compress.export.checkpoint.target:GPTQ",
     "checkpoint-awq": "compress.export.checkpoint.target:AWQ",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from compress.hwprofiles.facts import UNKNOWN, machine
 from compress.hwprofiles.files import FOLDER, load, names
@@ -52,6 +53,9 @@ def _unmet(profile: Profile, facts: Mapping[str, str]) -> str:
         return "is never picked by itself"
     if facts.get("architecture") not in profile.detect.architecture:
         return f"is for {' or '.join(profile.detect.architecture)}"
+    name = facts.get("cpu", UNKNOWN)
+    if profile.detect.cpu and not any(fnmatchcase(name, pattern) for pattern in profile.detect.cpu):
+        return f"is for {' or '.join(profile.detect.cpu)}"
     if missing := [flag for flag in profile.isa if flag not in flags]:
         return f"needs {', '.join(missing)}"
     if excluded := [flag for flag in profile.detect.forbidden if flag in flags]:
@@ -62,7 +66,8 @@ def _unmet(profile: Profile, facts: Mapping[str, str]) -> str:
 def _nothing_fits(profiles: list[Profile], facts: Mapping[str, str]) -> str:
     flags = " ".join(_isa(facts)) or "none"
     found = f"{facts.get('architecture', UNKNOWN)}, '{facts.get('cpu', UNKNOWN)}', flags {flags}"
-    reasons = "; ".join(f"{profile.id} {_unmet(profile, facts)}" for profile in profiles)
+    classes = [profile for profile in profiles if profile.detect and not profile.detect.cpu]  # not those of one chip
+    reasons = "; ".join(f"{profile.id} {_unmet(profile, facts)}" for profile in classes)
     example = FOLDER / "cpu-x86-avx2.yaml"
     return (
         f"no hardware profile fits this machine ({found}): {reasons}. Name one of these if it is near enough, or write "

@@ -15,6 +15,9 @@ from pydantic_core import ErrorDetails
 from compress.hwprofiles.schema import Profile, ProfileError, nearest
 
 FOLDER = Path(__file__).resolve().parent
+PARTS = FOLDER / "parts"
+# what `like` takes over beside runtimes, where the file has no such key itself
+INHERITED = ("isa", "target", "grid")
 MAX_BYTES = 1 << 20
 SHOWN_ERRORS = 5
 
@@ -59,9 +62,7 @@ def digest(profile: Profile) -> str:
 
 
 def _read(path: Path) -> Profile:
-    found = _parse(path)
-    if not isinstance(found, dict):
-        raise ProfileError(f"hardware profile {path}: a mapping of keys is expected, found {_short.repr(found)}")
+    found = contents(path)
     try:
         return Profile.model_validate(found)
     except ValidationError as error:
@@ -69,6 +70,38 @@ def _read(path: Path) -> Profile:
         more = f"; and {len(problems) - SHOWN_ERRORS} more" if len(problems) > SHOWN_ERRORS else ""
         told = "; ".join(_sentence(each) for each in problems[:SHOWN_ERRORS])
         raise ProfileError(f"hardware profile {path}: {told}{more}") from None
+
+
+def contents(path: Path) -> dict[Any, Any]:
+    """What a file says, with what it leaves to the profiles and parts that its key `like` names."""
+    found = _mapping(path)
+    given = found.pop("like", [])
+    runtimes: dict[Any, Any] = {}
+    for name in given if isinstance(given, list) else [given]:
+        source = _source(path, name)
+        runtimes |= source.get("runtimes", {})
+        found = {**{key: source[key] for key in INHERITED if key in source}, **found}
+    own = found.get("runtimes", {})
+    if not runtimes or not isinstance(own, dict):
+        return found
+    return {**found, "runtimes": {**own, **{name: runtimes[name] for name in runtimes if name not in own}}}
+
+
+def _source(path: Path, name: object) -> dict[Any, Any]:
+    """A shipped profile or part by its id. Those of a part are runtimes alone."""
+    parts = tuple(sorted(part.stem for part in PARTS.glob("*.yaml")))
+    if name not in (*names(), *parts):
+        raise ProfileError(
+            f"hardware profile {path}: like: found {_short.repr(name)}.{nearest(str(name), (*names(), *parts))}"
+        )
+    return contents((PARTS if name in parts else FOLDER) / f"{name}.yaml")
+
+
+def _mapping(path: Path) -> dict[Any, Any]:
+    found = _parse(path)
+    if not isinstance(found, dict):
+        raise ProfileError(f"hardware profile {path}: a mapping of keys is expected, found {_short.repr(found)}")
+    return found
 
 
 def _parse(path: Path) -> object:

@@ -49,9 +49,13 @@ class Figure(Closed):
 
 
 class Match(Closed):
-    """How `detect` recognises the machine, beside the flags of `Profile.isa`. The highest priority that fits wins."""
+    """How `detect` recognises the machine, beside the flags of `Profile.isa`. The highest priority that fits wins.
+
+    cpu: patterns, with `*`, of which the name of its processor must fit one; empty: any name.
+    """
 
     architecture: tuple[Literal["x86_64", "aarch64"], ...] = Field(min_length=1)
+    cpu: tuple[Text, ...] = ()
     forbidden: tuple[Text, ...] = ()
     priority: Annotated[int, Field(strict=True, ge=0)] = 0
 

@@ -35,6 +35,7 @@ class BiasCorrect(BlockPass):
     before: ClassVar[frozenset[str]] = frozenset({"tuning"})
     after: ClassVar[frozenset[str]] = frozenset({"weight"})
     inside: ClassVar[bool] = True
+    opaque: ClassVar[bool] = True
 
     add: bool = False
 

@@ -45,6 +45,7 @@ class Gptq(BlockQuantPass):
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT, LayerKind.CONV})
     any_dtype: ClassVar[bool] = True
+    opaque: ClassVar[bool] = True
 
     damp: float = Field(default=0.05, gt=0, le=1)
     clip: bool = True

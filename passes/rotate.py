@@ -71,7 +71,7 @@ class Rotate(ModelPass):
         return replace(spec, source_dtype=torch.float32) if self.whole else spec
 
     def check(self, model: Model) -> None:
-        if model.task is Task.IMAGE:
+        if model.image is not None:
             raise UnsupportedError(f"{self.name}: an image classifier has no stream of hidden states to rotate.")
         if model.task is Task.ENCODER and self.r1 != "none":
             raise UnsupportedError(

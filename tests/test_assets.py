@@ -1,5 +1,6 @@
 """Real models with published or measured figures; skipped where the folder of assets is not there."""
 
+import gzip
 import json
 import statistics
 from pathlib import Path
@@ -14,7 +15,7 @@ from compress.evaluate import stream_logits
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
 from compress.pipeline import Pipeline
-from compress.quality import score_window
+from compress.quality import score_window, summarize
 from compress.stats import paired_difference
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
@@ -63,3 +64,17 @@ def test_gptq_is_closer_to_the_original_than_rounding_at_the_same_bits(assets: P
     assert statistics.mean(first) / 511 < 0.007
     assert statistics.mean(second) / 511 < 0.0145
     assert np.isfinite(value)
+
+
+def test_stories260k_has_its_measured_perplexity(assets: Path) -> None:
+    """README of the assets: 1.6890 nats per token, perplexity 5.414, over 61,335 tokens of 190 stories."""
+    file = assets / "text" / "tinystories" / "tinystories_ids_tok512.json.gz"
+    stories = [torch.tensor(ids[:513]) for ids in json.loads(gzip.decompress(file.read_bytes()))]
+    model = compress.load(assets / "lm_stories260k" / "hf")
+    outputs = stream_logits(model, [story[:-1] for story in stories])
+    scores = [score_window(None, logits, story[1:]) for story, logits in zip(stories, outputs, strict=True)]
+    assert sum(score.tokens for score in scores) == 61_335
+    metrics = summarize(scores, "baseline", "torch", "ppl/stories-513", "").metrics
+    assert metrics["nll"].value == pytest.approx(1.6890, abs=5e-5)
+    assert metrics["perplexity"].value == pytest.approx(5.414, abs=5e-4)
+    assert metrics["perplexity"].samples == 190

@@ -18,7 +18,8 @@ from compress.hwprofiles import load as load_profile
 from compress.leaks import Text, shared_runs
 from compress.model import load
 from compress.recipe import CalibrationSettings, QualitySettings, Recipe
-from compress.run import Request, _data, run
+from compress.run import load_data, run
+from compress.run_report import Request
 
 
 def words(seed: int, count: int, vocabulary: int = 250) -> list[int]:
@@ -124,7 +125,7 @@ def test_one_file_gives_each_part_windows_of_its_own_length(llama: Path, tmp_pat
         quality=QualitySettings(length=64, samples=5),
     )
     request = Request("", recipe, load_profile("cpu-x86-avx2"), tmp_path / "out", str(source))
-    calibration, quality = _data(load(llama), request)
+    calibration, quality = load_data(load(llama), request)
     assert calibration is not None
     assert calibration.windows.ids.shape == (7, 32)
     assert quality.ids.shape == (5, 64)

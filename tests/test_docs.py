@@ -9,6 +9,7 @@ import typer.main
 from compress import hwprofiles, recipe
 from compress.cli import app
 from compress.errors import CompressError
+from compress.metrics import METRICS
 from compress.passes import table
 from compress.pipeline import Pipeline
 
@@ -75,3 +76,10 @@ def test_profiles_named_in_the_readme_exist() -> None:
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "\nscripts/test\n" in README
     assert re.search(r"^COMPRESS_VENV=\S+ scripts/test$", (ROOT / ".ci" / "run").read_text(), re.M)
+
+
+def test_every_quality_figure_is_explained() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    for names in METRICS.values():
+        for name in names:
+            assert f"`{name}`" in page, name

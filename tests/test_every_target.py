@@ -33,7 +33,8 @@ def name(request: pytest.FixtureRequest) -> str:
 def profile(name: str) -> Profile:
     """One that is built for the target, else any: a target that reads no profile takes all."""
     found = [hwprofiles.load(each) for each in hwprofiles.names()]
-    chosen = next((each for each in found if each.target == name), as_profile(found[0], name))
+    named = [each for each in found if find(name).RUNTIME in each.runtimes]
+    chosen = next((each for each in found if each.target == name), as_profile([*named, found[0]][0], name))
     try:
         require_tools(find(name), chosen)
     except UnsupportedError as error:
@@ -98,13 +99,13 @@ def test_a_session_reads_and_continues_and_runs_in_a_process_of_its_own(
     first = session.greedy([1, 2, 3], 4)
     assert first[0] == int(logits[0, -1].argmax()) and len(first) == 4
     assert session.greedy([1, 2, 3], 4, first[:1]) == first[:1]
-    if not timed_here(target):
+    if not timed_here(target, profile):
         with pytest.raises(UnsupportedError, match="cannot be timed"):
             session.call(ids, 5)
         return
     assert session.call(ids, 5)() is None
     child = subprocess.run(target.probe_command(tmp_path, 1, 16, 2), capture_output=True, text=True, check=True)
-    assert set(json.loads(child.stdout.splitlines()[-1])) == {"load_s", "peak_memory_bytes"}
+    assert set(json.loads(child.stdout.splitlines()[-1])) >= {"load_s", "peak_memory_bytes"}
     taken = footprint(target, tmp_path, 1, 128)
     assert taken.load_s and taken.peak_memory_bytes and taken.peak_memory_bytes > 10_000_000
 

@@ -13,7 +13,7 @@ import yaml
 
 from compress import hwprofiles
 from compress.hwprofiles import Profile, ProfileError, Use, digest, load, names
-from compress.hwprofiles.files import FOLDER
+from compress.hwprofiles.files import FOLDER, contents
 
 ROOT = Path(__file__).resolve().parents[1]
 VNNI, AVX2, ARM = "cpu-x86-avx512-vnni", "cpu-x86-avx2", "cpu-arm-dotprod"
@@ -43,7 +43,7 @@ def test_every_shipped_profile_loads_under_its_file_name(name: str) -> None:
     profile = load(name)
     assert profile.id == name
     assert all(runtime.ir_version == 10 for runtime in profile.runtimes.values())
-    assert (profile.gpu is None) == (profile.detect is not None)  # a GPU is never picked by itself
+    assert profile.gpu is None or profile.detect is None  # a GPU is never picked by itself
 
 
 def numbers(found: object, path: str = "") -> Iterator[tuple[str, object, object]]:
@@ -60,7 +60,7 @@ def numbers(found: object, path: str = "") -> Iterator[tuple[str, object, object
 
 @pytest.mark.parametrize("name", names())
 def test_every_number_has_a_source_and_a_unit_in_its_key(name: str) -> None:
-    profile = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    profile = contents(FOLDER / f"{name}.yaml")
     no_quantity = {".schema_version", ".detect.priority", ".cpu.threads"}  # of the file, the user, not the machine
     checked = 0
     for path, _, holder in numbers(profile):
@@ -127,6 +127,27 @@ def test_a_users_file_loads_and_its_digest_is_of_what_it_says(own: Callable[...,
     changed = load(own(lambda data: data["cpu"].update(threads=1)))
     assert changed.cpu.threads == 1
     assert digest(changed) != digest(load(VNNI))
+
+
+def test_a_profile_may_take_over_the_kernels_of_another(own: Callable[..., Path]) -> None:
+    def borrow(data: dict[str, Any]) -> None:
+        for key in ("runtimes", "isa", "grid", "target"):
+            del data[key]
+        data["like"] = AVX2
+
+    mine, other = load(own(borrow)), load(AVX2)
+    assert (mine.runtimes, mine.isa, mine.grid, mine.target) == (other.runtimes, other.isa, other.grid, other.target)
+    assert mine.memory == load(VNNI).memory and mine.peak == load(VNNI).peak
+
+    kept = load(own(lambda data: data.update(like=["onnxruntime-cuda", AVX2], isa=["avx2"])))
+    assert kept.runtimes == load(VNNI).runtimes and kept.isa == ("avx2",)  # its own come first
+    assert "CUDAExecutionProvider" in {each.provider for each in load("nvidia-t4").runtimes.values()}
+
+
+@pytest.mark.parametrize("name", ["cpu-x86-avx3", "../facts", 3, {}])
+def test_what_is_borrowed_must_be_a_shipped_profile(own: Callable[..., Path], name: object) -> None:
+    with pytest.raises(ProfileError, match=r"mine\.yaml: like: found .*Allowed: .*cpu-x86-avx2"):
+        load(own(lambda data: data.update(like=name)))
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one(own: Callable[..., Path]) -> None:

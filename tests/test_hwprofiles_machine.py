@@ -11,6 +11,7 @@ from compress.hwprofiles.facts import cpu_quota, machine, memory_limit, parse_cp
 from compress.hwprofiles.files import FOLDER
 
 VNNI, AVX2, ARM = "cpu-x86-avx512-vnni", "cpu-x86-avx2", "cpu-arm-dotprod"
+AMX, PI = "cpu-x86-amx", "cpu-raspberry-pi-5"
 
 X86 = """processor\t: {cpu}
 model name\t: {name}
@@ -32,6 +33,11 @@ CPU implementer\t: 0x41
 CPU part\t: 0xd0b
 
 Model\t\t: Raspberry Pi 5 Model B Rev 1.0
+"""
+GRAVITON4 = """processor\t: 0
+Features\t: fp asimd asimddp i8mm bf16 sve sve2
+CPU implementer\t: 0x41
+CPU part\t: 0xd4f
 """
 APPLE = """machdep.cpu.brand_string: Apple M4
 hw.physicalcpu: 10
@@ -55,17 +61,28 @@ def x86(flags: str, processors: int = 1, threads_per_core: int = 1) -> str:
         ("x86_64", x86(f"{AVX512} avx512_vnni"), VNNI),
         ("x86_64", x86(AVX512), AVX2),
         ("x86_64", x86("avx2 fma avx_vnni"), AVX2),
-        ("aarch64", RASPBERRY, ARM),
+        ("x86_64", x86(f"{AVX512} avx512_vnni amx_int8 amx_bf16"), AMX),
+        ("aarch64", RASPBERRY, PI),
+        ("aarch64", RASPBERRY.replace("Raspberry Pi 5", "Orange Pi 5"), ARM),
+        ("aarch64", RASPBERRY.partition("Model")[0].replace("0xd0b", "0xd4f"), ARM),
+        ("aarch64", GRAVITON4, "cpu-arm-neoverse-v2"),
     ],
 )
 def test_detect_picks_the_best_profile(architecture: str, cpuinfo: str, expected: str) -> None:
     assert detect({"architecture": architecture, **parse_cpuinfo(cpuinfo)}).id == expected
 
 
-def test_detect_picks_arm_from_apples_facts() -> None:
+@pytest.mark.parametrize(
+    ("chip", "expected"), [("M4", "cpu-apple-m4"), ("M4 Pro", "cpu-apple-m4-pro"), ("M9 Ultra", ARM)]
+)
+def test_detect_picks_a_chip_by_its_name_and_else_the_class(chip: str, expected: str) -> None:
+    facts = {"architecture": "aarch64", **parse_sysctl(APPLE.replace("Apple M4", f"Apple {chip}"))}
+    assert detect(facts).id == expected
+
+
+def test_what_apple_tells_is_summed_up() -> None:
     facts = {"architecture": "aarch64", **parse_sysctl(APPLE)}
     assert facts["cores"] == "10"
-    assert detect(facts).id == ARM
     assert machine_summary(facts) == {"cpu": "Apple M4", "cores": "10", "isa": "asimddp i8mm", "memory_gb": "17.2"}
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize
 from scipy import stats as distributions
 
-from compress.proportions import paired_change, proportion
+from compress.proportions import clustered_mcnemar, mcnemar, paired_change, proportion
 
 Z = 1.959963984540054
 
@@ -68,3 +68,29 @@ def test_counts_that_are_no_proportion_are_refused(counts: tuple[int, int]) -> N
 def test_pairs_that_do_not_fit_together_are_refused(counts: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         paired_change(*counts)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (3, 9), (9, 3), (6, 6), (40, 71)])
+def test_mcnemars_exact_test_is_the_two_sided_binomial_one(gained: int, lost: int) -> None:
+    expected = distributions.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert mcnemar(gained, lost) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="begin at 0"):
+        mcnemar(-1, lost)
+
+
+def test_the_clustered_test_is_mcnemars_where_every_cluster_is_one_trial() -> None:
+    gained, lost = [1] * 14 + [0] * 36, [0] * 14 + [1] * 27 + [0] * 9
+    assert clustered_mcnemar(gained, lost) == pytest.approx(distributions.chi2.sf((14 - 27) ** 2 / 41, 1))
+
+
+def test_changes_that_come_together_count_less() -> None:
+    apart = clustered_mcnemar([1] * 12, [0] * 12)
+    together = clustered_mcnemar([6, 6, 0, 0], [0, 0, 0, 0])
+    assert apart is not None and together is not None and apart < 0.01 < 0.1 < together
+
+
+def test_one_cluster_gives_no_test_and_no_change_is_no_evidence() -> None:
+    assert clustered_mcnemar([5], [1]) is None
+    assert clustered_mcnemar([0, 0], [0, 0]) == 1.0
+    with pytest.raises(ValueError, match="do not fit"):
+        clustered_mcnemar([1, 2], [1])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress import quality
+from compress import embedding_scores, quality, token_scores
 from compress.errors import UsageError
+from compress.metrics import HEADLINE
 from compress.quality import (
     METRICS,
     WindowScore,
@@ -63,7 +64,7 @@ def test_a_window_is_scored_as_a_twin_with_loops_scores_it() -> None:
 def test_cutting_a_window_into_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, other, targets = logits_of(1, 295, 17)  # 42 chunks of 7 and one row
     whole = score_window(reference, other, targets)
-    monkeypatch.setattr(quality, "CHUNK_ELEMENTS", 17 * 7)
+    monkeypatch.setattr(token_scores, "CHUNK_ELEMENTS", 17 * 7)
     cut = score_window(reference, other, targets)
     assert (cut.nll, cut.reference_nll, cut.kl) == pytest.approx((whole.nll, whole.reference_nll, whole.kl))
     assert cut.agreed == whole.agreed
@@ -228,7 +229,7 @@ def test_embeddings_are_compared_as_a_twin_with_loops_compares_them(monkeypatch:
     def neighbour(vectors: np.ndarray, i: int) -> int:
         return max((j for j in range(25) if j != i), key=lambda j: cosine(vectors[i], vectors[j]))
 
-    monkeypatch.setattr(quality, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(embedding_scores, "CHUNK_ROWS", 8)
     scores = score_embeddings(torch.from_numpy(reference), outputs)
 
     assert scores.cosines == pytest.approx(np.array([cosine(a, b) for a, b in zip(reference, outputs, strict=True)]))
@@ -305,7 +306,7 @@ def test_a_gate_that_names_no_metric_is_refused_with_the_nearest_name() -> None:
     [
         ("kld", "causal-lm", "Did you mean 'kl'"),
         ("kl", "encoder", "for a model of kind encoder"),
-        ("cosine", "causal-lm", "Allowed: kl, nll"),
+        ("cosine", "causal-lm", "Allowed: .*kl, kl_max, .*perplexity"),
     ],
 )
 def test_a_gate_on_a_metric_that_the_model_will_not_have_is_refused_without_any_figures(
@@ -315,9 +316,77 @@ def test_a_gate_on_a_metric_that_the_model_will_not_have_is_refused_without_any_
         check_gates({name: 0.1}, task)
 
 
-def test_every_metric_of_a_summary_may_be_gated_and_no_other() -> None:
-    vectors = np.random.default_rng(2).standard_normal((5, 4))
+def test_every_metric_of_a_summary_may_be_gated_and_stands_in_the_order_of_the_table() -> None:
+    vectors = np.random.default_rng(2).standard_normal((600, 4))
     embeddings = quality.summarize_embeddings(score_embeddings(vectors, vectors), "compressed", "torch", "p", "d")
     for task, found in (("causal-lm", summary(windows())), ("encoder", embeddings)):
-        assert list(found.metrics) == list(METRICS[task])
-        check_gates(found.metrics, task)
+        assert list(found.metrics) == [name for name in METRICS[task] if name in found.metrics]
+        assert {name for name, metric in found.metrics.items() if not metric.detail} == HEADLINE[task]
+        check_gates(METRICS[task], task)
+    assert list(embeddings.metrics) == list(METRICS["encoder"])
+
+
+def test_a_gate_on_continued_prompts_that_are_switched_off_is_refused_before_the_work() -> None:
+    check_gates({"greedy_agreement": 0.9, "kl": 0.1}, "causal-lm", generation=True)
+    with pytest.raises(UsageError, match=r"quality\.generation=0"):
+        check_gates({"greedy_agreement": 0.9}, "causal-lm", generation=False)
+    check_gates({"kl": 0.1}, "causal-lm", generation=False)
+
+
+def noisy_vectors(samples: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(4)
+    reference = rng.standard_normal((samples, 6))
+    return reference, reference + 0.5 * rng.standard_normal((samples, 6))
+
+
+def test_neighbours_found_again_and_similarities_in_the_same_order_are_what_loops_give() -> None:
+    reference, outputs = noisy_vectors()
+
+    def similarities(vectors: np.ndarray) -> np.ndarray:
+        return np.array([[a @ b / math.sqrt((a @ a) * (b @ b)) for b in vectors] for a in vectors])
+
+    old, new = similarities(reference), similarities(outputs)
+    pairs = [(i, j) for i in range(40) for j in range(i)]
+    ranks = [[sorted(matrix[pair] for pair in pairs).index(matrix[one]) for one in pairs] for matrix in (old, new)]
+    shared = []
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        near = [set(sorted(others, key=lambda j, row=matrix[i]: -row[j])[:10]) for matrix in (old, new)]
+        shared.append(len(near[0] & near[1]) / 10)
+    scores = score_embeddings(reference, outputs)
+    found = quality.summarize_embeddings(scores, "compressed", "torch", "p", "d").metrics
+    assert found["recall_at_10"].value == pytest.approx(np.mean(shared), abs=1e-9)
+    assert found["similarity_spearman"].value == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
+    assert found["cosine_min"].value == pytest.approx(min(np.diag(similarity(reference, outputs))), abs=1e-9)
+    interval = found["similarity_spearman"].interval
+    assert interval and interval.low < found["similarity_spearman"].value < interval.high <= 1
+
+
+def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return first @ second.T / np.linalg.norm(first, axis=1)[:, None] / np.linalg.norm(second, axis=1)
+
+
+def test_the_first_percentile_of_cosines_is_given_of_five_hundred_texts_and_told_of_fewer() -> None:
+    few = quality.summarize_embeddings(score_embeddings(*noisy_vectors(15)), "compressed", "torch", "p", "d")
+    assert "cosine_p1" not in few.metrics and "recall_at_10" not in few.metrics
+    assert "15 samples, and 500 are needed" in few.notes[0] and "21 are needed" in few.notes[1]
+    vectors = noisy_vectors(500)
+    many = quality.summarize_embeddings(score_embeddings(*vectors), "compressed", "torch", "p", "d").metrics
+    assert many["cosine_p1"].value == pytest.approx(np.quantile(np.diag(similarity(*vectors)), 0.01), abs=1e-9)
+    assert many["cosine_min"].value <= many["cosine_p1"].value <= many["cosine"].value
+
+
+def test_the_interval_of_a_rank_correlation_covers_that_of_many_texts() -> None:
+    rng, inside = np.random.default_rng(5), 0
+
+    def drawn(samples: int) -> tuple[np.ndarray, np.ndarray]:
+        reference = rng.standard_normal((samples, 6))
+        return reference, reference + 0.5 * rng.standard_normal((samples, 6))
+
+    truth = score_embeddings(*drawn(512)).spearman
+    assert truth is not None
+    for _ in range(60):
+        found = score_embeddings(*drawn(40)).spearman
+        assert found is not None and found[1] is not None
+        inside += found[1].low <= truth[0] <= found[1].high
+    assert inside / 60 > 0.85

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compress.records import Interval
+from compress.records import Interval, Metric
 from compress.report import format as fmt
 
 
@@ -23,6 +23,35 @@ from compress.report import format as fmt
 def test_digits_stop_where_the_interval_does(value: float, low: float, high: float, text: str) -> None:
     interval = Interval(low=low, high=high)
     assert fmt.with_interval(fmt.estimate(value, interval), interval) == text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "text"),
+    [
+        (0.917, 0.42, 1.99, "0.92x (0.42 to 1.99)"),
+        (2.04, 1.6, 2.6, "2.04x (1.60 to 2.60)"),
+        (12.3, 8.0, 18.0, "12.3x (8.0 to 18.0)"),
+        (1.0004, 1.0001, 1.0007, "1.0004x (1.0001 to 1.0007)"),
+        (0.012, 0.003, 0.05, "0.012x (0.003 to 0.050)"),
+    ],
+)
+def test_a_ratio_keeps_its_digits_however_wide_its_interval(ratio: float, low: float, high: float, text: str) -> None:
+    interval = Interval(low=low, high=high)
+    assert fmt.with_interval(fmt.speedup(ratio, interval), interval) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "text"), [(21.83, 8, "21.8"), (1523.4, 30, "1523"), (0.0052, 1e-5, "0.00520")]
+)
+def test_a_figure_that_stands_alone_has_three_digits_or_more(value: float, half: float, text: str) -> None:
+    interval = Interval(low=value - half, high=value + half)
+    metric = Metric(value=value, interval=interval, samples=3, unit="1", protocol="p", better="lower")
+    assert fmt.plain(metric) == text
+
+
+def test_a_figure_that_is_nearly_one_is_not_written_as_a_power() -> None:
+    interval = Interval(low=0.99999991, high=0.99999995)
+    assert fmt.with_interval(fmt.estimate(0.99999993, interval), interval) == "0.99999993 (0.99999991 to 0.99999995)"
 
 
 def test_another_level_is_spelled_out() -> None:

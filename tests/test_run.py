@@ -393,7 +393,6 @@ def test_ctrl_c_finishes_the_block_and_prints_the_command_that_resumes(
         (["absent-folder"], 2, "No such folder"),
         (["--recipe", "w4a61"], 2, "Did you mean 'w4a16'"),
         (["--profile", "cpu-x86-avx512"], 2, "cpu-x86-avx512-vnni"),
-        (["--passes", "rtn"], 2, "one of --recipe and --passes"),
         (["--data", "absent.txt"], 2, "No such data file"),
         (["--device", "tpu"], 2, "cpu and cuda"),
         (["--wrong-flag"], 2, "No such option"),

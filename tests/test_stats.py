@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -119,16 +118,32 @@ def test_the_speedup_interval_matches_a_twin_with_loops() -> None:
     series = list(np.random.default_rng(4).normal(0.2, 0.05, 64))
     ordered = sorted(series)
     winsorised = [min(max(x, ordered[6]), ordered[-7]) for x in series]
-    means = [sum(winsorised[i : i + 8]) / 8 for i in range(0, 64, 8)]
-    centre = sum(means) / 8
-    squares = sum((m - centre) ** 2 for m in means)
-    lag = sum((a - centre) * (b - centre) for a, b in pairwise(means)) / squares + 1 / 8
-    lag = min(max(lag, 0), 0.8)
-    error = math.sqrt(squares / 7 / 8 * (1 + lag) / (1 - lag)) / (1 - 12 / 64)
+    squares = 0.0
+    for wave in range(1, 7):  # 0.4 * 64^(2/3) = 6.4
+        height = sum(x * math.cos(math.pi * wave * (i + 0.5) / 64) for i, x in enumerate(winsorised))
+        squares += 2 / 64 * height**2
+    error = math.sqrt(squares / 6 / 64) / (1 - 12 / 64)
 
     _, interval = stats.speedup(series)
 
-    assert stats.half_width(interval) == pytest.approx(distributions.t.ppf(0.975, 7) * error)
+    assert stats.half_width(interval) == pytest.approx(distributions.t.ppf(0.975, 6) * error)
+
+
+def test_the_expected_width_is_that_of_the_interval_on_average_and_varies_less() -> None:
+    for phi in (0.0, 0.5):
+        runs = ar1(np.random.default_rng(11), 300, 60, phi, 0.05)
+        widths = np.array([[stats.expected_half_width(run), stats.half_width(stats.speedup(run)[1])] for run in runs])
+        expected, own = widths.T
+        assert expected.mean() == pytest.approx(own.mean(), rel=0.15)
+        if phi == 0:
+            assert expected.std() < 0.75 * own.std()
+    assert stats.expected_half_width(np.zeros(20)) == 0
+
+
+def test_the_waves_are_orthonormal_and_blind_to_a_constant() -> None:
+    waves = stats._cosines(37, 5)
+    assert waves @ waves.T == pytest.approx(np.eye(5))
+    assert waves.sum(axis=1) == pytest.approx(0)
 
 
 def test_a_few_wild_rounds_hardly_move_the_speedup() -> None:
@@ -158,7 +173,7 @@ def test_a_plain_t_interval_would_fail_on_that_noise() -> None:
 def test_rounds_without_any_noise_give_a_point() -> None:
     value, interval = stats.speedup(np.full(20, math.log(2)))
     assert value == pytest.approx(2)
-    assert stats.half_width(interval) == 0
+    assert stats.half_width(interval) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("series", [[0.1] * 9, [[0.1] * 20], [0.1] * 19 + [math.inf], [math.nan] * 20])
@@ -169,8 +184,8 @@ def test_too_few_or_broken_rounds_are_refused(series: list[float]) -> None:
         stats.drift(series)
 
 
-def test_batches_are_about_the_root_of_the_rounds_and_never_single_rounds() -> None:
-    assert [stats.batch_count(n) for n in (10, 20, 60, 160, 400, 10_000)] == [5, 8, 8, 13, 20, 20]
+def test_waves_grow_more_slowly_than_rounds_and_are_never_fewer_than_four() -> None:
+    assert [stats.wave_count(n) for n in (10, 20, 30, 60, 120, 240, 1000)] == [4, 4, 4, 6, 10, 15, 40]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from compress import timing
 from compress.records import Timing
 from compress.stats import MIN_ROUNDS
-from compress.timing import PairedSamples, Warmup, pair, timing_record
+from compress.timing import PairedSamples, Warmup, pair
+from compress.timing_record import timing_record
 
 
 class World:
@@ -118,8 +119,8 @@ def test_quiet_machines_stop_at_the_first_look_and_noisy_ones_go_on_to_the_last(
     quiet, noisy = World(), World(noise=0.5)
     first = pair(quiet.arms(float=0.03, int8=0.02), baseline="float", seed=0, clock=quiet.clock)
     last = pair(noisy.arms(float=0.03, int8=0.02), baseline="float", seed=0, clock=noisy.clock)
-    assert (first.stopped, first.rounds) == ("width", 20)
-    assert (last.stopped, last.rounds) == ("rounds", 160)
+    assert (first.stopped, first.rounds) == ("width", 30)
+    assert (last.stopped, last.rounds) == ("rounds", 240)
 
 
 def test_a_certain_difference_is_no_reason_to_stop_while_the_interval_is_wide() -> None:
@@ -134,7 +135,7 @@ def test_a_spent_budget_stops_between_looks_and_is_said_so() -> None:
     world = World(noise=0.3)
     samples = pair(world.arms(float=0.3, int8=0.2), baseline="float", seed=0, clock=world.clock, budget_s=30.0)
     assert samples.stopped == "budget"
-    assert samples.rounds < 160
+    assert samples.rounds < 240
     assert any(text.startswith("budget spent after") for text in record_of(samples).warnings)
 
 
@@ -145,6 +146,7 @@ def test_a_budget_never_cuts_below_the_rounds_that_an_interval_needs() -> None:
     record = record_of(samples)
     assert record.speedup == pytest.approx(1.5)
     assert any("settled" in text for text in record.warnings)
+    assert any("10 rounds are few" in text for text in record.warnings)
 
 
 def test_warm_up_waits_for_a_machine_that_still_speeds_up_and_keeps_the_cold_start_apart() -> None:

@@ -369,7 +369,8 @@ def test_too_little_disk_does_not_block_the_corrected_run(
     llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from compress.recipe import load as load_recipe
-    from compress.run import Request, run
+    from compress.run import run
+    from compress.run_report import Request
 
     monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: shutil_usage(1))
     recipe = load_recipe("w4a16")

@@ -99,7 +99,7 @@ def latencies(
         samples = pair(arms, baseline="float32", seed=0, budget_s=budget_s)
         row: dict[str, Any] = {"float32_ms": 1e3 * float(np.median(samples.seconds["float32"]))}
         row["tokens"] = int(given["attention_mask"].sum())
-        row["control"] = stats.speedup(samples.control_log_ratios)[1].model_dump()
+        row["control"] = stats.speedup(samples.control_log_ratios())[1].model_dump()
         for name in arms.keys() - {"float32"}:
             ratio, interval = stats.speedup(samples.log_ratios(name))
             row[name] = {"speedup": ratio, "interval": interval.model_dump()}

@@ -5,13 +5,15 @@
 Arms, all on the same tokens (length 128, no padding), in shuffled rounds against `ours`, the folder's graph in ONNX
 Runtime: `plain`, the same without our rewrites; `optimizer`, the torch model exported and fused by ONNX Runtime's own
 transformer optimizer (model_type bert), in ONNX Runtime; `openvino`, that export in OpenVINO, float32. --int8: `ours`
-is the model in int8 on static grids and the one other arm is OpenVINO with NNCF's int8. Told per arm: its seconds as a
-multiple of ours (above 1: ours is faster), with a 95 % interval.
+is the model in int8 on static grids, and of the others there is OpenVINO with NNCF's int8. `openvino target`, where
+OpenVINO is installed here too: what this toolchain exports for it. Told per arm: its seconds as a multiple of ours
+(above 1: ours is faster), with a 95 % interval.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import tempfile
@@ -30,6 +32,7 @@ from compress import hwprofiles, stats
 from compress.data import Calibration, Windows
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
+from compress.export.openvino import target as openvino_target
 from compress.hwprofiles import Profile
 from compress.model import Model
 from compress.pipeline import Pipeline
@@ -136,7 +139,7 @@ def compare(arms: Mapping[str, Callable[[Any], object]], budget: float) -> dict[
         calls = {name: (lambda run=run, feeds=feeds: run(feeds)) for name, run in arms.items()}
         samples = pair(calls, baseline="ours", seed=0, budget_s=budget)
         row: dict[str, Any] = {"ours_ms": 1e3 * float(np.median(samples.seconds["ours"])), "rounds": samples.rounds}
-        row["control"] = stats.speedup(samples.control_log_ratios)[1].model_dump()
+        row["control"] = stats.speedup(samples.control_log_ratios())[1].model_dump()
         for name in arms.keys() - {"ours"}:
             ratio, interval = stats.speedup(-samples.log_ratios(name))
             row[name] = {"times ours": ratio, "interval": interval.model_dump()}
@@ -168,6 +171,10 @@ def measure(name: str, given: argparse.Namespace, scratch: Path) -> dict[str, An
     result: dict[str, Any] = {}
     ours = Session(scratch / "ours", given.threads).session
     arms["ours"] = lambda feeds: ours.run(None, feeds)
+    if importlib.util.find_spec("openvino"):
+        openvino_target.write(quantized(model) if given.int8 else model, profile, scratch / "target", graph)
+        target_session = openvino_target.session(scratch / "target", given.threads)
+        arms["openvino target"] = target_session.run
     if not given.int8:
         target.write(model, portable(profile), scratch / "plain", graph)
         plain = Session(scratch / "plain", given.threads).session

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compress import recipe
 from compress.profiles import as_profile
-from compress.run import Request
+from compress.run_report import Request
 
 RECIPE = "w4a16"
 CALIBRATION_SAMPLES = 48

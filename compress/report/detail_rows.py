@@ -1,16 +1,16 @@
-"""The evidence under the headline tables: layers, passes, predictions, verification, environment."""
+"""The evidence under the headline tables: layers, passes, verification, environment."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from compress.records import LayerResult, PassResult, Plan, Quality, Report, Verification
+from compress.records import LayerResult, PassResult, Quality, Report, Verification
 from compress.report import format as fmt
 from compress.report.format import clean
 from compress.report.table import Table, capped
 
-ARTIFACT_SIZE, PEAK_MEMORY, TIME = "artifact size", "peak memory of the run", "time"
 _NONE = "-"
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted path: model.layers.12.mlp
 _LEVELS = {
@@ -20,25 +20,30 @@ _LEVELS = {
 }
 
 
-def detail_tables(report: Report) -> tuple[Table, ...]:
-    """In the order of a page."""
-    return (
-        _verification_table(report.verification),
-        _pass_table(report.passes),
-        _layer_table(report.passes),
-        skipped_table(report.passes),
-        _prediction_table(report),
-        _environment_table(report),
-    )
+def layer_tables(report: Report) -> tuple[Table, ...]:
+    """What happened to the layers, and what runs them."""
+    passes = report.passes
+    made = (operator_table(report), _pass_table(passes), _layer_table(passes), skipped_table(passes))
+    return tuple(replace(table, group="Layers") for table in made)
+
+
+def run_tables(report: Report) -> tuple[Table, ...]:
+    """How the artifact was checked, and where all of this was done."""
+    return _verification_table(report.verification), _environment_table(report)
 
 
 def operator_table(report: Report) -> Table:
     """Which operators run the compressible layers; below it which layers stayed in float, by name."""
+    counts = sorted(report.operators.items())
+    kept, notes = capped(((clean(name), str(count)) for name, count in counts), float_note(report))
+    return Table("operators", "Operators used", ("operator", "layers"), "lr", kept, notes=notes)
+
+
+def float_note(report: Report) -> tuple[str, ...]:
+    """Which layers stayed in float: a sentence, or none."""
     plain = report.float_layers
     names = fmt.listing(patterns(plain), limit=12)
-    told = (f"{fmt.count(len(plain), 'layer')} left in float: {names}.",) if plain else ()
-    kept, notes = capped(((clean(name), str(count)) for name, count in sorted(report.operators.items())), told)
-    return Table("operators", "Operators used", ("operator", "layers"), "lr", kept, notes=notes)
+    return (f"{fmt.count(len(plain), 'layer')} left in float: {names}.",) if plain else ()
 
 
 def skipped_table(passes: Sequence[PassResult]) -> Table:
@@ -145,39 +150,6 @@ def _worst(group: Sequence[LayerResult]) -> str:
 
     worst = max(group, key=error)
     return clean(worst.layer) if error(worst) >= 0 else _NONE
-
-
-def predictions(plan: Plan) -> dict[str, str]:
-    """What a run was predicted to make and take, by the name that a page gives it."""
-    return {
-        ARTIFACT_SIZE: fmt.size(plan.predicted_artifact_bytes),
-        "compressed model size": fmt.size(plan.predicted_model_bytes),
-        PEAK_MEMORY: fmt.size(plan.predicted_peak_memory_bytes),
-        "disk needed by the run": fmt.size(plan.predicted_disk_bytes),
-        TIME: fmt.duration(plan.predicted_seconds),
-    }
-
-
-def _prediction_table(report: Report) -> Table:
-    title, columns = "Plan: predicted and measured", ("quantity", "predicted", "measured")
-    if report.plan is None:
-        return Table("plan", title, (), "", (), empty="no plan was recorded")
-    measured = _measured(report)
-    rows = tuple((name, text, measured.get(name, "not recorded")) for name, text in predictions(report.plan).items())
-    return Table("plan", title, columns, "lrr", rows)
-
-
-def _measured(report: Report) -> dict[str, str]:
-    passes_time = fmt.duration(sum(result.seconds for result in report.passes))
-    found = {
-        ARTIFACT_SIZE: fmt.size(report.artifact_bytes) if report.artifact_bytes > 0 else fmt.NOT_MEASURED,
-        TIME: f"{passes_time} in the passes alone",
-    }
-    if report.cost:
-        found[TIME] = f"{fmt.duration(report.cost.seconds)} ({passes_time} in the passes)"
-        passes_peak = fmt.size(report.cost.passes_peak_memory_bytes)
-        found[PEAK_MEMORY] = f"{fmt.size(report.cost.peak_memory_bytes)} ({passes_peak} in the passes)"
-    return found
 
 
 def _environment_table(report: Report) -> Table:

@@ -18,6 +18,7 @@ _NO_UNITS = frozenset({"", "1", _FRACTION})
 _SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
 _MANTISSA_ONE_DIGIT = 3.55  # above it a second digit of the half-width says nothing (the rule of the PDG tables)
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})  # Unicode categories that do something instead of showing
+_MOST_FIXED = 9  # decimals of a figure near 1, such as a cosine
 _SMALLEST_FIXED = 6  # decimals; smaller figures read better as 1.2e-07
 
 
@@ -87,9 +88,21 @@ def estimate(value: float, interval: Interval | None, most_decimals: int = 9) ->
 
 
 def speedup(ratio: float, interval: Interval) -> tuple[str, str]:
-    """`("1.62x", "1.55 to 1.69")`."""
-    value, text = estimate(ratio, interval, most_decimals=2)
-    return f"{value}x", text
+    """`("1.62x", "1.55 to 1.69")`: a ratio keeps two decimals however wide its interval is, which says so itself."""
+    decimals = _decimals(ratio, interval, 2)
+    if decimals is None or not math.isfinite(ratio) or ratio <= 0:
+        return f"{significant(ratio)}x", bounds(interval, decimals)
+    power = math.floor(math.log10(ratio))
+    kept = max(decimals, 2 - power if power >= 0 else 1 - power)
+    return f"{_fixed(ratio, kept)}x", bounds(interval, kept)
+
+
+def plain(metric: Metric) -> str:
+    """The figure alone, of three significant digits or more: `21.8`, `98.6%`."""
+    if metric.unit == _FRACTION or metric.interval is None or not metric.value or not math.isfinite(metric.value):
+        return metric_parts(metric)[0]
+    decimals = _decimals(metric.value, metric.interval, 9)
+    return _fixed(metric.value, max(decimals or 0, 2 - math.floor(math.log10(abs(metric.value))), 0))
 
 
 def metric_parts(metric: Metric) -> tuple[str, str]:
@@ -193,9 +206,9 @@ def _not_finite(value: float) -> str:
 def _fixed(value: float, decimals: int | None) -> str:
     if decimals is None or not math.isfinite(value):
         return significant(value)
-    if decimals > _SMALLEST_FIXED:
+    if decimals > _SMALLEST_FIXED and abs(value) < 1e-3:
         return f"{value:.1e}"
-    text = f"{value:.{max(decimals, 0)}f}"
+    text = f"{value:.{min(max(decimals, 0), _MOST_FIXED)}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
 

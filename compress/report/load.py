@@ -53,6 +53,8 @@ def _parse(file: Path, text: bytes) -> Any:
 def _check_version(file: Path, found: Any) -> None:
     if not isinstance(found, dict):
         raise InputError(f"{file}: found a JSON {type(found).__name__}, a report is one JSON object.")
+    if found.get("kind") == "sweep":
+        raise UsageError(f"{file} is the report of several recipes. Give the folder of one: variants/NAME beside it.")
     version = found.get("schema_version")
     if type(version) is int and version == REPORT_SCHEMA:  # True == 1, and is no version
         return

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from compress.records import Report
 from compress.report.rows import build_page
-from compress.report.table import Block, Table
+from compress.report.table import Block, Page, Table, grouped
 
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKUP = re.compile(r"([\\`*\[\]|~#])")
@@ -17,28 +17,54 @@ _RULES = {"l": ":--", "r": "--:"}
 
 def to_markdown(report: Report) -> str:
     """The whole report; every text of the model's is escaped."""
-    page = build_page(report)
+    return page_markdown(build_page(report))
+
+
+def page_markdown(page: Page) -> str:
+    """Any page; every text is escaped."""
     facts = [f"- {name}: {_text(value)}" for name, value in page.facts]
     parts = [f"# {_text(page.title) or 'compress report'}", f"**{_text(page.verdict)}**", "\n".join(facts)]
+    if page.next_steps:
+        parts += ["## What to do next", "\n".join(f"- {_spans(text)}" for text in page.next_steps)]
     if page.warnings:
         parts += ["## Warnings", "\n".join(f"- {_text(text)}" for text in page.warnings)]
     for table in page.main:
         parts += _table(table)
-    for table in page.details:
-        parts += _table(table)
+    for name, tables in grouped(page):
+        parts.append(f"## {_text(name)}")
+        for table in tables:
+            parts += _table(table, "###")
     for block in page.blocks:
         parts += _block(block)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(table: Table) -> list[str]:
-    heading = f"## {_text(table.title)}"
+def table_markdown(table: Table) -> str:
+    """One table under its heading."""
+    return "\n\n".join(part for part in _table(table) if part)
+
+
+def escaped(text: str) -> str:
+    """A text that Markdown shows as it is."""
+    return _text(text)
+
+
+def _table(table: Table, rank: str = "##") -> list[str]:
+    heading = f"{rank} {_text(table.title)}"
     notes = "\n".join(f"- {_text(note)}" for note in table.notes)
     if not table.rows:
         return [heading, _text(table.empty), notes]
     lines = [_row(table.columns), _row([_RULES[side] for side in table.align], raw=True)]
     lines += [_row(row) for row in table.rows]
     return [heading, "\n".join(lines), notes]
+
+
+def _spans(text: str) -> str:
+    """Escaped, but for what stands between backquotes."""
+    pieces = text.split("`")
+    if len(pieces) % 2 == 0:
+        return _text(text)
+    return "".join(f"`{piece}`" if place % 2 else _text(piece) for place, piece in enumerate(pieces))
 
 
 def _row(cells: Sequence[str], *, raw: bool = False) -> str:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from compress.records import Plan, PlannedLayer
 from compress.report import format as fmt
-from compress.report.detail_rows import ARTIFACT_SIZE, pattern, patterns, predictions
+from compress.report.detail_rows import pattern, patterns
 from compress.report.format import clean
+from compress.report.predicted_rows import ARTIFACT_SIZE, predictions
 from compress.report.table import Table, capped
 from compress.report.terminal import print_line, print_table
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from compress.records import Report
+from compress.report import format as fmt
 from compress.report.rows import build_page
-from compress.report.table import Block, Table
+from compress.report.table import Block, Page, Table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,32 +29,60 @@ _STYLES = {
 }
 _PADDING = 2  # columns between two cells
 _FOLD = 24  # a text may be folded to this
+_FEW = 4  # rows of a table that may be turned on its side
+_WARNINGS = 4  # of the short page
 
 
 def to_terminal(report: Report, console: Console, *, full: bool = False) -> None:
     """Print the report; `full` adds the skipped and changed layers, the environment and the commands."""
-    page = build_page(report)
+    print_page(build_page(report), console, full=full, most_warnings=None if full else _WARNINGS)
+
+
+def print_page(page: Page, console: Console, *, full: bool = False, most_warnings: int | None = None) -> None:
+    """Print any page; of its warnings the first `most_warnings`, and how many more there are."""
     print_line(console, page.title, "bold")
     print_line(console, page.verdict, "bold red" if page.failed else "bold")
-    for text in page.warnings:
-        print_line(console, f"warning: {text}", "yellow")
-    for table in (*page.main, *(page.details if full else ())):
+    for table in page.main:
         print_table(console, table)
-    for block in page.blocks if full else ():
+    if page.warnings:
+        console.print()
+    shown = page.warnings[:most_warnings]
+    for text in shown:
+        print_line(console, f"warning: {text}", "yellow")
+    if len(shown) < len(page.warnings):
+        print_line(console, f"{fmt.count(len(page.warnings) - len(shown), 'more warning')} in the report.", "yellow")
+    if page.next_steps:
+        console.print()
+        print_line(console, "What to do next", "bold")
+    for text in page.next_steps:
+        print_line(console, f"- {text}")
+    if full:
+        _print_rest(page, console)
+
+
+def _print_rest(page: Page, console: Console) -> None:
+    for table in page.details:
+        print_table(console, table)
+    if page.evidence:
+        console.print()
+        titles = ", ".join(table.title for table in page.evidence)
+        print_line(console, f"Only in the pages for a browser and in Markdown: {titles}.", "dim")
+    for block in page.blocks:
         _print_block(console, block)
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Columns where they fit, intervals on a second line where that helps, else a paragraph per row."""
+    """Columns where they fit, intervals on a second line or the table on its side where that helps, else a paragraph
+    per row."""
     console.print()
     print_line(console, table.title, "bold")
-    split = _two_lines(table)
+    turned = [_turned(table)] if 1 < len(table.rows) <= _FEW and table.keys == 1 else []
+    ways = [table, _two_lines(table), *turned, *map(_two_lines, turned)]
+    fitting = next((way for way in ways if sum(_widths(way)) <= console.width + _PADDING), None)
     if not table.rows:
         print_line(console, table.empty, "dim")
-    elif sum(_widths(table)) <= console.width + _PADDING:
-        _grid(console, table)
-    elif sum(_widths(split)) <= console.width + _PADDING:
-        _grid(console, split)
+    elif fitting is not None:
+        _grid(console, fitting)
     else:
         _stack(console, table)
     for note in table.notes:
@@ -87,12 +116,21 @@ def _stack(console: Console, table: Table) -> None:
         print_line(console, ", ".join([row[0], *(f"{title} {cell}" for title, cell in keys)]), "bold")
         line = ""
         for title, cell in zip(table.columns[table.keys :], row[table.keys :], strict=True):
+            if cell == "-":  # does not apply
+                continue
             item = f"{title}: {cell}"
             if line and len(line) + len(item) + 3 > console.width:  # a figure stays in one piece
                 print_line(console, line)
                 line = ""
             line = f"{line} | {item}" if line else f"  {item}"
         print_line(console, line)
+
+
+def _turned(table: Table) -> Table:
+    """The same on its side: a row per column."""
+    columns = (table.columns[0], *(row[0] for row in table.rows))
+    rows = tuple(zip(table.columns[1:], *(row[1:] for row in table.rows), strict=True))
+    return replace(table, columns=columns, align="l" + "r" * len(table.rows), rows=rows, levels=())
 
 
 def _two_lines(table: Table) -> Table:

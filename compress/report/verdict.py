@@ -6,29 +6,12 @@ from collections.abc import Sequence
 
 from compress.records import Gate, Metric, Quality, Speed, Timing, Verification
 from compress.report import format as fmt
+from compress.report.metric_names import is_relative, metric_name
 
-METRIC_NAMES = {
-    "accuracy": "accuracy",
-    "accuracy_change": "accuracy change",
-    "ece": "calibration error",
-    "kl": "KL",
-    "nll": "loss",
-    "nll_change": "loss change",
-    "nearest_neighbour_agreement": "nearest-neighbour agreement",
-    "perplexity": "perplexity",
-    "top1_agreement": "top-1 agreement",
-}
-# Metrics that compare with the baseline: the baseline itself has no figure for them.
-RELATIVE = frozenset(
-    {"kl", "top1_agreement", "nll_change", "accuracy_change", "flips", "cosine", "nearest_neighbour_agreement"}
-)
+__all__ = ["headline_metric", "headline_timing", "metric_name", "verdict_sentence"]
+
 _HEADLINE_METRICS = ("kl", "perplexity", "accuracy", "accuracy_change", "cosine")
 _MAX_NAMED = 3
-
-
-def metric_name(key: str) -> str:
-    """The name people read: `top1_agreement` is `top-1 agreement`."""
-    return METRIC_NAMES.get(key) or fmt.clean(key.replace("_", " "))
 
 
 def headline_timing(speed: Speed | None) -> Timing | None:
@@ -37,6 +20,15 @@ def headline_timing(speed: Speed | None) -> Timing | None:
         return None
     decode = [timing for timing in speed.timings if timing.phase == "decode"]
     return min(decode, key=lambda timing: timing.batch) if decode else speed.timings[0]
+
+
+def headline_metric(quality: Quality | None) -> tuple[str, Metric] | None:
+    """The figure that says what compression cost: one that compares with the original where there is one."""
+    if quality is None or not quality.metrics:
+        return None
+    first = ("accuracy_change", "kl", "cosine", "relative_error")
+    key = next((key for key in first if key in quality.metrics), next(iter(quality.metrics)))
+    return key, quality.metrics[key]
 
 
 def verdict_sentence(
@@ -158,10 +150,10 @@ def _quality(baseline: Quality | None, artifact: Quality | None, memory: Quality
 
 
 def _metric(key: str, metric: Metric, baseline: Quality | None) -> str:
-    value, bounds = fmt.metric_parts(metric)
-    if key not in RELATIVE:
+    if not is_relative(key):
         before = baseline.metrics.get(key) if baseline else None
-        against = fmt.metric_parts(before)[0] if before else f"a baseline {fmt.NOT_MEASURED}"
-        return f"{metric_name(key)} {value} against {against}"
+        against = fmt.plain(before) if before else f"a baseline {fmt.NOT_MEASURED}"
+        return f"{metric_name(key)} {fmt.plain(metric)} against {against}"
+    value, bounds = fmt.metric_parts(metric)
     interval = f" ({fmt.level(metric.interval)} {bounds})" if metric.interval and bounds else ""
     return f"{metric_name(key)} {value}{fmt.unit_text(metric.unit, ' ')}{interval}"

@@ -210,14 +210,18 @@ def _name(method: str | None, by_reader: bool) -> str:
 
 
 def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Load, read a prompt, decode: seconds to load and peak memory of this whole process."""
+    """Load, read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
     session = Session(folder, threads)
     ids = np.ones((1, prompt), np.int64)
+    started = time.perf_counter()
     if session.is_decoder:
-        session.greedy(ids[0].tolist(), tokens)
+        session.greedy(ids[0].tolist(), 1)
     else:
         session.logits(ids)
-    return {"load_s": session.load_s, "peak_memory_bytes": peak_memory()}
+    first_s = time.perf_counter() - started
+    if session.is_decoder:
+        session.greedy(ids[0].tolist(), tokens)
+    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
 
 
 if __name__ == "__main__":

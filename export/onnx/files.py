@@ -10,7 +10,6 @@ from typing import Any
 from compress.errors import InputError
 from compress.export.onnx.capture import cache_shapes
 from compress.export.onnx.runtime import PORTABLE, SHARED
-from compress.image_model import ImageModule
 from compress.model import Model, Task
 
 GRAPH = PORTABLE
@@ -42,7 +41,7 @@ def write(model: Model, folder: Path, shared: bool) -> None:
     """config.json, generation_config.json, tokenizer files, and genai_config.json for a decoder; for an image
     classifier how its inputs are made. shared: whether there is a graph whose cache is one buffer."""
     if model.image is not None:
-        text = json.dumps(_preprocessing(model.image), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(model.image.described(), indent=2, sort_keys=True) + "\n"
         (folder / PREPROCESSING).write_text(text, encoding="utf8")
         return
     config = {key: value for key, value in model.raw_config.items() if key != "quantization_config"}
@@ -53,17 +52,6 @@ def write(model: Model, folder: Path, shared: bool) -> None:
     if model.task is Task.CAUSAL_LM:
         text = json.dumps(genai_config(model, shared), indent=2) + "\n"
         (folder / "genai_config.json").write_text(text, encoding="utf8")
-
-
-def _preprocessing(image: ImageModule) -> dict[str, Any]:
-    channels, height, width = image.shape
-    return {
-        "input": {"name": "images", "channels": channels, "height": height, "width": width},
-        "output": {"name": "logits", "classes": image.classes},
-        "preprocessing": image.preprocess.text,
-        "mean": list(image.preprocess.mean),
-        "std": list(image.preprocess.std),
-    }
 
 
 def _rename_tokenizer_class(path: Path) -> None:

@@ -2,8 +2,9 @@
 
 Its own optimizer runs when the graph is loaded: it makes QuickGelu of x · sigmoid(x) and one operator of a LayerNorm or
 an RMSNorm, and folds scales into products. The rewrites bring to the form it looks for what it misses, and keep from
-that form what its CPU kernels compute slower fused. They write standard operators only, and depend on the structure
-alone: a variant is rewritten as its baseline is.
+that form what its CPU kernels compute slower fused. What it has operators of its own for and does not find, rotary
+embeddings and products of the same values, is written so. A variant is rewritten as its baseline is, but for what the
+operators of its format allow.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from compress.export.onnx import attention, gelu, multi_head, norms
+from compress.export.onnx import angles, attention, gelu, joined, multi_head, norms
 from compress.export.onnx.graph import GraphBuilder
 from compress.hwprofiles import Runtime
 
-REWRITES = (norms.as_quotients, norms.keep_apart, gelu.as_operators, gelu.keep_apart)
+REWRITES = (angles.as_operators, norms.as_quotients, norms.keep_apart, gelu.as_operators, gelu.keep_apart, joined.join)
 CPU = "CPUExecutionProvider"
 
 

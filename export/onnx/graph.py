@@ -78,7 +78,10 @@ class GraphBuilder:
         array = np.asarray(value, dtype=dtype)
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         if key not in self.shared:
-            name = f"constant_{len(self.shared)}"
+            number = len(self.shared)
+            while f"constant_{number}" in self.graph.initializers:  # of a builder that was here before
+                number += 1
+            name = f"constant_{number}"
             self.shared[key] = self._register(name, ir.Tensor(array, name=name))
         return self.shared[key]
 

@@ -8,12 +8,16 @@ at a time.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 
+from compress.export.onnx import angles, multi_head
 from compress.export.onnx.attention import dim, float_of, int_of
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.interfaces import DOMAIN
+from compress.export.onnx.pattern import made_by
 from compress.hwprofiles import Runtime
 
 STEP = 8
@@ -45,13 +49,18 @@ def _reason(node: ir.Node) -> str:
     return ""
 
 
-def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value) -> list[ir.Value]:
+def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value, *, positions: int) -> list[ir.Value]:
     """Replace an Attention placeholder with a cache: values for each of its outputs, in order.
 
-    mask (batch, total) holds ones first, then zeros, in each row; ids are not looked at.
+    mask (batch, total) holds ones first, then zeros, in each row; ids are not looked at. positions: tokens of the
+    longest sequence; the operator rotates queries and keys itself where it can look their angles up.
     """
     query, key, value, past_key, past_value = node.inputs
+    assert query is not None and key is not None
     heads, kv_heads, size = dim(query, 1), dim(key, 1), dim(query, 3)
+    baked = angles.bake(graph, query, key, positions)
+    if baked is not None:
+        query, key = baked.query, baked.key
     lengths, total = _lengths(graph, mask)
     attributes = {
         "num_heads": heads,
@@ -59,18 +68,25 @@ def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value)
         "scale": float_of(node, "scale"),
         "softcap": float_of(node, "softcap"),
         "local_window_size": int_of(node, "before") + 1 if int_of(node, "before") >= 0 else -1,
-        "do_rotary": 0,
+        "do_rotary": int(baked is not None),
     }
     flat = [_flat(graph, each) for each in (query, key, value)]
-    inputs = [*flat, past_key, past_value, lengths, total]
+    inputs = [*flat, past_key, past_value, lengths, total, *([baked.cos, baked.sin] if baked is not None else [])]
     out = graph.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
     present = graph.nodes[-1].outputs[1:]
     return [graph.node("Reshape", [out, graph.constant([0, 0, heads, size])]), *present]
 
 
 def _flat(graph: GraphBuilder, values: ir.Value | None) -> ir.Value:
-    """(batch, heads, s, d) → (batch, s, heads · d)."""
-    turned = graph.node("Transpose", [values], {"perm": [0, 2, 1, 3]})
+    """(batch, heads, s, d) → (batch, s, heads · d), which it may have been split from."""
+    found = multi_head.flat(values)
+    if found is not None:
+        return found
+    turn = made_by(values, "Transpose")
+    if turn is not None and list(turn.attributes["perm"].as_ints()) == multi_head.HEADS_FIRST:
+        turned = turn.inputs[0]
+    else:
+        turned = graph.node("Transpose", [values], {"perm": multi_head.HEADS_FIRST})
     return graph.node("Reshape", [turned, graph.constant([0, 0, -1])])
 
 
@@ -92,16 +108,32 @@ def refer(document: ir.Model, stored: ir.Model, location: str) -> None:
     """Make the initializers of a second graph references to what the first keeps in its file of weights.
 
     stored: the first graph as it was saved. What it holds inline stays inline here too. Nothing is stored twice, and no
-    weight is made again.
+    weight is made again. What the first has not, the angles of rotary embeddings, is appended to the file.
     """
     kept = {name: value.const_value for name, value in stored.graph.initializers.items()}
+    folder = next(each.base_dir for each in kept.values() if isinstance(each, ir.ExternalTensor))
     for name, value in document.graph.initializers.items():
         own, first = value.const_value, kept.get(name)
+        if name.startswith(angles.NAME) and own is not None:
+            value.const_value = _append(own, Path(folder), location)
         if own is None or not isinstance(first, ir.ExternalTensor):
             continue
         same = (own.dtype, tuple(own.shape)) == (first.dtype, tuple(first.shape))
         if not same or not (isinstance(own, ir.LazyTensor) or np.array_equal(own.numpy(), first.numpy())):
             continue
-        value.const_value = ir.ExternalTensor(
-            location, first.offset, first.length, first.dtype, shape=first.shape, name=name, base_dir=first.base_dir
-        )
+        value.const_value = _reference(first, location, first.offset, Path(first.base_dir))
+
+
+def _append(tensor: ir.TensorProtocol, folder: Path, location: str) -> ir.ExternalTensor:
+    with (folder / location).open("ab") as file:
+        offset = file.tell()
+        file.write(tensor.tobytes())
+    return _reference(tensor, location, offset, folder)
+
+
+def _reference(tensor: ir.TensorProtocol, location: str, offset: int | None, folder: Path) -> ir.ExternalTensor:
+    """A tensor as a part of a file of the folder."""
+    assert isinstance(tensor.shape, ir.Shape) and tensor.name is not None
+    return ir.ExternalTensor(
+        location, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=folder
+    )

@@ -25,8 +25,8 @@ def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value)
     Taken are attentions without a cache, a soft cap or grouped heads, whose queries, keys and values come straight
     from (batch, s, heads · d); others are lowered as `attention.attention` does. ids (batch, s); mask (batch, s).
     """
-    flat = [_flat(value) for value in node.inputs[:3]]
-    query, key, value = flat
+    split = [flat(value) for value in node.inputs[:3]]
+    query, key, value = split
     grouped = dim(node.inputs[0], 1) != dim(node.inputs[1], 1)
     if len(node.inputs) != 3 or grouped or float_of(node, "softcap") or query is None or key is None or value is None:
         return portable.attention(graph, node, ids, mask)
@@ -42,7 +42,7 @@ def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value)
     return [graph.node("Reshape", [out, graph.constant([0, 0, heads, size])])]
 
 
-def _flat(value: ir.Value | None) -> ir.Value | None:
+def flat(value: ir.Value | None) -> ir.Value | None:
     """(batch, heads, s, d) → the (batch, s, heads · d) it was split from, None where it was made in another way."""
     turn = made_by(value, "Transpose")
     if turn is None or list(turn.attributes["perm"].as_ints()) != HEADS_FIRST:

@@ -30,6 +30,14 @@ def last_size(value: ir.Value | None) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def sides(node: ir.Node | None) -> tuple[tuple[ir.Value, ir.Value], ...]:
+    """The inputs of an operator with two, in both orders; nothing where there is no such operator."""
+    if node is None or len(node.inputs) != 2:
+        return ()
+    first, second = node.inputs
+    return ((first, second), (second, first)) if first is not None and second is not None else ()
+
+
 def other_side(node: ir.Node, value: ir.Value | None) -> ir.Value | None:
     """Of an operator with two inputs, the one that is not `value`."""
     first, second = node.inputs

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import InputError, UnsupportedError
+from compress.export.onnx import providers
 from compress.export.onnx.cache import Cache, Concatenated, Shared
 from compress.memory import peak_memory
+from compress.onnx_interface import GIVEN, Interface
 
 Ids = NDArray[np.int64]
 PORTABLE, SHARED = "model.onnx", "model_gqa.onnx"
@@ -41,7 +43,8 @@ class Session:
     over 0.83 to 1.51 before, 0.97 to 1.05 so.
 
     Args: threads for one operator; exact: switch the kernels' own rounding of activations off (MatMulNBits at accuracy
-    level 0), slow but the graph's exact arithmetic; provider as the profile names it; graph: PORTABLE or SHARED.
+    level 0), slow but the graph's exact arithmetic; provider: by default the one that the folder names (providers.py);
+    a machine without it checks the graph on the CPU, which `level` and `notes` say; graph: PORTABLE or SHARED.
     Raises: UnsupportedError when onnxruntime is missing or places the graph elsewhere, InputError when the file does
     not load.
     """
@@ -52,7 +55,7 @@ class Session:
         threads: int,
         *,
         exact: bool = False,
-        provider: str = "CPUExecutionProvider",
+        provider: str | None = None,
         graph: str = PORTABLE,
     ) -> None:
         ort = load_onnxruntime()
@@ -66,15 +69,19 @@ class Session:
         if exact:
             content = _exact_graph(folder / graph)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        asked = [(provider, {})] if provider else providers.wanted(folder)
+        missing = asked[0][0] if not provider and not providers.usable(asked[0][0]) else ""
+        placed: providers.Providers = [(providers.CPU, {})] if missing else asked
         started = time.perf_counter()
         try:
-            self.session = ort.InferenceSession(content, options, providers=[provider])
+            self.session = ort.InferenceSession(content, options, providers=placed)
         except Exception as error:  # onnxruntime raises its own kinds, which share no base but Exception
             raise InputError(f"onnxruntime {ort.__version__} cannot load {folder / graph} ({error}).") from error
         self.load_s = time.perf_counter() - started
-        if self.session.get_providers()[0] != provider:
-            raise UnsupportedError(f"onnxruntime runs on {self.session.get_providers()[0]}, not on {provider}.")
-        self.name = f"onnxruntime {ort.__version__} {provider.removesuffix('ExecutionProvider')}"
+        providers.check(self.session, placed[0][0])
+        self.name = f"onnxruntime {ort.__version__} {placed[0][0].removesuffix('ExecutionProvider')}"
+        self.level = "checked" if missing else "ran"
+        self.built_for = f"onnxruntime {missing.removesuffix('ExecutionProvider')}" if missing else self.name
         self.threads = threads
         names = [item.name for item in self.session.get_inputs()]
         outputs = {item.name: item.shape for item in self.session.get_outputs()}
@@ -83,15 +90,21 @@ class Session:
         # heads and head size stand at the outputs; the inputs leave them open (see target.py)
         present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self.cache_names}
         self.cache_shapes = {name: (int(shape[1]), int(shape[3])) for name, shape in present.items()}
-        self.takes_images = names[0] == "images"
+        facts = self.session.get_modelmeta().custom_metadata_map
+        self.interface = Interface.read(facts[GIVEN]) if GIVEN in facts else None
+        self.takes_images = names[0] == "images" or self.interface is not None
+        self.image_input = names[0]
         self.is_decoder = self.outputs[0] == "logits" and not self.takes_images
-        reason = self.session.get_modelmeta().custom_metadata_map.get(REASON)
-        self.notes = (f"no {SHARED}: {reason}",) if reason else ()
+        reason = facts.get(REASON)
+        self.notes = (
+            *((f"no {SHARED}: {reason}",) if reason else ()),
+            *((providers.note(missing),) if missing else ()),
+        )
 
     def feeds(self, ids: NDArray[Any], past: int = 0) -> dict[str, NDArray[Any]]:
         """Inputs for ids (batch, length) after `past` cached tokens, whose keys and values are zero; or for images."""
         if self.takes_images:
-            return {"images": ids}
+            return {self.image_input: ids}
         batch, length = ids.shape
         feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, past + length), np.int64)}
         for name, (heads, size) in self.cache_shapes.items():
@@ -100,7 +113,9 @@ class Session:
 
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
         """The first output for ids (batch, length): logits (batch, length, vocabulary), or hidden states; for images
-        (batch, channels, h, w) logits (batch, classes)."""
+        (batch, channels, h, w) logits (batch, classes), or all outputs of each in a row (`Interface.rows`)."""
+        if self.interface is not None:
+            return self.interface.rows(lambda images: self.session.run(None, self.feeds(images)), ids)
         result: NDArray[np.float32] = self.session.run([self.outputs[0]], self.feeds(ids))[0]
         return result
 
@@ -123,6 +138,12 @@ class Session:
 
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
         """One timed call: ids (batch, length) after `past` cached tokens, all outputs computed."""
+        if self.interface is not None and self.interface.batch not in (0, len(ids)):
+
+            def again() -> None:
+                self.logits(ids)
+
+            return again
         feeds = self.feeds(ids, past)
         if not self.shares_cache:
             return lambda: self.session.run(None, feeds) and None
@@ -155,16 +176,20 @@ def load_onnxruntime() -> Any:
 
 
 def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Load, read a prompt, decode: seconds to load and peak memory of this whole process."""
+    """Load, read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
     session = Session(folder, threads, graph=preferred(folder))
     ids = np.ones((1, prompt), np.int64)
+    started = time.perf_counter()
     if session.takes_images:
         session.logits(np.zeros((1, *session.session.get_inputs()[0].shape[1:]), np.float32))
     elif session.is_decoder:
-        session.greedy(ids[0].tolist(), tokens)
+        session.greedy(ids[0].tolist(), 1)
     else:
         session.logits(ids)
-    return {"load_s": session.load_s, "peak_memory_bytes": peak_memory()}
+    first_s = time.perf_counter() - started
+    if session.is_decoder:
+        session.greedy(ids[0].tolist(), tokens)
+    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from compress.export.onnx import attention, experts, files, fusions, grouped_query, qdq_edges, transforms
+from compress.export.onnx import (
+    angles,
+    attention,
+    experts,
+    files,
+    fusions,
+    grouped_query,
+    providers,
+    qdq_edges,
+    transforms,
+)
 from compress.export.onnx.capture import PARAMETER, cache_shapes, capture_graph
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.graphs import compare_graphs
@@ -21,6 +32,7 @@ from compress.export.onnx.lowering import Choice, Source, choose, require
 from compress.export.onnx.runner import Runner
 from compress.export.onnx.runtime import REASON, SHARED, Session, preferred
 from compress.export.onnx.shared_runner import SharedRunner
+from compress.export.tensorrt import shapes
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.model import Model, Task
@@ -28,18 +40,24 @@ from compress.target import Lowered, Refusal
 
 RUNTIME = "onnxruntime"
 FOLDER = "onnx"
+TAKES_GRAPHS = True
 GRAPH, DATA = files.GRAPH, files.DATA
 Attend = Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]
 
 
 # the interface of compress.target
-__all__ = ["FOLDER", "RUNTIME", "capture", "compare_graphs", "plan_layer", "predict_bytes", "probe_command", "runner"]
-__all__ += ["session", "write"]
+__all__ = ["FOLDER", "RUNTIME", "TAKES_GRAPHS", "capture", "compare_graphs", "plan_layer", "predict_bytes"]
+__all__ += ["probe_command", "runner", "session", "timed_here", "write"]
 
 
 def session(folder: Path, threads: int, exact: bool = False) -> Session:
     """A written folder in ONNX Runtime, the graph that decodes faster where it has two; exact: see `Session`."""
     return Session(folder, threads, exact=exact, graph=preferred(folder))
+
+
+def timed_here(profile: Profile) -> bool:
+    """Whether the profile's provider is one that this machine has."""
+    return providers.usable(profile.runtime(RUNTIME).provider)
 
 
 def runner(session: Session, folder: Path) -> Runner:
@@ -61,6 +79,8 @@ def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
 
 def capture(model: Model, profile: Profile) -> bytes:
     """The weight-free graph of a model's structure. Raises: UnsupportedError where it cannot be traced."""
+    if model.image is not None and model.image.graph:
+        return model.image.graph
     return capture_graph(model, profile.runtime(RUNTIME).opset)
 
 
@@ -77,7 +97,7 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     layers = sum(isinstance(choice, Choice) for choice in choices)
     graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES
     if model.task is Task.CAUSAL_LM and cache_shapes(model.config)[0][1] % grouped_query.STEP == 0:
-        graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES
+        graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + angles.predict_bytes(model.config, model.longest)
     return weights + model.plain_bytes + side + graphs
 
 
@@ -87,7 +107,7 @@ GRAPH_BASE_BYTES = 8_000
 GRAPH_LAYER_BYTES = 1_900
 # and of model_gqa.onnx
 SHARED_BASE_BYTES = 8_000
-SHARED_LAYER_BYTES = 1_700
+SHARED_LAYER_BYTES = 1_200
 # The same of image classifiers (the test's own CNN, resnet20 and resnet44): nodes of a layer, and what decoding adds.
 IMAGE_BYTES = 800
 IMAGE_LAYER_BYTES = 720
@@ -118,10 +138,13 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     (folder / SHARED).unlink(missing_ok=True)
     shared = model.task is Task.CAUSAL_LM and not reason
     if shared:
-        second = _document(document, sources, model, runtime, grouped_query.attention)
+        attend = partial(grouped_query.attention, positions=model.longest)
+        second = _document(document, sources, model, runtime, attend)
         grouped_query.refer(second, ir.load(folder / GRAPH), DATA)
         ir.save(second, folder / SHARED)
     files.write(model, folder, shared)
+    ranges = {} if runtime.provider == providers.CPU else shapes.ranges(model, profile)
+    providers.write(folder, profile.id, runtime.provider, ranges)
     operators = Counter(choice.operator for choice in choices.values())
     plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
     bounds = experts.bounds(choices, model.structure.layers)

@@ -1,0 +1,155 @@
+"""The speed measurement judged by what is known: the embedded model against itself, and against itself made 5 % slower.
+
+    python benchmarks/timing/self_check.py [--runs 10] [--budget 10]
+
+Run it on a machine that does nothing else; about seven minutes with the defaults. Each run is the whole measurement,
+with sessions loaded afresh, at two settings. Bars: of ten runs against itself at least nine claim no difference at any
+setting; of ten runs with a slow-down of 5 % at least eight have it inside the interval, and it is found in as many.
+The slow-down is time spent waiting after each call, 5 % of what that call took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import compress
+from compress import hwprofiles, manifest, quickstart
+from compress.export.onnx import target
+from compress.hwprofiles import Profile
+from compress.measure import measure, settings_of, thread_count, time_sessions
+from compress.model import Model
+from compress.progress import Progress
+from compress.records import Timing
+from compress.target import Session
+
+RESULT = Path(__file__).parents[1] / "results" / "timing_self_check.json"
+SLOW_DOWN = 0.05
+CLAIMS = ("faster", "slower")
+
+
+class Slowed:
+    """A session whose timed calls take SLOW_DOWN longer."""
+
+    def __init__(self, inner: Session) -> None:
+        self.inner, self.name, self.is_decoder = inner, inner.name, inner.is_decoder
+
+    def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
+        """The inner session's call, and then waiting."""
+        inner, clock = self.inner.call(ids, past), time.perf_counter
+
+        def slowed() -> None:
+            begin = clock()
+            inner()
+            end = clock()
+            end += SLOW_DOWN * (end - begin)
+            while clock() < end:
+                pass
+
+        return slowed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def against_itself(folder: Path, model: Model, profile: Profile, seed: int, budget_s: float) -> tuple[Timing, ...]:
+    """`measure` of a folder against the same folder."""
+    return measure(
+        folder,
+        folder,
+        profile,
+        vocabulary=model.vocabulary,
+        longest=model.longest,
+        seed=seed,
+        budget_s=budget_s,
+        progress=Progress(quiet=True),
+    ).timings
+
+
+def slowed(folder: Path, model: Model, profile: Profile, seed: int, budget_s: float) -> tuple[Timing, ...]:
+    """The same with a variant that is slower by what is known."""
+    threads = thread_count(profile)
+    arms: dict[str, Any] = {
+        "baseline": target.session(folder, threads),
+        "variant": Slowed(target.session(folder, threads)),
+    }
+    settings = settings_of(profile, arms["baseline"].is_decoder, model.longest)
+    return time_sessions(arms, settings, model.vocabulary, seed=seed, budget_s=budget_s, progress=Progress(quiet=True))
+
+
+def row(kind: str, run: int, timing: Timing) -> dict[str, Any]:
+    """One setting of one run."""
+    truth = 1.0 if kind == "itself" else 1 / (1 + SLOW_DOWN)
+    every = timing.every_round
+    return {
+        "kind": kind,
+        "run": run,
+        "setting": timing.name,
+        "speedup": round(timing.speedup, 4),
+        "interval": [round(timing.interval.low, 4), round(timing.interval.high, 4)],
+        "control": [round(timing.control.low, 4), round(timing.control.high, 4)],
+        "verdict": timing.verdict,
+        "covers": timing.interval.low <= truth <= timing.interval.high,
+        "rounds": timing.rounds,
+        "disturbed": every and every.disturbed,
+        "left_out": every and every.left_out,
+        "warnings": list(timing.warnings),
+    }
+
+
+def summary(rows: list[dict[str, Any]], runs: int) -> dict[str, Any]:
+    """Runs without a claim; runs whose every interval covers the slow-down, and that call every setting slower."""
+    of = {kind: [[r for r in rows if r["kind"] == kind and r["run"] == run] for run in range(runs)] for kind in KINDS}
+    quiet = sum(all(r["verdict"] not in CLAIMS for r in one) for one in of["itself"])
+    covering = sum(all(r["covers"] for r in one) for one in of["slowed"])
+    leading = sum(one[0]["covers"] for one in of["slowed"])
+    found = sum(all(r["verdict"] == "slower" for r in one) for one in of["slowed"])
+    met = quiet >= math.ceil(0.9 * runs) and min(leading, found) >= math.ceil(0.8 * runs)
+    return {
+        "runs": runs,
+        "no_difference_claimed": quiet,
+        "leading_setting_covered": leading,
+        "all_settings_covered": covering,
+        "slow_down_found_at_all_settings": found,
+        "met": met,
+    }
+
+
+KINDS = {"itself": against_itself, "slowed": slowed}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds per setting")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    found = hwprofiles.detect()
+    grid = found.grid.model_copy(update={"decode": ((1, 128),), "prefill": ((1, 128),)})
+    profile = found.model_copy(update={"grid": grid})
+    model, rows = compress.load(str(quickstart.folder())), []
+    with tempfile.TemporaryDirectory() as scratch:
+        target.write(model, profile, Path(scratch), target.capture(model, profile))
+        for run in range(given.runs):
+            for kind, timed in KINDS.items():
+                rows += [row(kind, run, timing) for timing in timed(Path(scratch), model, profile, run, given.budget)]
+                print("\n".join(json.dumps(each) for each in rows[-2:]), flush=True)
+    facts = {"machine": hwprofiles.machine_summary(), "threads": thread_count(profile), "versions": manifest.versions()}
+    result = {**facts, "numpy": np.__version__, "summary": summary(rows, given.runs), "rows": rows}
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["summary"]))
+    return 0 if summary(rows, given.runs)["met"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""Quality and speed of many artifacts beside one baseline: the same windows in step, the same shuffled rounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress import hwprofiles
+from compress.continuations import Amount, Known, plan_prompts
+from compress.data import Samples, Windows
+from compress.errors import CompressError, Interrupted
+from compress.evaluate import Evaluation, evaluate, runners_of, stream_logits
+from compress.export import find as find_target
+from compress.front import Axis
+from compress.hwprofiles import Profile
+from compress.measure import sample_setting, settings_of, thread_count, tokens_per_call
+from compress.model import Model, Task
+from compress.progress import Progress
+from compress.records import Interval, Quality, Timing
+from compress.stats import noise_floor, paired_difference, speedup
+from compress.sweep.records import Difference
+from compress.target import Session
+from compress.timing import PairedSamples
+from compress.timing_record import timing_record
+from compress.token_evaluate import TokenJudge, with_continuations
+
+BASELINE = "baseline"
+MEMORY_FACTOR = 3
+"""A loaded session takes up to so many times its files: packed weights beside those that were read, and buffers."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One variant: its exported folder, and the compressed model in its store."""
+
+    folder: Path
+    model: Model
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What every variant is judged with: the original model, its exported folder, the machine, the seed."""
+
+    source: Model
+    baseline: Path
+    profile: Profile
+    seed: int
+
+    def session(self, folder: Path) -> Session:
+        """An exported folder in the runtime."""
+        return find_target(self.profile.target).session(folder, thread_count(self.profile))
+
+
+@dataclass
+class Judged:
+    """Evaluations by variant, why others have none, and how far variants are apart."""
+
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    failures: dict[str, CompressError] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+
+
+@dataclass
+class Timed:
+    """Timings by variant, and how far variants are apart at the setting that leads the report."""
+
+    runtime: str = ""
+    timings: dict[str, tuple[Timing, ...]] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+
+
+def together(sizes: Mapping[str, int], room: int | None) -> list[list[str]]:
+    """Variants in groups that memory holds at once, in their order. sizes: bytes of each; room: None: not known."""
+    groups: list[list[str]] = []
+    used = 0
+    for name, size in sizes.items():
+        needed = MEMORY_FACTOR * size
+        if not groups or (room is not None and used + needed > room):
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += needed
+    return groups
+
+
+def judge(
+    stand: Stand, artifacts: Mapping[str, Artifact], windows: Samples, amount: Amount, progress: Progress
+) -> Judged:
+    """Every artifact beside the baseline. Of a language model each window goes once through the baseline and the
+    original, then through all artifacts; of other models the baseline runs again for each. A variant that puts out NaN
+    fails alone. Raises: Interrupted."""
+    if isinstance(windows, Windows) and stand.source.task is Task.CAUSAL_LM:
+        return _judge_tokens(stand, artifacts, windows, amount, progress)
+    found = Judged()
+    for name, artifact in artifacts.items():
+        baseline, session = stand.session(stand.baseline), stand.session(artifact.folder)
+        try:
+            found.evaluations[name] = evaluate(baseline, session, stand.source, artifact.model, windows, progress)
+        except Interrupted:
+            raise
+        except CompressError as error:
+            found.failures[name] = error
+    return found
+
+
+def _judge_tokens(
+    stand: Stand, artifacts: Mapping[str, Artifact], windows: Windows, amount: Amount, progress: Progress
+) -> Judged:
+    found, rows = Judged(), windows.rows()
+    baseline = stand.session(stand.baseline)
+    sessions = {name: stand.session(artifact.folder) for name, artifact in artifacts.items()}
+    judges = {name: TokenJudge(windows) for name in artifacts}
+    order = next(iter(judges.values())).order
+    ordered = [rows[place] for place in order]
+    outputs = {name: stream_logits(artifact.model, ordered) for name, artifact in artifacts.items()}
+    progress.tick("Evaluating windows", 0, len(rows))
+    for done, (place, reference) in enumerate(zip(order, stream_logits(stand.source, ordered), strict=True)):
+        one = rows[place].numpy()[None]
+        first = torch.tensor(baseline.logits(one)[0])  # a copy: a runtime may hand out memory that it writes again
+        for name in [name for name in judges if name not in found.failures]:
+            try:
+                output = _next(outputs[name])
+                judges[name].see(place, first, torch.tensor(sessions[name].logits(one)[0]), reference, output)
+            except CompressError as error:
+                found.failures[name] = error
+        progress.tick("Evaluating windows", done + 1, len(rows))
+    target, plan = find_target(stand.profile.target), plan_prompts(stand.source, rows, amount)
+    known: Known = {}
+    for name in [name for name in judges if name not in found.failures]:
+        session = sessions[name]
+        judged = judges[name].qualities(session.name, stand.source.tokenizer())
+        runners = runners_of(target, (baseline, stand.baseline), (session, artifacts[name].folder))
+        found.evaluations[name] = Evaluation(*with_continuations(judged[:2], runners, plan, progress, known), judged[2])
+    found.differences = _losses({name: judges[name] for name in found.evaluations})
+    return found
+
+
+def _next(outputs: Iterator[Tensor]) -> Tensor:
+    return next(outputs)
+
+
+def _losses(judges: Mapping[str, TokenJudge]) -> list[Difference]:
+    """Divergence from the original, pair by pair on the same windows."""
+    sums = {name: [score.sums for score in each.scores] for name, each in judges.items()}
+    found = []
+    for first, second in combinations(sums, 2):
+        one, other = ([each.kl or 0.0 for each in sums[name]] for name in (first, second))
+        value, interval = paired_difference(one, other, [each.tokens for each in sums[first]])
+        if interval is not None and all(math.isfinite(end) for end in (interval.low, interval.high)):
+            found += _both_ways("loss", first, second, value, interval)
+    return found
+
+
+def time_together(
+    stand: Stand, folders: Mapping[str, Path], budget_s: float, progress: Progress, image: tuple[int, int, int] | None
+) -> Timed:
+    """Every setting of the profile's grid: the baseline and all variants in the same shuffled rounds.
+
+    budget_s: seconds of a setting with one variant; with more it grows, so that each gets as much.
+    """
+    sessions = {BASELINE: stand.session(stand.baseline)}
+    sessions |= {name: stand.session(folder) for name, folder in folders.items()}
+    source = stand.source
+    settings = settings_of(stand.profile, sessions[BASELINE].is_decoder, source.longest, image is not None)
+    lead = min(range(len(settings)), key=lambda place: (settings[place][0] != "decode", settings[place][1], place))
+    if all(phase != "decode" for phase, _, _ in settings):
+        lead = 0
+    found, timings = Timed(next(reversed(sessions.values())).name), dict[str, list[Timing]]()
+    for place, setting in enumerate(settings):
+        progress.tick("Timing settings", place, len(settings))
+        budget = budget_s * (1 + len(folders)) / 2
+        samples = sample_setting(sessions, setting, image or source.vocabulary, seed=stand.seed, budget_s=budget)
+        phase, batch, prompt = setting
+        for name in folders:
+            timings.setdefault(name, []).append(
+                timing_record(
+                    samples,
+                    BASELINE,
+                    name,
+                    phase=phase,
+                    batch=batch,
+                    prompt=prompt,
+                    tokens_per_call=tokens_per_call(setting),
+                )
+            )
+        if place == lead:
+            found.differences = _latencies(samples, list(folders))
+    progress.tick("Timing settings", len(settings), len(settings))
+    found.timings = {name: tuple(each) for name, each in timings.items()}
+    return found
+
+
+def _latencies(samples: PairedSamples, names: Sequence[str]) -> list[Difference]:
+    """ln(time of the first / time of the second), round by round, widened by what the baseline differs from itself."""
+    floor = math.log(noise_floor(speedup(samples.control_log_ratios())[1]))
+    found = []
+    for first, second in combinations(names, 2):
+        ratio, interval = speedup(samples.log_ratios(second) - samples.log_ratios(first))
+        wide = Interval(low=math.log(interval.low) - floor, high=math.log(interval.high) + floor, level=interval.level)
+        found += _both_ways("latency", first, second, math.log(ratio), wide)
+    return found
+
+
+def _both_ways(axis: Axis, first: str, second: str, value: float, interval: Interval) -> list[Difference]:
+    turned = Interval(low=-interval.high, high=-interval.low, level=interval.level)
+    return [
+        Difference(axis=axis, first=first, second=second, value=value, interval=interval),
+        Difference(axis=axis, first=second, second=first, value=-value, interval=turned),
+    ]
+
+
+def machine() -> dict[str, str]:
+    """Where it was measured."""
+    return hwprofiles.machine_summary()
+
+
+def loss_of(quality: Quality) -> tuple[str, float, Interval | None] | None:
+    """What the axis of loss is made of, from 0 up: the divergence from the original of a language model, percentage
+    points of accuracy lost by a classifier, one less the cosine of what else is compared."""
+    for name in ("accuracy_change", "kl", "cosine"):
+        metric = quality.metrics.get(name)
+        if metric is None:
+            continue
+        if metric.better == "lower":
+            return f"{name}, {metric.unit}", metric.value, metric.interval
+        top = 1.0 if name == "cosine" else 0.0
+        turned = metric.interval and Interval(
+            low=top - metric.interval.high, high=top - metric.interval.low, level=metric.interval.level
+        )
+        label = "1 - cosine" if name == "cosine" else f"accuracy lost, {metric.unit}"
+        return label, top - metric.value, turned
+    return None

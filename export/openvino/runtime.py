@@ -1,0 +1,179 @@
+"""Running an exported folder in OpenVINO on the CPU. Imports numpy and openvino only, so that a child process which
+measures memory (`python -m compress.export.openvino.runtime FOLDER`) measures the runtime, not us."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import InputError, UnsupportedError
+from compress.memory import peak_memory
+
+EXTRA = "openvino"
+GRAPH, DATA = "openvino_model.xml", "openvino_model.bin"
+DEVICE = "CPU"
+PRODUCTS = frozenset({"MatMul", "FullyConnected", "Convolution", "FullyConnectedCompressed"})
+"""Of OpenVINO's executed graph: what multiplies by weights, or activations by each other."""
+
+
+class Session:
+    """A folder's model, compiled for the CPU in float32 where nothing is quantized: by itself OpenVINO would take
+    bfloat16 on processors that have it, which is another model.
+
+    Args: threads of a call; exact: switch its own rounding of the inputs of 4-bit and 8-bit weights off.
+    Raises: UnsupportedError when openvino is missing or runs elsewhere, InputError when the files do not load.
+    """
+
+    def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
+        ov = load_openvino()
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # two sessions that are timed in turn would be pinned to the same cores
+        }
+        if exact:
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        if not (folder / GRAPH).is_file():
+            raise InputError(f"{folder / GRAPH} is missing. Export the model again.")
+        started = time.perf_counter()
+        try:
+            self.compiled = ov.Core().compile_model(str(folder / GRAPH), DEVICE, settings)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"openvino {version()} cannot load {folder / GRAPH} ({reason}).") from error
+        self.load_s = time.perf_counter() - started
+        self.devices = [str(name) for name in self.compiled.get_property("EXECUTION_DEVICES")]
+        if self.devices != [DEVICE]:
+            raise UnsupportedError(f"openvino runs {folder / GRAPH} on {', '.join(self.devices)}, not on {DEVICE}.")
+        self.name = f"openvino {version()} {DEVICE}"
+        self.threads = int(self.compiled.get_property("INFERENCE_NUM_THREADS"))
+        self._request = self.compiled.create_infer_request()
+        inputs = {item.any_name: item for item in self.compiled.inputs}
+        self.outputs = [item.any_name for item in self.compiled.outputs]
+        self.cache_shapes = {
+            name: (item.partial_shape[1].get_length(), item.partial_shape[3].get_length())
+            for name, item in inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        self.takes_images = "images" in inputs
+        self.image_shape = (
+            tuple(size.get_length() for size in inputs["images"].partial_shape[1:]) if self.takes_images else ()
+        )
+        self.is_decoder = "logits" in self.outputs and not self.takes_images
+
+    @property
+    def kernels(self) -> Counter[str]:
+        """Types in which products really run, read back from the compiled model: {"i8": 12, "f32": 3}."""
+        return kernels(self.compiled)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the report."""
+        found = ", ".join(f"{count} in {kind}" for kind, count in sorted(self.kernels.items()))
+        return (f"products as OpenVINO runs them: {found}",)
+
+    def feeds(self, ids: NDArray[Any], past: int = 0) -> dict[str, NDArray[Any]]:
+        """Inputs for ids (batch, length) after `past` cached tokens, whose keys and values are zero; or for images."""
+        if self.takes_images:
+            return {"images": ids}
+        batch, length = ids.shape
+        feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, past + length), np.int64)}
+        for name, (heads, size) in self.cache_shapes.items():
+            feeds[name] = np.zeros((batch, heads, past, size), np.float32)
+        return feeds
+
+    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """Every output by name; memory of the runtime, which the next call writes again."""
+        self._request.infer(feeds, share_inputs=True)
+        return {name: self._request.get_output_tensor(place).data for place, name in enumerate(self.outputs)}
+
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """See compress.target.Session."""
+        return np.array(next(iter(self.run(self.feeds(ids)).values())))
+
+    def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
+        """See compress.target.Session."""
+        feeds, tokens = self.feeds(np.asarray([list(prompt)], np.int64)), list[int]()
+        while len(tokens) < count:
+            found = self.run(feeds)
+            tokens.append(int(found["logits"][0, -1].argmax()))
+            if tokens[-1] in stop:
+                break
+            feeds = {"input_ids": np.asarray([tokens[-1:]], np.int64), **self.present(found)}
+            feeds["attention_mask"] = np.ones((1, len(prompt) + len(tokens)), np.int64)
+        return tokens
+
+    def present(self, found: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
+        """What a call put out for the cache, as the next call's inputs."""
+        return {name: np.array(found[name.replace("past_key_values.", "present.")]) for name in self.cache_shapes}
+
+    def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
+        """See compress.target.Session."""
+        feeds = self.feeds(ids, past)
+        return lambda: self._request.infer(feeds, share_inputs=True) and None
+
+
+def kernels(compiled: Any) -> Counter[str]:
+    """See Session.kernels."""
+    found: Counter[str] = Counter()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        told = {
+            key: str(value.astype(str))
+            for key, value in node.get_rt_info().items()
+            if key in ("layerType", "runtimePrecision")
+        }
+        if told.get("layerType") in PRODUCTS:
+            found[told["runtimePrecision"]] += 1
+    return found
+
+
+def load_openvino() -> Any:
+    """The openvino module. Raises: UnsupportedError naming the extra to install."""
+    try:
+        import openvino
+    except (ImportError, OSError) as error:  # OSError: libraries of its own that are missing or not for this system
+        raise UnsupportedError(
+            f"OpenVINO is not installed ({error}). Install it with: pip install 'compress[{EXTRA}]'."
+        ) from error
+    return openvino
+
+
+def version() -> str:
+    """`2026.4.1`, without the build that the module adds."""
+    return str(load_openvino().__version__).split("-")[0]
+
+
+def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
+    """Load, read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
+    session = Session(folder, threads)
+    ids = np.ones((1, prompt), np.int64)
+    started = time.perf_counter()
+    if session.takes_images:
+        session.logits(np.zeros((1, *session.image_shape), np.float32))
+    elif session.is_decoder:
+        session.greedy(ids[0].tolist(), 1)
+    else:
+        session.logits(ids)
+    first_s = time.perf_counter() - started
+    if session.is_decoder:
+        session.greedy(ids[0].tolist(), tokens)
+    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=8)
+    given = parser.parse_args()
+    print(json.dumps(probe(given.folder, given.threads, given.prompt, given.tokens)))

@@ -1,0 +1,221 @@
+"""`compress report`: the same report as a page, a model card and an in-toto statement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from compress.__main__ import main
+from compress.errors import InputError
+from compress.provenance import statement
+from compress.records import Asked, Footprint, Interval, Metric, Quality, Report, Speed, Timing
+from compress.report import to_html, to_markdown
+from compress.report.model_card import to_model_card
+
+HOSTILE = '<img src=x onerror=alert(1)>\n---\nlicense: mit\n"`|\x1b[31m\u202e'
+DIGEST = "ab" * 32
+
+
+def asked(**changes: Any) -> Asked:
+    given: dict[str, Any] = {"task": "causal-lm", "is_local": False, "recipe": {}, "profile": {}, "options": {}}
+    return Asked(threads=1, code_digest="00", **{**given, **changes})
+
+
+def report(**changes: Any) -> Report:
+    interval = Interval(low=0.004, high=0.006)
+    kl = Metric(value=0.005, interval=interval, samples=9, unit="nats/token", protocol="ppl/64", better="lower")
+    quality = Quality(subject="compressed", where="onnxruntime", metrics={"kl": kl}, data_digest="00")
+    timing = Timing(
+        phase="decode",
+        batch=1,
+        prompt=128,
+        rounds=60,
+        baseline_s=0.02,
+        variant_s=0.01,
+        baseline_tokens_per_s=50.0,
+        variant_tokens_per_s=100.0,
+        speedup=2.0,
+        interval=Interval(low=1.9, high=2.1),
+        control=Interval(low=0.99, high=1.01),
+        verdict="faster",
+    )
+    arm = Footprint(disk_bytes=1000)
+    given: dict[str, Any] = {
+        "title": "small, int4",
+        "source": "org/small",
+        "source_digest": "00",
+        "recipe": "gptq(bits=4)",
+        "profile": "cpu",
+        "target": "onnx",
+        "created": "2026-11-20",
+        "versions": {"compress": "0.1.0"},
+        "seed": 0,
+        "calibration": {"source": "calib.txt", "windows": 128},
+        "source_bytes": 1000,
+        "artifact_bytes": 500,
+        "passes": (),
+        "artifact_quality": quality,
+        "speed": Speed(runtime="ort", threads=1, machine={}, timings=(timing,), baseline=arm, variant=arm),
+        "verdict": "twice as fast.",
+        "request": asked(),
+        **changes,
+    }
+    return Report(**given)
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    assert card.startswith("---\n")
+    content: dict[str, Any] = yaml.safe_load(card[4:].split("\n---\n")[0])
+    return content
+
+
+def test_a_model_card_has_what_the_hub_reads_and_what_people_ask() -> None:
+    card = to_model_card(report())
+    assert front_matter(card) == {
+        "base_model": "org/small",
+        "base_model_relation": "quantized",
+        "library_name": "onnx",
+        "pipeline_tag": "text-generation",
+        "tags": ["compress", "onnx", "quantized"],
+    }
+    data = ModelCard(card).data  # the hub's own reader
+    assert (data.base_model, data.library_name, data.pipeline_tag) == ("org/small", "onnx", "text-generation")
+    for text in ("twice as fast.", "0.0050 (0.0040 to 0.0060)", "2.00x (1.90 to 2.10)", "gptq(bits=4)", "calib.txt"):
+        assert text in card, text
+    assert "ORTModelForCausalLM" in card and "license" in card.split("Not known to the report")[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "task", "words"),
+    [
+        ("checkpoint-gptq", "causal-lm", "AutoModelForCausalLM.from_pretrained"),
+        ("checkpoint", "encoder", "AutoModel.from_pretrained"),
+        ("onnx", "image-classifier", "onnxruntime.InferenceSession"),
+        ("tensorrt", "causal-lm", "`compress generate OUT`"),
+    ],
+)
+def test_a_model_card_tells_how_to_load_what_was_made(target: str, task: str, words: str) -> None:
+    card = to_model_card(report(target=target, request=asked(task=task)))
+    assert words in card.split("## How to load it")[1]
+    for code in card.split("```python\n")[1:]:
+        compile(code.split("\n```")[0], "card", "exec")
+
+
+@pytest.mark.parametrize("request_of", [None, asked(is_local=True)])
+def test_a_model_card_guesses_no_base_model_and_tells_no_path(request_of: Asked | None) -> None:
+    card = to_model_card(report(source="home/someone/models/small", request=request_of))
+    assert "base_model" not in front_matter(card) and "someone" not in card and "`small`" in card
+    assert "and `base_model`" in card
+
+
+def test_hostile_names_stay_text_in_a_model_card() -> None:
+    given = report(
+        title=HOSTILE, source=HOSTILE, recipe=f"{HOSTILE}\n```", profile=HOSTILE, target=HOSTILE, verdict=HOSTILE,
+        calibration={HOSTILE: HOSTILE}, versions={"compress": HOSTILE}, source_digest=HOSTILE,
+        request=asked(task=HOSTILE),
+    )  # fmt: skip
+    card = to_model_card(given)
+    assert front_matter(card) == {"tags": ["compress", "quantized"]}
+    before, fence, rest = card.partition("````text\n")
+    assert fence and "<img" not in before + rest.split("\n````\n")[1]
+    assert not {"\x1b", "\u202e"} & set(card)
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    files = {"onnx/model.onnx": {"size": 3, "sha256": DIGEST}, "model/a.json": {"size": 1, "sha256": "cd" * 32}}
+    given: dict[str, Any] = {
+        "schema_version": 1,
+        "source": "org/small",
+        "source_digest": "00",
+        "recipe": {"name": "w4a16", "passes": "rtn"},
+        "profile": {"id": "cpu", "target": "onnx", "runtimes": {}},
+        "seed": 0,
+        "calibration": {"digest": "11"},
+        "versions": {"compress": "0.1.0", "torch": "2.13.0+cpu"},
+        "files": files,
+    }
+    return {**given, **changes}
+
+
+def test_the_subjects_of_the_statement_are_the_files_of_the_manifest() -> None:
+    found = statement(manifest())
+    assert found["_type"] == "https://in-toto.io/Statement/v1"
+    assert found["predicateType"] == "https://slsa.dev/provenance/v1"
+    subjects = {each["name"]: each["digest"] for each in found["subject"]}
+    assert subjects == {name: {"sha256": facts["sha256"]} for name, facts in manifest()["files"].items()}
+    build = found["predicate"]["buildDefinition"]
+    assert build["externalParameters"]["recipe"] == {"name": "w4a16", "passes": "rtn"}
+    assert build["externalParameters"]["profile_target"] == "onnx"
+    assert {"uri": "pkg:pypi/torch@2.13.0%2Bcpu"} in build["resolvedDependencies"]
+    assert found["predicate"]["runDetails"]["builder"]["version"] == {"compress": "0.1.0", "torch": "2.13.0+cpu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("../up", {"sha256": DIGEST}),
+        ("/root", {"sha256": DIGEST}),
+        ("a\\b", {"sha256": DIGEST}),
+        ("", {"sha256": DIGEST}),
+        ("a", {"sha256": DIGEST.upper()}),
+        ("a", {"sha256": 3}),
+        ("a", {}),
+        ("a", "ab"),
+    ],
+)
+def test_a_manifest_that_names_no_file_by_its_digest_makes_no_statement(name: str, facts: Any) -> None:
+    with pytest.raises(InputError, match="names no file below its folder"):
+        statement(manifest(files={name: facts}))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "report.json").write_text(report().model_dump_json(), encoding="utf8")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest()), encoding="utf8")
+    return tmp_path
+
+
+def test_every_form_is_printed_and_written(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    forms = {
+        "--html": to_html(report()),
+        "--markdown": to_markdown(report()),
+        "--json": report().model_dump_json(indent=1) + "\n",
+        "--model-card": to_model_card(report()),
+        "--in-toto": json.dumps(statement(manifest()), indent=1) + "\n",
+    }
+    for option, text in forms.items():
+        assert main(["report", str(out), option]) == 0
+        assert capsys.readouterr().out == text, option
+        path = out / f"made{option}"
+        assert main(["report", str(out / "report.json"), option, "-o", str(path)]) == 0
+        assert path.read_text(encoding="utf8") == text, option
+    assert main(["report", str(out)]) == 0
+    assert "twice as fast." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--html", "--markdown"], "give one of them"),
+        (["-o", "x"], "say what to write"),
+        (["--html", "-o", "report.json"], "exists"),
+        (["--html", "-o", "none/x.html"], "there is no folder"),
+    ],
+)
+def test_a_wrong_use_is_one_paragraph(
+    out: Path, arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(out)
+    assert main(["report", str(out), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_page_is_replaced_where_that_is_asked_for(out: Path) -> None:
+    assert main(["report", str(out), "--markdown", "-o", str(out / "report.md")]) == 0
+    assert main(["report", str(out), "--html", "-o", str(out / "report.md"), "--overwrite"]) == 0
+    assert (out / "report.md").read_text(encoding="utf8") == to_html(report())
