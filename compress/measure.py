@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from compress.progress import Progress
 from compress.records import Footprint, Speed, Timing
 from compress.speed_records import Phase
 from compress.target import Session, Target
-from compress.timing import PairedSamples, pair
+from compress.timing import Clock, PairedSamples, pair
 from compress.timing_process import Timed, TimingRequest, last_line, time_in_process
 from compress.timing_record import LEAST_PROCESSES, best_against_best, over_processes, timing_record
 
@@ -156,13 +157,14 @@ def time_sessions(
     seed: int,
     budget_s: float,
     progress: Progress,
+    clock: Clock = time.perf_counter,
 ) -> tuple[Timing, ...]:
     """Every setting (phase, batch, prompt) of the arms "baseline" and "variant". drawn: random tokens below it, or
     random images of this shape."""
     timings = []
     for place, (phase, batch, prompt) in enumerate(settings):
         progress.tick("Timing settings", place, len(settings))
-        timings.append(_time(arms, phase, batch, prompt, drawn, seed, budget_s))
+        timings.append(_time(arms, (phase, batch, prompt), drawn, seed, budget_s, clock))
     progress.tick("Timing settings", len(settings), len(settings))
     return tuple(timings)
 
@@ -213,15 +215,15 @@ def _grid(profile: Profile, is_decoder: bool) -> list[Setting]:
 
 def _time(
     arms: Mapping[str, Session],
-    phase: Phase,
-    batch: int,
-    prompt: int,
+    setting: Setting,
     drawn: int | tuple[int, int, int],
     seed: int,
     budget_s: float,
+    clock: Clock,
 ) -> Timing:
     """One setting."""
-    samples = sample_setting(arms, (phase, batch, prompt), drawn, seed=seed, budget_s=budget_s)
+    phase, batch, prompt = setting
+    samples = sample_setting(arms, setting, drawn, seed=seed, budget_s=budget_s, clock=clock)
     return timing_record(
         samples,
         "baseline",
@@ -229,7 +231,7 @@ def _time(
         phase=phase,
         batch=batch,
         prompt=prompt,
-        tokens_per_call=tokens_per_call((phase, batch, prompt)),
+        tokens_per_call=tokens_per_call(setting),
     )
 
 
@@ -240,11 +242,12 @@ def sample_setting(
     *,
     seed: int,
     budget_s: float,
+    clock: Clock = time.perf_counter,
 ) -> PairedSamples:
     """One setting (phase, batch, prompt) of "baseline" and any other arms, in the same rounds. drawn: see
     `time_sessions`."""
     calls = _calls(arms, setting, drawn, seed)
-    return pair(calls, baseline="baseline", seed=seed, budget_s=budget_s, watch=disturbance.watch())
+    return pair(calls, baseline="baseline", seed=seed, clock=clock, budget_s=budget_s, watch=disturbance.watch())
 
 
 def _calls(
