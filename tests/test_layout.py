@@ -51,6 +51,8 @@ LEVELS = (
         "compress.stub",
         "compress.activations",
         "compress.target",
+        "compress.probing",
+        "compress.left_padded",
         "compress.profiles",
         "compress.formats",
         "compress.hessian",

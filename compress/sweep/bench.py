@@ -157,7 +157,6 @@ class Bench:
         if isinstance(answer, CompressError):
             self.progress.note(f"{name}: failed: {answer}")
         else:
-            self.journal.add(f"variant {name}")
             self.progress.note(f"{name}: compressed, exported and checked")
 
     def _fitting(self) -> Executor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress.data import Calibration, Samples
@@ -20,7 +20,6 @@ from compress.run import fingerprint, load_data, refuse
 from compress.run_report import Request
 from compress.sweep.names import named
 from compress.sweep.records import Limits
-from compress.sweep.variant import request_of
 
 VARIANTS = "variants"
 """Where in a sweep's folder its artifacts are."""
@@ -45,12 +44,19 @@ class SweepRequest:
 
     def requests(self) -> dict[str, Request]:
         """By variant, each as `compress run` would take it. Raises: UsageError for recipes that cannot be compared."""
-        found = {}
-        for name, recipe in named(self.recipes).items():
-            base = Request(self.model, recipe, self.profile, self.out, self.data, self.device, False, self.command)
-            request = request_of(base, recipe, self.out / VARIANTS / name)
-            found[name] = replace(request, budget_s=self.budget_s)
-        return found
+        return {
+            name: Request(
+                self.model,
+                recipe.for_target(self.profile.target),
+                self.profile,
+                self.out / VARIANTS / name,
+                data=self.data,
+                device=self.device,
+                command=self.command,
+                budget_s=self.budget_s,
+            )
+            for name, recipe in named(self.recipes).items()
+        }
 
 
 @dataclass

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +193,3 @@ class _Named(Progress):
     def check(self) -> None:
         """See `Progress`."""
         self._outer.check()
-
-
-def request_of(request: Request, recipe: Recipe, out: Path) -> Request:
-    """A sweep's options with one of its recipes."""
-    return replace(request, recipe=recipe.for_target(request.profile.target), out=out)

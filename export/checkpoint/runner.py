@@ -6,24 +6,18 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from compress.export.checkpoint.runtime import Session
+from compress.left_padded import Floats, Ids, LeftPadded
 from compress.target import Placement
 
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
-
-class Runner:
+class Runner(LeftPadded[Session]):
     """See compress.target.Runner."""
 
     def __init__(self, session: Session, folder: Path) -> None:
-        self._session, self._folder = session, folder
-        self._mask: Ids = np.zeros((0, 0), np.int64)
-        self._cache: Any = None
+        super().__init__(session, folder)
         taken = inspect.signature(session.model.forward).parameters
         self._takes_positions, self._takes_last = "position_ids" in taken, "logits_to_keep" in taken
 
@@ -34,16 +28,6 @@ class Runner:
         name = self._session.name.replace(" CPU", "", 1)
         return Placement(name, f"torch {device}", self._session.threads, self._folder.name)
 
-    def start(self, ids: Ids, mask: Ids) -> Floats:
-        """See compress.target.Runner."""
-        self._mask, self._cache = mask, None
-        return self._run(ids)
-
-    def step(self, tokens: Ids, alive: NDArray[np.bool_]) -> Floats:
-        """See compress.target.Runner."""
-        self._mask = np.concatenate([self._mask, alive[:, None].astype(np.int64)], axis=1)
-        return self._run(tokens[:, None])
-
     @torch.no_grad()
     def hidden(self, ids: Ids, mask: Ids) -> Floats:
         """See compress.target.Runner."""
@@ -51,6 +35,9 @@ class Runner:
             output = self._session.model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
         result: Floats = output.last_hidden_state.float().numpy()
         return result
+
+    def _empty(self, ids: Ids) -> None:
+        return None
 
     @torch.no_grad()
     def _run(self, ids: Ids) -> Floats:

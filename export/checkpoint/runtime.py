@@ -7,7 +7,6 @@ session says that it only checked the files.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
@@ -23,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compress import probing
 from compress.errors import InputError
 from compress.export.checkpoint import readback, readers, transform_config
-from compress.memory import peak_memory
 
 Ids = NDArray[np.int64]
 Level = Literal["ran", "built", "checked"]
@@ -38,6 +37,9 @@ class Session:
     weights decoded in float32 where the reader takes less.
     Raises: InputError where transformers does not load the folder, or would fill a part of it with random numbers.
     """
+
+    image_shape = ()
+    """It takes token ids."""
 
     def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
         self.threads = threads
@@ -209,26 +211,5 @@ def _name(method: str | None, by_reader: bool) -> str:
     return f"{loader} CPU on {method} weights decoded beforehand"
 
 
-def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Load, read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
-    session = Session(folder, threads)
-    ids = np.ones((1, prompt), np.int64)
-    started = time.perf_counter()
-    if session.is_decoder:
-        session.greedy(ids[0].tolist(), 1)
-    else:
-        session.logits(ids)
-    first_s = time.perf_counter() - started
-    if session.is_decoder:
-        session.greedy(ids[0].tolist(), tokens)
-    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=8)
-    given = parser.parse_args()
-    print(json.dumps(probe(given.folder, given.threads, given.prompt, given.tokens)))
+    probing.main(Session)

@@ -3,8 +3,6 @@ measures memory (`python -m compress.export.onnx.runtime FOLDER`) measures the r
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress import probing
 from compress.errors import InputError, UnsupportedError
 from compress.export.onnx import providers
 from compress.export.onnx.cache import Cache, Concatenated, Shared
-from compress.memory import peak_memory
 from compress.onnx_interface import GIVEN, Interface
 
 Ids = NDArray[np.int64]
@@ -94,6 +92,7 @@ class Session:
         self.interface = Interface.read(facts[GIVEN]) if GIVEN in facts else None
         self.takes_images = names[0] == "images" or self.interface is not None
         self.image_input = names[0]
+        self.image_shape = tuple(self.session.get_inputs()[0].shape[1:]) if self.takes_images else ()
         self.is_decoder = self.outputs[0] == "logits" and not self.takes_images
         reason = facts.get(REASON)
         self.notes = (
@@ -175,28 +174,5 @@ def load_onnxruntime() -> Any:
     return onnxruntime
 
 
-def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Load, read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
-    session = Session(folder, threads, graph=preferred(folder))
-    ids = np.ones((1, prompt), np.int64)
-    started = time.perf_counter()
-    if session.takes_images:
-        session.logits(np.zeros((1, *session.session.get_inputs()[0].shape[1:]), np.float32))
-    elif session.is_decoder:
-        session.greedy(ids[0].tolist(), 1)
-    else:
-        session.logits(ids)
-    first_s = time.perf_counter() - started
-    if session.is_decoder:
-        session.greedy(ids[0].tolist(), tokens)
-    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=8)
-    given = parser.parse_args()
-    print(json.dumps(probe(given.folder, given.threads, given.prompt, given.tokens)))
+    probing.main(lambda folder, threads: Session(folder, threads, graph=preferred(folder)))

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.export.onnx.cache import Cache
-from compress.export.onnx.runner import Floats, Ids, Runner
+from compress.export.onnx.runner import Runner
 from compress.export.onnx.runtime import Session
-from compress.target import Placement
+from compress.left_padded import Floats, Ids
 
 ROOM = 256
 """Tokens beyond the prompt that the cache has room for at first; it doubles."""
@@ -23,12 +23,6 @@ class SharedRunner(Runner):
         super().__init__(session, folder)
         self._buffers: Cache | None = None
         self._lengths: Ids = np.zeros(0, np.int64)
-
-    @property
-    def placement(self) -> Placement:
-        """See compress.target.Runner."""
-        found = super().placement
-        return Placement(found.runtime, found.provider, found.threads, f"{self._folder.name}/{self._session.graph}")
 
     def start(self, ids: Ids, mask: Ids) -> Floats:
         """See compress.target.Runner."""

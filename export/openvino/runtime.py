@@ -3,8 +3,6 @@ measures memory (`python -m compress.export.openvino.runtime FOLDER`) measures t
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress import probing
 from compress.errors import InputError, UnsupportedError
-from compress.memory import peak_memory
 
 EXTRA = "openvino"
 GRAPH, DATA = "openvino_model.xml", "openvino_model.bin"
@@ -152,28 +150,5 @@ def version() -> str:
     return str(load_openvino().__version__).split("-")[0]
 
 
-def probe(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Load, read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
-    session = Session(folder, threads)
-    ids = np.ones((1, prompt), np.int64)
-    started = time.perf_counter()
-    if session.takes_images:
-        session.logits(np.zeros((1, *session.image_shape), np.float32))
-    elif session.is_decoder:
-        session.greedy(ids[0].tolist(), 1)
-    else:
-        session.logits(ids)
-    first_s = time.perf_counter() - started
-    if session.is_decoder:
-        session.greedy(ids[0].tolist(), tokens)
-    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=8)
-    given = parser.parse_args()
-    print(json.dumps(probe(given.folder, given.threads, given.prompt, given.tokens)))
+    probing.main(Session)

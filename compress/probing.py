@@ -1,0 +1,54 @@
+"""What a process of its own measures of an exported folder (`Target.probe_command`). Imports numpy only, so that the
+memory is the runtime's, not ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from compress.memory import peak_memory
+from compress.target import Session
+
+
+class Probed(Session, Protocol):
+    """A session that knows how long it took to load, and the shape (channels, h, w) of an image if it takes images."""
+
+    load_s: float
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Empty for token ids."""
+        ...
+
+
+def probe(session: Probed, prompt: int, tokens: int) -> dict[str, float]:
+    """Read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
+    ids = np.ones((1, prompt), np.int64)
+    started = time.perf_counter()
+    if session.image_shape:
+        session.logits(np.zeros((1, *session.image_shape), np.float32))
+    elif session.is_decoder:
+        session.greedy(ids[0].tolist(), 1)
+    else:
+        session.logits(ids)
+    first_s = time.perf_counter() - started
+    if session.is_decoder:
+        session.greedy(ids[0].tolist(), tokens)
+    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
+
+
+def main(load: Callable[[Path, int], Probed]) -> None:
+    """The command line of a runtime's module: load a folder with so many threads, and print what is measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=8)
+    given = parser.parse_args()
+    print(json.dumps(probe(load(given.folder, given.threads), given.prompt, given.tokens)))
