@@ -16,12 +16,13 @@ import tempfile
 from pathlib import Path
 
 import compress
-from compress import data, hwprofiles, manifest
-from compress.evaluate import agreement
+from compress import hwprofiles, manifest
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
-from compress.measure import thread_count
+from compress.inputs import data
 from compress.pipeline import Pipeline
+from compress.quality.evaluate import agreement
+from compress.speed.measure import thread_count
 
 RESULT = Path(__file__).parent / "results" / "agreement.json"
 RECIPES = {

@@ -3,7 +3,7 @@
     python benchmarks/cifar.py ASSETS/cifar10
 
 Calibrated and tuned on the training images only. The change of accuracy is paired by image, with McNemar's discordant
-pairs and the interval of Agresti and Min (compress/proportions.py). Two sets: the JPEG images, of which there are
+pairs and the interval of Agresti and Min (compress/stats/proportions.py). Two sets: the JPEG images, of which there are
 enough for a narrow interval, decide; the exact ones stand beside them. The bars are on the interval's worse end: INT8
 loses at most 0.3 points, 4 bits at most 2.
 """
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 import compress
-from compress import images
-from compress.classification import BatchScore, score_batch, summarize_images
-from compress.image_stream import image_logits
-from compress.images import Images
-from compress.model import Model
+from compress.engine.image_stream import image_logits
+from compress.inputs import images
+from compress.inputs.images import Images
+from compress.models.model import Model
 from compress.pipeline import Pipeline
+from compress.quality.classification import BatchScore, score_batch, summarize_images
 
 RESULT = Path(__file__).parent / "results" / "cifar.json"
 FOUR = "rtn(format=int4(channel), clip=true), act_quant(format=int4(tensor, asymmetric), static=true)"
@@ -66,7 +66,9 @@ def main() -> int:
     folder: Path = arguments.folder
     model = compress.load(f"{folder / 'resnet_cifar.py'}:resnet20")
     assert model.image is not None
-    calibration = compress.data.calibrate(model, folder / "cifar10_train_exact_7044.npz", samples=arguments.samples)
+    calibration = compress.inputs.data.calibrate(
+        model, folder / "cifar10_train_exact_7044.npz", samples=arguments.samples
+    )
     tests = {name: images.read_images(folder / file, model.image) for name, file in SETS.items()}
     for test in tests.values():
         images.check_disjoint(calibration.windows, test)

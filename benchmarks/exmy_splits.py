@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 import compress
-from compress import data
-from compress.evaluate import stream_logits
+from compress.inputs import data
 from compress.pipeline import Pipeline
-from compress.quality import WindowScore, score_window, summarize
-from compress.stats import paired_difference
+from compress.quality.evaluate import stream_logits
+from compress.quality.sums import summarize
+from compress.quality.token_scores import WindowScore, score_window
+from compress.stats.intervals import paired_difference
 
 RESULT = Path(__file__).parent / "results" / "exmy_splits.json"
 BITS, SCALES, METHODS = (4, 6, 8), {"group=32": "groups of 32", "channel": "rows"}, ("rtn", "gptq")

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     import typer
 
-    from compress.cli import app
+    from compress.cli.main import app
     from compress.errors import CompressError, Interrupted, ResourceError
 
     try:
@@ -40,8 +40,7 @@ def _run(given: list[str]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (BrokenPipeError, SystemExit) as error:  # whoever read our output has closed it
-        # typer turns a broken pipe into exit 1 and wraps stdout; any other exit is not ours to change
-        if isinstance(error, SystemExit) and type(sys.stdout).__name__ != "PacifyFlushWrapper":
+        if isinstance(error, SystemExit) and not _is_broken_pipe(error):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
@@ -69,6 +68,12 @@ def _run(given: list[str]) -> int:
             return _fail(given, "UsageError", str(error), 2)
         text = f"{type(error).__name__}: {error}. This is a bug of compress; --debug shows where."
         return _fail(given, "Bug", text, 1)
+
+
+def _is_broken_pipe(error: SystemExit) -> bool:
+    """Typer turns a broken pipe into exit 1 and wraps stdout; rich exits with 1 while it handles the error. Any other
+    exit is not ours to change."""
+    return type(sys.stdout).__name__ == "PacifyFlushWrapper" or isinstance(error.__context__, BrokenPipeError)
 
 
 def _is_profile_error(error: Exception) -> bool:

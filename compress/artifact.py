@@ -11,26 +11,29 @@ from typing import Any
 
 import torch
 
-from compress import data, hwprofiles, manifest, store
-from compress.continuations import Amount
-from compress.end_to_end import Material, measure_end_to_end, read_material, with_end_to_end
+from compress import hwprofiles, manifest
+from compress.completion import build_missing, complete_report
+from compress.engine import store
+from compress.engine.workspace import Workspace, disk_errors, require_space
 from compress.errors import InputError, UnsupportedError, UsageError
-from compress.evaluate import MIN_POSITIONS, Evaluation, evaluate, read_inputs, runners_of, verify_export
 from compress.export import find as find_target
-from compress.harness import Arm, TaskRequest, require_tasks, score_tasks
 from compress.hwprofiles import Profile
-from compress.image_source import fitting
-from compress.measure import BUDGET_S, check_processes, deployable_bytes, measure, thread_count
-from compress.model import Model, load
+from compress.inputs import data
+from compress.models.image_source import fitting, timed_shape
+from compress.models.model import Model, load
 from compress.pipeline import Result
 from compress.plan import check_storable
 from compress.profiles import as_profile
 from compress.progress import Progress
+from compress.quality.continuations import Amount
+from compress.quality.evaluate import MIN_POSITIONS, Evaluation, evaluate, read_inputs, runners_of, verify_export
+from compress.quality.harness import Arm, TaskRequest, require_tasks, score_tasks
 from compress.records import Bounds, Speed, Verification
+from compress.records.task import Tasks
 from compress.run import require_agreement
+from compress.speed.end_to_end import Material, measure_end_to_end, read_material, with_end_to_end
+from compress.speed.measure import BUDGET_S, check_processes, deployable_bytes, measure, thread_count
 from compress.target import Lowered, Session, Target, require_graphs, require_tools, timed_here, write_baseline
-from compress.task_records import Tasks
-from compress.workspace import Workspace, disk_errors, require_space
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ def open_artifact(folder: str | Path) -> Artifact:
     return Artifact(path, facts)
 
 
-def verify(folder: str | Path) -> Verification:
+def verify(folder: str | Path, *, timing_cache: str | Path | None = None) -> Verification:
     """Check every file against the manifest, then run the artifact here and compare it with its model.
 
+    What only this machine can add is added: an engine for its GPU, and to the report how far the check got.
+    timing_cache: what TensorRT's builder reads and writes [default: one in the user's cache folder].
     Raises: InputError naming files that differ. The result says whether the outputs agree.
     """
     artifact = open_artifact(folder)
@@ -92,14 +97,16 @@ def verify(folder: str | Path) -> Verification:
     kept = artifact.facts.get("verification") or {}
     if "ids" not in kept:
         raise InputError(f"{folder}: the manifest has no tokens to verify with. Export it again.")
+    build_missing(artifact.folder, artifact.target, None if timing_cache is None else Path(timing_cache))
     model, bounds = artifact.model(), Bounds(**kept["bounds"])
     ids = read_inputs(model, kept["ids"])
     found = verify_export(model, artifact.deployable, artifact.profile, ids, bounds)
-    recorded = tuple(kept.get("greedy_tokens", ()))
-    if recorded == found.greedy_tokens:
-        return found
-    note = "the greedy tokens differ from those recorded when the artifact was made (another machine or runtime?)"
-    return found.model_copy(update={"notes": (*found.notes, note)})
+    notes = [complete_report(artifact.folder, artifact.target, found)]
+    if tuple(kept.get("greedy_tokens", ())) != found.greedy_tokens:
+        notes += [
+            "the greedy tokens differ from those recorded when the artifact was made (another machine or runtime?)"
+        ]
+    return found.model_copy(update={"notes": (*found.notes, *filter(None, notes))})
 
 
 def export(
@@ -228,7 +235,7 @@ def evaluate_tasks(
 ) -> Tasks:
     """Labelled tasks of lm-evaluation-harness for an artifact and its uncompressed model, in the same runtime.
 
-    Raises: as `compress.harness.score_tasks`.
+    Raises: as `compress.quality.harness.score_tasks`.
     """
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
     require_tasks(str(artifact.facts.get("task", "")), artifact.target)
@@ -276,7 +283,7 @@ def profile(
             machine,
             vocabulary=source.vocabulary,
             longest=source.longest,
-            image=source.image.shape if source.image else None,
+            image=timed_shape(source.image),
             budget_s=budget_s,
             processes=processes,
             progress=progress or Progress(quiet=True),

@@ -11,9 +11,9 @@ from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
 from compress import hwprofiles, manifest
-from compress.model import Model
+from compress.models.model import Model
+from compress.models.user_module import is_reference
 from compress.records import Asked
-from compress.user_module import is_reference
 
 if TYPE_CHECKING:
     from compress.run_report import Request

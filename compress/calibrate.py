@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import yaml
 
-from compress import hwprofiles, kernel_probe
+from compress import hwprofiles
 from compress.errors import UnsupportedError, UsageError
+from compress.files import write_text
 from compress.hwprofiles import Profile
-from compress.kernel_probe import Probe
-from compress.measure import thread_count
 from compress.progress import Progress
-from compress.store import write_text
+from compress.speed import kernel_probe
+from compress.speed.kernel_probe import Probe
+from compress.speed.measure import thread_count
 
 SIZE = 2048
 BATCHES = {"decode": 1, "prefill": 64}

@@ -19,7 +19,7 @@ from compress.report.table import Table
 from compress.spec import print_value
 
 if TYPE_CHECKING:
-    from compress.layerpass import Pass
+    from compress.engine.layerpass import Pass
 
 _BOUNDS = {
     "minimum": "at least", "exclusiveMinimum": "more than", "maximum": "at most", "exclusiveMaximum": "less than",
@@ -62,7 +62,7 @@ def describe_pass(cls: type[Pass]) -> str:
 
 def _needs(cls: type[Pass]) -> str:
     """The statistics that a pass always asks for, else with which switch it asks for data."""
-    from compress.collect import Stat  # which loads torch, as a pass has already
+    from compress.engine.collect import Stat  # which loads torch, as a pass has already
 
     if cls.needs - {Stat.SHARING}:
         return f"{', '.join(sorted(cls.needs))}, so calibration data"
@@ -187,7 +187,7 @@ def _default_text(found: Mapping[str, Any]) -> str:
 
 def _documentations(cls: type[Pass]) -> list[str]:
     """The pass's own text, then that of the classes between it and the base of all passes which have settings."""
-    from compress.layerpass import Pass
+    from compress.engine.layerpass import Pass
 
     between = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
     own = [base for base in between if inspect.get_annotations(base)]
@@ -200,14 +200,14 @@ def _documentation(cls: type[BaseModel]) -> str:
 
 
 def _shared_settings() -> Mapping[str, Any]:
-    from compress.layerpass import Pass
+    from compress.engine.layerpass import Pass
 
     return Pass.model_fields
 
 
 def _shared_help() -> str:
     """The paragraph on settings of the base's docstring."""
-    from compress.layerpass import Pass
+    from compress.engine.layerpass import Pass
 
     found = re.search(r"^Settings: .*?(?=^[A-Z][\w ]*: |\Z)", _documentation(Pass), re.MULTILINE | re.DOTALL)
     return found[0].removeprefix("Settings: ").strip() if found else ""

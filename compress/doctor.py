@@ -9,7 +9,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from importlib.metadata import Distribution, distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -23,10 +25,11 @@ State = Literal["ok", "warning", "failed", "absent"]
 FAMILIES = ("onnxruntime", "tensorrt", "torch")
 PACKAGES = ("compress", "torch", "transformers", "safetensors", "onnx", "onnx-ir", "compressed-tensors", "numpy")
 EXTRAS = {"bitsandbytes": "bitsandbytes", "pillow": "images", "tensorrt-rtx": "tensorrt-rtx"}
+BUILDERS = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 REMOTE = "AzureExecutionProvider"  # takes any graph, and computes nothing on this machine
 SMALLEST_DISK, SMALLEST_MEMORY = 2e9, 2e9
 TRIALS, TRIAL_SECONDS = 40, 0.004
-# A spread of repeated work beyond this makes small differences invisible: compress.timing needs more rounds then.
+# A spread of repeated work beyond this makes small differences invisible: compress.speed.timing needs more rounds then.
 NOISY = 0.10
 
 
@@ -47,7 +50,7 @@ class Diagnosis(Record):
 
 def diagnose(folder: Path) -> Diagnosis:
     """Every check. folder: where outputs would be written."""
-    checks: list[Callable[[], Iterable[Finding]]] = [_machine, _packages, _overwritten, _torch, _onnxruntime, _rtx]
+    checks: list[Callable[[], Iterable[Finding]]] = [_machine, _packages, _overwritten, _torch, _onnxruntime, _tensorrt]
     found = [finding for check in checks for finding in check()]
     found += [*_disk(folder), *_memory(), _timer(), _noise()]
     return Diagnosis(healthy=all(one.state != "failed" for one in found), findings=tuple(found))
@@ -123,7 +126,7 @@ def _torch() -> list[Finding]:
 
 
 def _onnxruntime() -> list[Finding]:
-    from compress import kernel_probe
+    from compress.speed import kernel_probe
 
     try:
         import onnxruntime
@@ -151,7 +154,7 @@ def _onnxruntime() -> list[Finding]:
 
 def _providers(onnxruntime: object) -> str:
     """Providers that really take a graph: the list of those compiled in proves nothing."""
-    from compress import kernel_probe
+    from compress.speed import kernel_probe
 
     probe, working = kernel_probe.probes()[0], []
     compiled_in = onnxruntime.get_available_providers()  # type: ignore[attr-defined]
@@ -167,18 +170,23 @@ def _providers(onnxruntime: object) -> str:
     return f"runs on {', '.join(working) or 'nothing'}"
 
 
-def _rtx() -> list[Finding]:
-    try:
-        import tensorrt_rtx
-    except ImportError:  # told by `_packages`
-        return []
-    except OSError as error:
-        text = f"is installed, but its libraries do not load ({error})"
-        return [Finding(what="tensorrt_rtx", state="warning", text=text)]
-    made = tensorrt_rtx.Builder(tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR))
-    state: State = "ok" if made is not None else "warning"
-    text = f"TensorRT-RTX {tensorrt_rtx.__version__} {'makes' if made is not None else 'does not make'} a builder here"
-    return [Finding(what="tensorrt_rtx", state=state, text=text)]
+def _tensorrt() -> list[Finding]:
+    """Whether the libraries for NVIDIA engines that are installed make a builder here."""
+    findings = []
+    for module, title in BUILDERS.items():
+        if find_spec(module) is None:  # told by `_packages`
+            continue
+        state: State = "warning"
+        try:
+            trt = import_module(module)
+            trt.Builder(trt.Logger(trt.Logger.ERROR))
+            state, text = "ok", f"{title} {trt.__version__} makes a builder here"
+        except (ImportError, OSError) as error:
+            text = f"is installed, but its libraries do not load ({error})"
+        except TypeError:  # the bindings' way of telling that the library made none
+            text = f"{title} {trt.__version__} makes no builder here: there is no GPU for it"
+        findings.append(Finding(what=module, state=state, text=text))
+    return findings
 
 
 def _disk(folder: Path) -> list[Finding]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError
-from compress.store import write_text
+from compress.files import write_text
 
 SCHEMA = 1
 NAME = "manifest.json"

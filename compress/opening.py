@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from compress import hwprofiles, manifest, model
+from compress import hwprofiles, manifest
 from compress.artifact import Artifact, open_artifact
-from compress.engine import Engine
 from compress.errors import InputError, UnsupportedError, UsageError, nearest
 from compress.export import TARGETS
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
-from compress.measure import thread_count
-from compress.model import Model, Task
-from compress.pictures import ImageInput
-from compress.prompts import read_reader
+from compress.inputs.array_input import ArrayInput
+from compress.inputs.pictures import ImageInput
+from compress.inputs.prompts import read_reader
+from compress.models import model
+from compress.models.model import Model, Task
+from compress.runtime.session import Engine
+from compress.speed.measure import thread_count
 from compress.target import Runner, Session, Target
 
 
@@ -33,7 +35,7 @@ def load(
 ) -> Model | Engine:
     """A model to compress, from a folder, a hub id or `file.py:callable`; or an artifact to use, from its folder.
 
-    Args: revision, weights: of a model; see `compress.model.load`. engine, threads, anyway: of an artifact; see
+    Args: revision, weights: of a model; see `compress.models.model.load`. engine, threads, anyway: of an artifact; see
     `open_engine`. Raises: as these; UsageError for an argument of the other kind.
     """
     if not is_artifact(source):
@@ -129,15 +131,16 @@ def _opened(
     wanted = profile.runtimes[target.RUNTIME].provider if target.RUNTIME in profile.runtimes else ""
     if not anyway and not runner.placement.provider.startswith(wanted.removesuffix("ExecutionProvider")):
         raise UnsupportedError(f"It runs on {runner.placement.provider} here, not on {wanted} as {profile.id} says.")
-    is_image = task in (Task.IMAGE, Task.OUTPUTS)
+    is_image, is_array = task in (Task.IMAGE, Task.OUTPUTS), task in (Task.CLASSIFIER, Task.ARRAYS)
     return Engine(
         artifact.folder,
         task,
         tuple(notes),
         session,
         runner,
-        None if is_image else read_reader(folder),
+        None if task.takes_rows else read_reader(folder),
         ImageInput.read(folder) if is_image else None,
+        ArrayInput.read(folder) if is_array else None,
     )
 
 

@@ -1,11 +1,12 @@
 """The pass pipeline: read this first.
 
-A pipeline is a tuple of passes (compress/layerpass.py, compress/blockpass.py, compress/modelpass.py), cut into stages
-(compress/stages.py): a pass that needs the whole model is one of its own, all others walk the model block by block
-(compress/walk.py). Per block and per pass, in recipe order, the walk collects the statistics the pass asks for with
-the block as it now is, applies the pass (compress/applying.py), and drops them; then the block runs again, so that the
-next one sees what this one really puts out. Each finished block is written to the store (compress/store.py) and noted
-in the journal, from which a stopped run resumes.
+A pipeline is a tuple of passes (compress/engine/layerpass.py, compress/engine/blockpass.py,
+compress/engine/modelpass.py), cut into stages (compress/engine/stages.py): a pass that needs the whole model is one of
+its own, all others walk the model block by block (compress/engine/walk.py). Per block and per pass, in recipe order,
+the walk collects the statistics the pass asks for with the block as it now is, applies the pass
+(compress/engine/applying.py), and drops them; then the block runs again, so that the next one sees what this one really
+puts out. Each finished block is written to the store (compress/engine/store.py) and noted in the journal, from which a
+stopped run resumes.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from pathlib import Path
 
 import torch
 
-from compress import store
-from compress.data import Calibration, calibrate
+from compress.engine import output_grids, store
+from compress.engine.layerpass import Pass
+from compress.engine.matching import Resolution, resolve
+from compress.engine.shared_stages import SharedStages
+from compress.engine.stages import Stages
+from compress.engine.walk import Found
+from compress.engine.workspace import Journal, disk_errors
 from compress.errors import UnsupportedError, UsageError
+from compress.inputs.data import Calibration, calibrate
 from compress.layer import LayerSpec
-from compress.layerpass import Pass
-from compress.matching import Resolution, resolve
-from compress.model import Model
+from compress.models.model import Model
 from compress.passes import PASSES, find
 from compress.progress import Progress
 from compress.records import LayerResult, PassResult
-from compress.shared_stages import SharedStages
 from compress.spec import Call, parse_pipeline
-from compress.stages import Stages
-from compress.walk import Found
-from compress.workspace import Journal, disk_errors
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class Pipeline:
     ) -> Result:
         """Compress a model.
 
-        Args: calibration: data (a file, see compress/data.py) for passes that need it; folder: where the store is
-        written (a temporary one by default); journal: finished blocks of an earlier try; device: where blocks run
+        Args: calibration: data (a file, see compress/inputs/data.py) for passes that need it; folder: where the store
+        is written (a temporary one by default); journal: finished blocks of an earlier try; device: where blocks run
         while statistics are collected (passes compute on the CPU); shared: finished stages of recipes that begin alike.
         Raises: UsageError, InputError, ResourceError, Interrupted.
         """
@@ -132,6 +133,7 @@ class Pipeline:
             quiet = progress or Progress(quiet=True)
             stages = Stages(self.passes, model, resolution, calibration, target, journal, device, quiet, shared)
             results = stages.run()
+            output_grids.fit(resolution, calibration, target, device)
         passes = tuple(self._gather(index, results, resolution) for index in range(len(self.passes)))
         return Result(store.open_store(target, keeper), model, passes, self, calibration, resolution.untied)
 

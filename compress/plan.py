@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-from compress import roofline
-from compress.applying import describe
+from compress.engine.applying import describe
+from compress.engine.matching import Resolution
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
 from compress.export import TARGETS
 from compress.export import find as find_target
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile, ProfileError, Runtime
 from compress.layer import LayerKind, LayerSpec
-from compress.matching import Resolution
-from compress.measure import thread_count
 from compress.memory import allowed_memory
-from compress.model import Model, Task
+from compress.models.model import Model, Task
 from compress.pipeline import Pipeline, planned
 from compress.predict import Sizes, artifact_bytes, deployed_bytes, disk_bytes, model_bytes, peak_memory, seconds
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer, PredictedLatency
+from compress.speed import roofline
+from compress.speed.measure import thread_count
 from compress.target import Choice, Refusal, plan_layers, require_graphs
 
 Choices = Mapping[str, Choice | Refusal]
@@ -47,8 +47,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data, pipeline.passes)
     artifact = artifact_bytes(target, specs.values(), model, profile)
     stored = model_bytes(specs.values(), model)
-    memory = peak_memory(sizes, artifact, stored)
-    own = memory - sizes.source - stored  # pages of mapped files are given back where memory is short
+    memory = peak_memory(sizes, artifact)
     refused = [choice for choice in choices.values() if isinstance(choice, Refusal)]
     return Plan(
         model=model.source,
@@ -56,7 +55,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
         recipe=str(pipeline),
         layers=layers,
         matches=_matches([str(item) for item in pipeline.passes], resolution.matches),
-        warnings=(*model.warnings, *_warnings(layers, resolution), *_too_large(own)),
+        warnings=(*model.warnings, *_warnings(layers, resolution), *_too_large(memory)),
         target=profile.target,
         refusals=_refusals(choices),
         other_targets=other_targets(specs, profile) if refused else (),
@@ -109,8 +108,7 @@ def refusal(plan: Plan) -> CompressError | None:
         return kind(
             f"The recipe cannot be exported for target {plan.target}, profile {plan.profile}. {reasons}{others}"
         )
-    own = plan.predicted_peak_memory_bytes - plan.source_bytes - plan.predicted_model_bytes
-    return next((ResourceError(text) for text in _too_large(own)), None)
+    return next((ResourceError(text) for text in _too_large(plan.predicted_peak_memory_bytes)), None)
 
 
 def other_targets(specs: Mapping[str, LayerSpec], profile: Profile) -> tuple[str, ...]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+from compress.engine.layerpass import Pass
+from compress.engine.modelpass import ModelPass
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile
-from compress.image_source import ImageSource
-from compress.images import BATCH, CALIBRATION_SAMPLES
+from compress.inputs.images import BATCH, CALIBRATION_SAMPLES
+from compress.inputs.windows import BATCH_TOKENS
 from compress.layer import LayerKind, LayerSpec
-from compress.layerpass import Pass
-from compress.model import Model, Task
-from compress.modelpass import ModelPass
+from compress.models.image_source import ImageSource
+from compress.models.model import Model, Task
 from compress.recipe import Recipe
-from compress.windows import BATCH_TOKENS
 
 # Fitted: resident memory of the process with its libraries loaded and a graph captured.
 BASE_MEMORY = 830_000_000
@@ -30,7 +31,8 @@ LOADED_MEMORY = 450_000_000
 LINEAR_COPIES, LOGIT_COPIES = 1.25, 6
 """Fitted: tensors kept for a backward pass, per input and output of a linear layer and per logit."""
 CHECK_STEPS, HELD_OUT = 25, 0.125
-"""Of compress/distill.py: steps between two looks at the held-out loss, and the share of batches that is held out."""
+"""Of compress/training/distill.py: steps between two looks at the held-out loss, and the share of batches that is held
+out."""
 STORE_HEADER_BYTES = 450
 """Fitted: header of a store's file per layer."""
 
@@ -108,7 +110,8 @@ def _image_sizes(
 ) -> Sizes:
     """Of an image classifier: an image is a token that takes as many multiplications as all layers do for it."""
     weights = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
-    pixels = image.shape[0] * image.shape[1] * image.shape[2] * 4
+    # what a graph puts out is looked at as a whole, and may be much more than an image's classes
+    pixels = 4 * (prod(image.shape) + (0 if image.is_image else image.classes))
     calibration, quality = recipe.calibration, recipe.quality
     given = calibration.samples if "samples" in calibration.model_fields_set else CALIBRATION_SAMPLES
     images = given if needs_data else 0
@@ -193,8 +196,8 @@ def _trained_tokens(passes: Sequence[Pass], tokens: int, calibration: int) -> in
 
 
 def _between(passes: Sequence[Pass], source: int, weights: int) -> int:
-    """Bytes that stages leave for those after them (compress/stages.py): a store, in float32 where a pass rescales
-    weights, which are then also kept for the report's errors."""
+    """Bytes that stages leave for those after them (compress/engine/stages.py): a store, in float32 where a pass
+    rescales weights, which are then also kept for the report's errors."""
     if len(passes) < 2 or not any(isinstance(item, ModelPass) for item in passes):
         return 0
     return 2 * weights if any(not item.part for item in passes) else source
@@ -220,14 +223,14 @@ def model_bytes(specs: Iterable[LayerSpec], model: Model) -> int:
     return total
 
 
-def peak_memory(sizes: Sizes, artifact: int, stored: int) -> int:
+def peak_memory(sizes: Sizes, artifact: int) -> int:
     """Resident memory of the whole process: while a pass trains, or when the evaluation has everything open, which is
-    what the passes left behind, the mapped files of the source and the store, both sessions, both streams, and the
-    logits of one window for four models.
+    what the passes left behind, both sessions, both streams, and the logits of one window for four models. The files of
+    the source and the store are let go of block by block, so they do not add up.
 
-    Args: artifact, stored: predicted bytes of the deployable folder and of `model/`.
+    Args: artifact: predicted bytes of the deployable folder.
     """
-    from compress.activations import SPILL_BYTES
+    from compress.maths.activations import SPILL_BYTES
 
     passes = 3 * sizes.largest_block + sizes.statistics + min(sizes.activations, SPILL_BYTES)
     passes += min(sizes.backward, 2 * SPILL_BYTES)
@@ -237,7 +240,7 @@ def peak_memory(sizes: Sizes, artifact: int, stored: int) -> int:
     logits = 6 * sizes.window * sizes.vocabulary * 4
     evaluation = BASE_MEMORY + passes + sessions + streams + logits
     training = LOADED_MEMORY + sizes.training if sizes.training else 0
-    return max(evaluation, training) + sizes.source + stored
+    return max(evaluation, training)
 
 
 def disk_bytes(sizes: Sizes, specs: Iterable[LayerSpec], model: Model, artifact: int) -> int:

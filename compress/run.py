@@ -9,27 +9,28 @@ from pathlib import Path
 
 import torch
 
-from compress import data, hwprofiles, manifest
-from compress.continuations import Amount
-from compress.data import Calibration, Samples
-from compress.end_to_end import material_of, measure_end_to_end, with_end_to_end
+from compress import hwprofiles, manifest
+from compress.engine.workspace import Workspace, disk_errors, require_space
 from compress.errors import InputError, UsageError
-from compress.evaluate import Evaluation, evaluate, runners_of, verification_inputs, verify_export
 from compress.export import find as find_target
-from compress.harness import require_tasks, score_exported
 from compress.hwprofiles import Profile
-from compress.image_source import fitting
-from compress.measure import measure, thread_count
+from compress.inputs import data
+from compress.inputs.data import Calibration, Samples
 from compress.memory import peak_memory
-from compress.model import Model, load
+from compress.models.image_source import fitting, timed_shape
+from compress.models.model import Model, load
 from compress.pipeline import Pipeline, Result
 from compress.plan import make_plan, refusal
 from compress.progress import Progress
-from compress.quality import check_gates
+from compress.quality.continuations import Amount
+from compress.quality.evaluate import Evaluation, evaluate, runners_of, verification_inputs, verify_export
+from compress.quality.harness import require_tasks, score_exported
+from compress.quality.metrics import check_gates
 from compress.records import Plan, Report, RunCost, Speed, Verification
 from compress.run_report import Found, Request, kept, write_report
+from compress.speed.end_to_end import material_of, measure_end_to_end, with_end_to_end
+from compress.speed.measure import measure, thread_count
 from compress.target import Lowered, require_tools, timed_here, write_baseline
-from compress.workspace import Workspace, disk_errors, require_space
 
 QUALITY_SAMPLES = 128
 """Windows; images are all taken unless a number is given."""
@@ -192,7 +193,7 @@ def _measure(folder: Path, request: Request, model: Model, windows: Samples, pro
         machine,
         vocabulary=model.vocabulary,
         longest=model.longest,
-        image=model.image.shape if model.image else None,
+        image=timed_shape(model.image),
         seed=seed,
         budget_s=budget_s,
         progress=progress,

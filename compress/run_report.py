@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from compress import asked, manifest
-from compress.data import Samples
-from compress.evaluate import Evaluation, kept_inputs
 from compress.export import find as find_target
-from compress.harness import LOGS
+from compress.files import write_text
 from compress.hwprofiles import Profile
-from compress.measure import BUDGET_S, deployable_bytes
-from compress.model import Model
+from compress.inputs.data import Samples
+from compress.models.model import Model
 from compress.pipeline import Result
-from compress.quality import gates_met
+from compress.quality.evaluate import Evaluation, kept_inputs
+from compress.quality.harness import LOGS
+from compress.quality.metrics import gates_met, interval_notes
 from compress.recipe import Recipe
 from compress.records import Plan, Report, RunCost, Speed, Verification
+from compress.records.task import Tasks
 from compress.report import to_html, to_markdown, verdict_sentence
-from compress.store import write_text
+from compress.speed.measure import BUDGET_S, deployable_bytes
 from compress.target import Lowered
-from compress.task_records import Tasks
 
 KEPT = ("manifest.json", "model", "report.html", "report.json", "report.md")
 """What an artifact holds beside its target's folder."""
@@ -78,13 +78,15 @@ def write_report(folder: Path, request: Request, model: Model, windows: Samples,
 def _report(request: Request, model: Model, found: Found) -> Report:
     result, lowered, evaluation, speed = found.result, found.lowered, found.evaluation, found.speed
     of_tasks = found.tasks.gates if found.tasks else ()
-    gates = (*gates_met(evaluation.artifact, request.recipe.quality.gates), *of_tasks)
+    asked_for, quality = request.recipe.quality.gates, evaluation.artifact
+    gates = (*gates_met(quality, asked_for), *of_tasks)
+    noted = quality.model_copy(update={"notes": (*quality.notes, *interval_notes(quality, asked_for))})
     pieces: dict[str, Any] = {
         "source_bytes": model.source_bytes,
         "artifact_bytes": lowered.deployed_bytes or deployable_bytes(lowered.folder),
         "speed": speed,
         "baseline_quality": evaluation.baseline,
-        "artifact_quality": evaluation.artifact,
+        "artifact_quality": noted,
         "memory_quality": evaluation.memory,
         "verification": found.verification,
         "gates": gates,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compress import products
 from compress.formats.base import Format, Params, Rounder
+from compress.maths import products
 
 # Columns decided one by one before what they did to the others is caught up with by one matrix product.
 RUN = 64

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress.errors import UnsupportedError
+from compress.errors import UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from compress.hwprofiles import Profile
+    from compress.hwprofiles import Profile, Runtime
     from compress.layer import LayerSpec
-    from compress.model import Model
+    from compress.models.model import Model
     from compress.records import Bounds, Kernel
 
 
@@ -28,6 +28,13 @@ class Refusal:
 
     reason: str
     usage: bool = True
+
+
+def granted(found: Runtime | Refusal, target: str, profile: Profile) -> Runtime:
+    """The profile's runtime as a target's rules found it. Raises: UsageError where they refuse the profile."""
+    if isinstance(found, Refusal):
+        raise UsageError(f"The {target} target cannot export for profile {profile.id}: {found.reason}.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,10 @@ class Target(Protocol):
     It may also have `TAKES_GRAPHS`, whether it takes models that were given as ONNX, `predict_deployed_bytes`, as
     `predict_bytes` of what the machine needs where that is not the whole folder, `plan_together(specs)`, the refusals
     (by layer) of what it does not take side by side,
+    `profile_operators(folder, threads, bind)`, what the runtime's profiler tells (compress.speed.operators),
     `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,
+    `complete(folder, timing_cache)`, which adds what only this machine can build and says whether it did,
+    `deployed_bytes(folder)`, of what the machine needs then,
     and `compare_graphs(session, exact, ids, limit, room)`, where a folder holds the model more than once: whether what
     `session` does not run agrees with what it does, and notes for the report.
     """

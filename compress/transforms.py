@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from compress.rotation import Rotation, random_signs
+from compress.maths.rotation import Rotation, random_signs
 from compress.spec import parse_call, print_value
 
 NAME = "hadamard"

@@ -16,7 +16,7 @@ if __name__ != "compress.passes":
 from compress.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from compress.layerpass import Pass
+    from compress.engine.layerpass import Pass
 
 
 class Entry(NamedTuple):

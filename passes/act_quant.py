@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 
-from compress import observers
-from compress.collect import LayerStats, Stat
+from compress.engine.collect import LayerStats, Stat
+from compress.engine.layerpass import FormatField, LayerPass
 from compress.errors import UsageError
 from compress.formats.base import ActivationFormat, Params
 from compress.formats.int_grid import IntGrid
-from compress.histogram import Histogram
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
-from compress.layerpass import FormatField, LayerPass
+from compress.maths import observers
+from compress.maths.histogram import Histogram
 
 _STATIC_ONLY = ("observer", "percentile")
 
@@ -33,7 +33,7 @@ class ActQuant(LayerPass):
 
     A convolution's static integer parameters hold a grid for its outputs too (`output_…`, asymmetric), by the same
     observer: integer convolutions put out codes, so an export target may have to round them. The model in memory does
-    not.
+    not. It is fitted when all passes are done, to what the finished model puts out.
     """
 
     name: ClassVar[str] = "act_quant"
@@ -86,7 +86,11 @@ class ActQuant(LayerPass):
     @property
     def wants(self) -> frozenset[Stat]:
         static = self.static or any(settings.get("static") for settings in self.overrides.values())
-        return frozenset({Stat.HISTOGRAM, Stat.OUTPUTS}) if static else frozenset()
+        return frozenset({Stat.HISTOGRAM}) if static else frozenset()
+
+    @property
+    def fits_outputs(self) -> bool:
+        return self.static and isinstance(self.format, IntGrid)
 
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
         if not self.static:
@@ -97,12 +101,15 @@ class ActQuant(LayerPass):
                 "(ignore), or round its inputs at run time (static=false)."
             )
         low, high = self._range(stats.histogram)
-        params = self._fit(low, high)
-        if stats.outputs is not None and isinstance(self.format, IntGrid):
-            wide = self.model_copy(update={"format": replace(self.format, scheme="asymmetric")})
-            outputs = wide._fit(*wide._range(stats.outputs))
-            params |= {f"output_{part}": tensor for part, tensor in outputs.items()}
-        return replace(layer, act=ActSpec(self.format, True, params), notes=_notes(stats.histogram, low, high))
+        act = ActSpec(self.format, True, self._fit(low, high))
+        return replace(layer, act=act, notes=_notes(stats.histogram, low, high))
+
+    def with_outputs(self, layer: Layer, outputs: Histogram) -> Layer:
+        assert isinstance(self.format, IntGrid) and layer.act is not None and layer.act.params is not None
+        wide = self.model_copy(update={"format": replace(self.format, scheme="asymmetric")})
+        found = wide._fit(*wide._range(outputs))
+        params = {**layer.act.params, **{f"output_{part}": tensor for part, tensor in found.items()}}
+        return replace(layer, act=replace(layer.act, params=params))
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return replace(spec, act=ActSpec(self.format, self.static))

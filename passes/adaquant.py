@@ -10,14 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress import distill, skeleton
-from compress.blockpass import Block, BlockPass, Changed, Runner
-from compress.collect import Stat
+from compress.engine.blockpass import Block, BlockPass, Changed, Runner
+from compress.engine.collect import Stat
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.soft import SoftInput, SoftRounding
-from compress.trainable import lend, lending
+from compress.models import skeleton
+from compress.training import distill
+from compress.training.soft import SoftInput, SoftRounding
+from compress.training.trainable import lend, lending
 from compress.transforms import transformed
 
 

@@ -9,14 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress import distill
-from compress.blockpass import Block, BlockPass, Changed, Runner
-from compress.collect import Stat
+from compress.engine.blockpass import Block, BlockPass, Changed, Runner
+from compress.engine.collect import Stat
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import LayerKind, LayerSpec
-from compress.soft import SoftRounding
-from compress.trainable import lend, lend_experts, lending
+from compress.training import distill
+from compress.training.soft import SoftRounding
+from compress.training.trainable import lend, lend_experts, lending
 
 # how far a grid may shrink or grow: AutoRound's clip factors shrink only, but a start by range search has shrunk it
 SHRINK, GROW = 0.7, 1.3

@@ -11,14 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.blockpass import Block, BlockPass, Changed
-from compress.collect import LayerStats, Stat
-from compress.folding import NOT_A_NORM, Bench, Folding, agreed
+from compress.engine.blockpass import Block, BlockPass, Changed
+from compress.engine.collect import LayerStats, Stat
+from compress.engine.layerpass import Quantizing
 from compress.formats.base import Format, Params
-from compress.hessian import weighted_error
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.layerpass import Quantizing
-from compress.wiring import wire
+from compress.maths.hessian import weighted_error
+from compress.wiring.folding import NOT_A_NORM, Bench, Folding, agreed
+from compress.wiring.scales import wire
 
 SMALLEST = 1e-4
 """Added to mean weights, and the least scale before it is normalised (the paper's code)."""

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress import skeleton
-from compress.blockpass import Block, BlockPass, Changed, Runner
-from compress.collect import Stat
+from compress.engine.blockpass import Block, BlockPass, Changed, Runner
+from compress.engine.collect import Stat
 from compress.layer import Layer, LayerKind, LayerSpec
+from compress.models import skeleton
 
 Means = dict[str, Tensor]
 

@@ -9,13 +9,13 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from compress import bnb
-from compress.collect import LayerStats
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import FormatField, QuantPass
 from compress.errors import UsageError
 from compress.formats.base import Params
 from compress.formats.lookup import FIXED, Lookup
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.layerpass import FormatField, QuantPass
+from compress.maths import bnb
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 

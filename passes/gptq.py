@@ -10,15 +10,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress import backward, solve
-from compress.blockpass import Block, BlockQuantPass, Changed
-from compress.collect import LayerStats, Stat
+from compress import solve
+from compress.engine import backward
+from compress.engine.blockpass import Block, BlockQuantPass, Changed
+from compress.engine.collect import LayerStats, Stat
 from compress.errors import UsageError
 from compress.formats.base import Format, Params, Rounder
-from compress.hessian import damped as hessian_damped
-from compress.hessian import inverse_factor
 from compress.layer import Layer, LayerKind
-from compress.model import Model
+from compress.maths.hessian import damped as hessian_damped
+from compress.maths.hessian import inverse_factor
+from compress.models.model import Model
 
 
 class Gptq(BlockQuantPass):
@@ -147,7 +148,7 @@ class Gptq(BlockQuantPass):
     def prepare(self, hessian: Tensor) -> System:
         """What all rows that are multiplied with the same inputs have in common."""
         columns = self.columns(hessian)
-        return System(hessian, columns, *inverse_factor(hessian[columns][:, columns], self.damp))
+        return System(hessian, columns, *inverse_factor(hessian, self.damp, columns))
 
 
 @dataclass(frozen=True)
@@ -180,15 +181,16 @@ def _solved(pairs: Sequence[tuple[Gptq, Layer]], stats: LayerStats) -> list[Laye
     params = [item.fit(target, stats) for (item, _), target in zip(pairs, targets, strict=True)]
     rounders = [form.rounder(each, system.columns) for form, each in zip(forms, params, strict=True)]
     codes = torch.split(system.codes(whole, solve.stack(rounders, rows), forms[0].step), rows)
-    notes, damped = _notes(first, stats, system), hessian_damped(hessian, system.damp)
+    notes, damp = _notes(first, stats, system), system.damp
     del system, rounders  # as large as the Hessian, and no longer needed
+    can_refit = stats.hessian is not None and forms[0].step == 1 and any(item.refit for item, _ in pairs)
+    damped = hessian_damped(hessian, damp) if can_refit else None
     found = []
     for (item, layer), form, target, chosen, fitted in zip(pairs, forms, targets, codes, params, strict=True):
         packed = form.pack(chosen, fitted, layer.shape)
-        if item.refit and form.step == 1 and stats.hessian is not None:
-            packed = form.pack(
-                *solve.improve(target, packed.dequantize(), damped, form, fitted, item.refit), layer.shape
-            )
+        if damped is not None and item.refit:
+            start = packed.dequantize()
+            packed = form.pack(*solve.improve(target, start, damped, form, fitted, item.refit), layer.shape)
         found.append(replace(layer, weight=packed, notes=notes))
     return found
 

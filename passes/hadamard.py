@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from compress.collect import LayerStats
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import LayerPass
 from compress.errors import UsageError
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.layerpass import LayerPass
-from compress.rotation import power_of_two
+from compress.maths.rotation import power_of_two
 from compress.transforms import Hadamard
 
 

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress import grid
-from compress.collect import LayerStats
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import FormatField, QuantPass
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import Layer
-from compress.layerpass import FormatField, QuantPass
+from compress.maths import grid
 
 
 class Hqq(QuantPass):

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress import bnb
-from compress.collect import LayerStats
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import LayerPass
 from compress.errors import InputError
 from compress.formats.int_grid import IntGrid
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
-from compress.layerpass import LayerPass
+from compress.maths import bnb
 
 WEIGHT = IntGrid(8, "channel")
 LIMIT = 127

@@ -11,16 +11,16 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from compress.blockpass import Block
+from compress.engine.blockpass import Block
+from compress.engine.modelpass import ModelPass, Stage
+from compress.engine.stream import BlockStream
 from compress.errors import UnsupportedError, UsageError
-from compress.heads import find_heads, turned_heads
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.model import Model, Task
-from compress.modelpass import ModelPass, Stage
-from compress.residual import Overlay, Part, Residual, block_part, find_residual, tail_part
-from compress.rotation import Kind, Rotation, rotation
-from compress.skeleton import OUTER
-from compress.stream import BlockStream
+from compress.maths.rotation import Kind, Rotation, rotation
+from compress.models.model import Model, Task
+from compress.models.skeleton import OUTER
+from compress.wiring.heads import find_heads, turned_heads
+from compress.wiring.residual import Overlay, Part, Residual, block_part, find_residual, tail_part
 
 TOLERANCE = 1e-4
 """Largest change of what a block adds to the stream, and of the logits, that counts as rounding in float32; plus

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from compress.collect import LayerStats
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import QuantPass
 from compress.layer import Layer
-from compress.layerpass import QuantPass
 
 
 class Rtn(QuantPass):

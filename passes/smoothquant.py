@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.blockpass import Block, BlockPass, Changed
-from compress.collect import Stat
-from compress.folding import NOT_A_NORM, Bench, Folding, agreed
+from compress.engine.blockpass import Block, BlockPass, Changed
+from compress.engine.collect import Stat
 from compress.layer import LayerKind, LayerSpec
-from compress.wiring import wire
+from compress.wiring.folding import NOT_A_NORM, Bench, Folding, agreed
+from compress.wiring.scales import wire
 
 SMALLEST = 1e-5
 """Ranges below it count as it, and a scale stays between it and its inverse: a channel that is nearly off is not blown

@@ -9,16 +9,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress import distill
-from compress.collect import Stat
+from compress.engine.collect import Stat
+from compress.engine.modelpass import ModelPass, Stage
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
-from compress.model import Model, Task
-from compress.modelpass import ModelPass, Stage
-from compress.skeleton import replace_input_rounding
-from compress.soft import SoftInput, SoftRounding
-from compress.trainable import lend, lend_experts, lend_tensor
+from compress.models.model import Model, Task
+from compress.models.skeleton import replace_input_rounding
+from compress.training import distill
+from compress.training.soft import SoftInput, SoftRounding
+from compress.training.trainable import lend, lend_experts, lend_tensor
 
 Part = Literal["scales", "norms", "biases", "inputs"]
 

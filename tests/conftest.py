@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.captures import capture_once
+from helpers.runs import Done, arguments, command
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if WORKER and hasattr(os, "sched_setaffinity"):
+    # a core for each of those that test side by side: runtimes take as many threads as there are cores for them, and
+    # their idle ones would keep the others' cores busy
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(WORKER.removeprefix("gw")) % len(_cores)]})
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
@@ -37,7 +51,22 @@ def save_tokenizer(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all processes that run these tests together."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if WORKER else own
+
+
+@pytest.fixture(scope="session")
+def captures(shared_folder: Path) -> Path:
+    """The folder of what was captured. From here on each structure is traced once."""
+    folder = shared_folder / "captures"
+    capture_once(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory: pytest.TempPathFactory, captures: Path) -> Callable[..., Path]:
     """Build a small Llama with random weights; keyword arguments change its config."""
 
     def make(name: str = "tiny-llama", tokenizer: bool = True, dtype: str = "float32", **changes: Any) -> Path:
@@ -67,7 +96,7 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def save_random(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def save_random(tmp_path_factory: pytest.TempPathFactory, captures: Path) -> Callable[..., Path]:
     """Save the model that a class makes of a config, with random weights of which none is alike or zero."""
 
     def save(name: str, config: Any, maker: str = "AutoModelForCausalLM") -> Path:
@@ -132,6 +161,32 @@ def make_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 def lm_out(make_artifact: Callable[..., Path], llama: Path) -> Path:
     """The 3-block Llama as an artifact with two engines. Do not write into it."""
     return make_artifact(llama, "onnx", "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def one_block(make_llama: Callable[..., Path]) -> Path:
+    """The smallest of them. Do not write into it."""
+    return make_llama("one-block", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def two_blocks(make_llama: Callable[..., Path]) -> Path:
+    """What the command's tests compress. Do not write into it."""
+    return make_llama("two-blocks", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def finished(two_blocks: Path, text_file: Path, shared_folder: Path) -> tuple[Path, Done]:
+    """One run of the real command, for all processes that run these tests. Do not write into it."""
+    folder = shared_folder / "finished"
+    folder.mkdir(exist_ok=True)
+    told = folder / "told.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.is_file():
+            done = command(*arguments(two_blocks, text_file, folder / "out"), "--json")
+            told.write_text(json.dumps([done.args, done.returncode, done.stdout, done.stderr]))
+    return folder / "out", subprocess.CompletedProcess(*json.loads(told.read_text()))
 
 
 @pytest.fixture
@@ -206,7 +261,7 @@ def images_file(cnn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     import compress
-    from compress.image_stream import whole_module
+    from compress.engine.image_stream import whole_module
 
     maker = np.random.default_rng(0)
     pixels = maker.integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)

@@ -8,17 +8,19 @@ import torch
 import transformers
 
 import compress
-from compress.collect import LayerStats
-from compress.data import Calibration, calibrate
+from compress.engine.collect import LayerStats
+from compress.engine.image_stream import whole_module
+from compress.engine.stream import BlockStream
 from compress.errors import UsageError
-from compress.evaluate import stream_logits
 from compress.formats import parse_format
-from compress.histogram import Histogram
+from compress.formats.int_grid import IntGrid
+from compress.inputs.data import Calibration, calibrate
 from compress.layer import ActSpec, Layer, LayerKind
-from compress.model import Model
+from compress.maths.histogram import Histogram
+from compress.models.model import Model
 from compress.passes import ActQuant
 from compress.pipeline import Pipeline
-from compress.stream import BlockStream
+from compress.quality.evaluate import stream_logits
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_what_is_clipped_is_noted() -> None:
 def test_static_grids_are_stored_and_used_again(model: Model, calibration: Calibration, tmp_path: Path) -> None:
     text = "rtn(format=int8(channel)), act_quant(static=true)"
     made = Pipeline.parse(text).run(model, calibration, folder=tmp_path / "model")
-    again = compress.store.open_store(tmp_path / "model")
+    again = compress.engine.store.open_store(tmp_path / "model")
     spec = again.structure.layers["model.layers.1.mlp.down_proj"]
     act = again.layer(spec).act
     assert act is not None and act.static and act.params is not None and act.params.keys() == {"scale", "zero"}
@@ -144,6 +146,33 @@ def test_a_convolution_has_a_grid_for_its_outputs_too(cnn: str, images_file: Pat
         assert act is not None and act.params is not None
         grids = {"scale", "zero", "output_scale", "output_zero"} if spec.kind is LayerKind.CONV else {"scale", "zero"}
         assert act.params.keys() == grids
+
+
+@pytest.mark.parametrize(
+    "after",
+    ["", ", bias_correct", ", adaquant(steps=4, lr_scale=0.5, lr_bias=0.5)", ", tune(steps=2, lr=0.05)"],
+    ids=["alone", "bias_correct", "adaquant", "tune"],
+)
+def test_output_grids_are_those_of_what_the_finished_model_puts_out(cnn: str, images_file: Path, after: str) -> None:
+    model = compress.load(cnn)
+    data = calibrate(model, images_file, samples=64)
+    start = "rtn(format=int3(channel)), act_quant(static=true, observer=minmax, format=int4(tensor, asymmetric))"
+    made = Pipeline.parse(start + after).run(model, data).model
+    module = whole_module(made)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, spec in made.structure.layers.items():
+        if spec.kind is LayerKind.CONV:
+            kept = seen.setdefault(name, [])
+            module.get_submodule(name).register_forward_hook(lambda _m, _i, output, kept=kept: kept.append(output))
+    with torch.no_grad():
+        for batch in data.batches():
+            module(batch)
+    for name, kept in seen.items():
+        act, whole = made.layer(made.structure.layers[name]).act, torch.cat(kept)
+        assert act is not None and act.params is not None
+        wanted = IntGrid(4, "tensor", "asymmetric").fit_activation(whole.min(), whole.max())
+        assert float(act.params["output_scale"]) == pytest.approx(float(wanted["scale"]), rel=1e-4), name
+        assert torch.equal(act.params["output_zero"], wanted["zero"]), name
 
 
 @pytest.mark.parametrize(

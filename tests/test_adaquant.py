@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import compress
-from compress.data import Calibration, calibrate
+from compress.engine.image_stream import image_logits
 from compress.errors import UsageError
-from compress.image_stream import image_logits
-from compress.model import Model
+from compress.inputs.data import Calibration, calibrate
+from compress.models.model import Model
 from compress.pipeline import Pipeline, Result
 
 CNN_START = "rtn(format=int4(channel)), act_quant(static=true, format=int4(tensor, asymmetric))"

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 import compress
-from compress import data, hwprofiles
-from compress.evaluate import stream_logits
+from compress import hwprofiles
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
+from compress.inputs import data
 from compress.pipeline import Pipeline
-from compress.quality import score_window, summarize
-from compress.stats import paired_difference
+from compress.quality.evaluate import stream_logits
+from compress.quality.sums import summarize
+from compress.quality.token_scores import score_window
+from compress.stats.intervals import paired_difference
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 
@@ -42,7 +44,7 @@ def test_pycoder_has_its_measured_perplexity(assets: Path) -> None:
     assert sum(score.nll for score in scores) / sum(score.tokens for score in scores) == pytest.approx(3.1178, abs=2e-3)
 
 
-def scores_of(model: compress.model.Model, ids: torch.Tensor, reference: list[torch.Tensor]) -> list[float]:
+def scores_of(model: compress.models.model.Model, ids: torch.Tensor, reference: list[torch.Tensor]) -> list[float]:
     return [
         score_window(expected[:-1], found[:-1], row[1:]).kl
         for row, expected, found in zip(ids, reference, stream_logits(model, ids), strict=True)

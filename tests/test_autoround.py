@@ -8,15 +8,15 @@ import torch
 import transformers
 
 import compress
-from compress.collect import LayerStats
-from compress.data import Calibration, Windows, calibrate
+from compress.engine.collect import LayerStats
 from compress.errors import UsageError
 from compress.formats.base import QuantTensor
+from compress.inputs.data import Calibration, Windows, calibrate
 from compress.layer import Layer, LayerKind
-from compress.model import Model
+from compress.models.model import Model
 from compress.passes import Rtn
 from compress.pipeline import Pipeline, Result
-from compress.soft import SoftRounding
+from compress.training.soft import SoftRounding
 
 SIZES = {
     "vocab_size": 256,

@@ -9,16 +9,18 @@ import transformers
 from torch import Tensor
 
 import compress
-from compress import activations, backward, hwprofiles, plan, recipe
-from compress.backward import saliency
-from compress.data import Calibration, Windows
+from compress import hwprofiles, plan, recipe
+from compress.engine import backward
+from compress.engine.backward import saliency
+from compress.engine.modelpass import Stage
+from compress.engine.workspace import Journal
 from compress.errors import InputError, Interrupted, UnsupportedError
+from compress.inputs.data import Calibration, Windows
 from compress.layer import LayerKind
-from compress.model import Model
-from compress.modelpass import Stage
+from compress.maths import activations
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.progress import Progress
-from compress.workspace import Journal
 
 NAMES = [f"model.layers.{block}.{part}" for block in (0, 2) for part in ("self_attn.k_proj", "mlp.down_proj")]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import compress
-from compress import skeleton
-from compress.data import Calibration, calibrate
+from compress.engine.image_stream import whole_module
 from compress.errors import UsageError
-from compress.image_stream import whole_module
-from compress.model import Model
+from compress.inputs.data import Calibration, calibrate
+from compress.models import skeleton
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 
 ROUNDED = "rtn(format=int3(channel)), act_quant(static=true, format=int4(tensor, asymmetric))"

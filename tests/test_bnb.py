@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import compress
-from compress import bnb, export, hwprofiles
-from compress.collect import LayerStats
+from compress import export, hwprofiles
+from compress.engine.collect import LayerStats
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.maths import bnb
 from compress.passes.bnb4 import Bnb4
 from compress.passes.llm_int8 import LlmInt8, vectorwise
 from compress.pipeline import Pipeline, planned

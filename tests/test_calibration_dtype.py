@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import compress
-from compress.activations import allocate
-from compress.collect import Stat
-from compress.data import Calibration, Windows
+from compress.engine.collect import Stat
+from compress.engine.stream import BlockStream
 from compress.errors import UsageError
+from compress.inputs.data import Calibration, Windows
+from compress.maths.activations import allocate
+from compress.models.skeleton import OUTER
 from compress.pipeline import Pipeline
 from compress.plan import make_plan
 from compress.profiles import as_profile
 from compress.recipe import parse
-from compress.skeleton import OUTER
-from compress.stream import BlockStream
 
 GPTQ = "gptq(format=int4(group=32))"
 
@@ -63,7 +63,7 @@ def test_what_is_allocated_takes_half(tmp_path: Path) -> None:
 
 
 def test_activations_above_the_limit_are_spilled_in_their_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.activations.SPILL_BYTES", 16)
+    monkeypatch.setattr("compress.maths.activations.SPILL_BYTES", 16)
     (kept,) = allocate([(16, 4)], tmp_path, torch.bfloat16)
     kept.copy_(torch.arange(64.0).reshape(16, 4))
     assert kept.untyped_storage().filename is not None

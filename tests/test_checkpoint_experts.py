@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,27 +14,19 @@ import transformers
 
 import compress
 from compress.errors import UnsupportedError, UsageError
-from compress.evaluate import verify_export
 from compress.export.checkpoint import readback, readers
 from compress.export.checkpoint.layout import Choice
 from compress.export.checkpoint.target import AWQ, BITSANDBYTES, GPTQ, CheckpointTarget
-from compress.measure import deployable_bytes
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
+from compress.quality.evaluate import verify_export
+from compress.speed.measure import deployable_bytes
 from compress.target import Refusal
+from helpers import models
 
 PROFILE = as_profile("cpu-x86-avx2")
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-}
+SIZES = {**models.SIZES, "hidden_size": 64, "num_hidden_layers": 1, "num_experts_per_tok": 2}
 STACK = "model.layers.0.mlp.experts"
 GPTQ_NAMES = {"qweight", "qzeros", "scales", "g_idx"}
 

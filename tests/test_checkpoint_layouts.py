@@ -13,13 +13,13 @@ import transformers
 
 import compress
 from compress.errors import CompressError, UnsupportedError, UsageError
-from compress.evaluate import verify_export
 from compress.export.checkpoint import readback, runtime
 from compress.export.checkpoint.target import AWQ, BITSANDBYTES, GPTQ, CheckpointTarget
-from compress.measure import deployable_bytes
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
+from compress.quality.evaluate import verify_export
+from compress.speed.measure import deployable_bytes
 from compress.target import plan_layers
 
 PROFILE = as_profile("cpu-x86-avx2")

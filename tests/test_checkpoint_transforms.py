@@ -14,16 +14,16 @@ import transformers
 
 import compress
 from compress.errors import UsageError
-from compress.evaluate import stream_logits, verify_export
 from compress.export.checkpoint import readback, runtime, transform_config
 from compress.export.checkpoint.layout import Choice, Packed
 from compress.export.checkpoint.target import AWQ, BITSANDBYTES, COMPRESSED_TENSORS, GPTQ
 from compress.layer import LayerKind
-from compress.measure import deployable_bytes
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
+from compress.quality.evaluate import stream_logits, verify_export
 from compress.records import Verification
+from compress.speed.measure import deployable_bytes
 from compress.target import Refusal, plan_layers
 from compress.transforms import Hadamard
 

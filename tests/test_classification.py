@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from compress.calibration_error import Halves
-from compress.classification import score_batch, summarize_images
-from compress.quality import METRICS, gates_met
+from compress.quality.calibration_error import Halves
+from compress.quality.classification import score_batch, summarize_images
+from compress.quality.metrics import METRICS, gates_met
 from compress.records import Quality
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,91 +16,13 @@ from compress.comparison import compare
 from compress.comparison.conditions import judge, parse
 from compress.comparison.figures import Figure, difference, ends, ratio
 from compress.comparison.page import comparison_page
-from compress.comparison.records import Change, Comparison
 from compress.errors import UsageError
-from compress.records import Footprint, Interval, Metric, Quality, Report, Speed, Timing
+from compress.records import Interval, Report
 from compress.report.markdown import page_markdown
 from compress.report.terminal import print_page
+from helpers.compared import change, failed, metric, metrics, quality, report, speed, timing
 
 HOSTILE = "<img src=x onerror=alert(1)>|`\x1b[31m\u202e"
-
-
-def metric(
-    value: float,
-    half: float | None = None,
-    unit: str = "1",
-    better: Literal["lower", "higher"] = "lower",
-    protocol: str = "ppl/disjoint-512",
-) -> Metric:
-    interval = None if half is None else Interval(low=value - half, high=value + half)
-    return Metric(value=value, interval=interval, samples=64, unit=unit, protocol=protocol, better=better)
-
-
-def timing(speedup: float = 1.5, half: float = 0.01, base_s: float = 0.01, **changes: Any) -> Timing:
-    settings: dict[str, Any] = {"phase": "decode", "batch": 1, "prompt": 128, **changes}
-    return Timing(
-        rounds=60,
-        baseline_s=base_s,
-        variant_s=base_s / speedup,
-        baseline_tokens_per_s=100.0,
-        variant_tokens_per_s=100.0 * speedup,
-        speedup=speedup,
-        interval=Interval(low=speedup - half, high=speedup + half),
-        control=Interval(low=0.999, high=1.001),
-        verdict="faster",
-        **settings,
-    )
-
-
-def speed(*timings: Timing, cpu: str = "Xeon", threads: int = 2, memory: int | None = 50_000_000) -> Speed:
-    arm = Footprint(disk_bytes=1000, load_s=0.1, peak_memory_bytes=memory)
-    machine = {"cpu": cpu, "cores": "2", "isa": "avx2", "memory_gb": str(len(timings))}
-    return Speed(runtime="onnxruntime", threads=threads, machine=machine, timings=timings, baseline=arm, variant=arm)
-
-
-def quality(digest: str = "data", **metrics: Metric) -> Quality:
-    return Quality(subject="compressed", where="onnxruntime", metrics=metrics, data_digest=digest)
-
-
-def metrics(perplexity: float = 21.8, nll_change: float = 0.02, kl: float = 0.005) -> dict[str, Metric]:
-    return {
-        "perplexity": metric(perplexity, 0.7),
-        "nll_change": metric(nll_change, 0.001, "nats/token"),
-        "kl": metric(kl, 0.0004, "nats/token"),
-        "top1_agreement": metric(0.962, 0.004, "fraction", "higher"),
-    }
-
-
-def report(**changes: Any) -> Report:
-    given: dict[str, Any] = {
-        "title": "small",
-        "source": "small",
-        "source_digest": "00",
-        "recipe": "rtn",
-        "profile": "cpu",
-        "target": "onnx",
-        "created": "2026-11-20",
-        "versions": {},
-        "seed": 0,
-        "calibration": {},
-        "source_bytes": 10_000,
-        "artifact_bytes": 5_000,
-        "passes": (),
-        "speed": speed(timing(), timing(1.2, phase="prefill")),
-        "artifact_quality": quality(**metrics()),
-        "verdict": "fine.",
-        **changes,
-    }
-    return Report(**given)
-
-
-def change(found: Comparison, name: str) -> Change:
-    return next(each for each in found.changes if each.name == name)
-
-
-def failed(text: str, before: Report, after: Report, **options: Any) -> bool:
-    judged = judge(parse(text), compare(before, after, **options))
-    return any(each.failed for each in judged)
 
 
 def test_the_change_of_two_estimates_has_the_width_of_both() -> None:

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 import compress
-from compress import data, hwprofiles
-from compress.continuations import (
+from compress import hwprofiles
+from compress.errors import InputError
+from compress.export import find as find_target
+from compress.inputs import data
+from compress.pipeline import Pipeline
+from compress.progress import Progress
+from compress.quality.continuations import (
     SETTINGS,
     Amount,
     Plan,
@@ -22,15 +27,11 @@ from compress.continuations import (
     generation_metrics,
     plan_prompts,
 )
-from compress.errors import InputError
-from compress.evaluate import evaluate, runners_of
-from compress.export import find as find_target
-from compress.metrics import METRICS
-from compress.pipeline import Pipeline
-from compress.progress import Progress
+from compress.quality.evaluate import evaluate, runners_of
+from compress.quality.metrics import METRICS
+from compress.quality.token_evaluate import with_continuations
 from compress.records import Quality
-from compress.sampling import Sampling
-from compress.token_evaluate import with_continuations
+from compress.runtime.sampling import Sampling
 
 QUIET = Progress(quiet=True)
 WORDS = 50

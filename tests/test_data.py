@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress import data, leaks
-from compress.data import Windows, check_disjoint, choose, cut_windows, join
 from compress.errors import InputError, UsageError
 from compress.hwprofiles import load as load_profile
-from compress.leaks import Text, shared_runs
-from compress.model import load
+from compress.inputs import data, leaks
+from compress.inputs.data import Windows, check_disjoint, choose, cut_windows, join
+from compress.inputs.leaks import Text, shared_runs
+from compress.models.model import load
 from compress.recipe import CalibrationSettings, QualitySettings, Recipe
 from compress.run import load_data, run
 from compress.run_report import Request

@@ -14,10 +14,10 @@ import pytest
 from pydantic import Field
 
 from compress import hwprofiles
-from compress.collect import LayerStats
 from compress.describe import describe_pass, describe_profile, example_of, pass_settings
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import LayerPass
 from compress.layer import Layer, LayerSpec
-from compress.layerpass import LayerPass
 from compress.passes import find, table
 from compress.pipeline import Pipeline
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.distill import Budget, Group, fit, split
 from compress.errors import InputError, UsageError
+from compress.training.distill import Budget, Group, fit, split
 
 
 def valley(point: Tensor, place: int) -> Tensor:

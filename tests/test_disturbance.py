@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from compress import disturbance
-from compress.disturbance import Counters, causes, watch
+from compress.speed import disturbance
+from compress.speed.disturbance import Counters, causes, watch
 
 QUIET = Counters(10.0, steal_s=5.0, switches=100, pages_from_swap=7, throttles=2, clock_khz=3_000_000)
 

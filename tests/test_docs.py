@@ -7,11 +7,11 @@ import pytest
 import typer.main
 
 from compress import hwprofiles, recipe
-from compress.cli import app
+from compress.cli.main import app
 from compress.errors import CompressError
-from compress.metrics import METRICS
 from compress.passes import table
 from compress.pipeline import Pipeline
+from compress.quality.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

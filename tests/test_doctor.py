@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress import calibrate, doctor, hwprofiles, kernel_probe
+from compress import calibrate, doctor, hwprofiles
 from compress.__main__ import main
 from compress.errors import UnsupportedError, UsageError
 from compress.hwprofiles import Profile
+from compress.speed import kernel_probe
 
 PROBES = kernel_probe.probes()
 

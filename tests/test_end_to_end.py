@@ -11,7 +11,15 @@ import pytest
 
 import compress
 from compress import artifact as artifacts
-from compress.end_to_end import (
+from compress.errors import UnsupportedError, UsageError
+from compress.hwprofiles import Profile
+from compress.inputs.prompts import read_reader
+from compress.models.model import Task
+from compress.records import Footprint, Speed
+from compress.report.end_to_end_rows import end_to_end_table
+from compress.runtime.generation import continue_prompts
+from compress.runtime.sampling import Sampling
+from compress.speed.end_to_end import (
     NAME,
     OUTPUT_TOKENS,
     Material,
@@ -21,15 +29,7 @@ from compress.end_to_end import (
     text_request,
     with_end_to_end,
 )
-from compress.errors import UnsupportedError, UsageError
-from compress.generation import continue_prompts
-from compress.hwprofiles import Profile
-from compress.model import Task
-from compress.prompts import read_reader
-from compress.records import Footprint, Speed
-from compress.report.end_to_end_rows import end_to_end_table
-from compress.sampling import Sampling
-from compress.spans import AFTER, BEFORE, COMPUTE, NAMES, Request, Stopwatch, end_to_end_record, time_requests
+from compress.speed.spans import AFTER, BEFORE, COMPUTE, NAMES, Request, Stopwatch, end_to_end_record, time_requests
 
 PARTS = {BEFORE: "reading", COMPUTE: "the model", AFTER: "writing"}
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from compress.energy import Nvml, Rapl, find_meter, measure_energy
 from compress.errors import UnsupportedError
 from compress.records import Footprint, Speed
+from compress.records.speed import Energy
 from compress.report.end_to_end_rows import energy_table
-from compress.speed_records import Energy
+from compress.speed.energy import Nvml, Rapl, find_meter, measure_energy
 
 
 def zone(root: Path, number: str, name: str, microjoules: int) -> Path:

@@ -11,9 +11,9 @@ import pytest
 import compress
 from compress import hwprofiles, manifest
 from compress.__main__ import main
-from compress.engine import Engine
 from compress.errors import InputError, UnsupportedError, UsageError
-from compress.model import Model
+from compress.models.model import Model
+from compress.runtime.session import Engine
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import compress
-from compress.data import Calibration, calibrate
-from compress.model import Model
+from compress.inputs.data import Calibration, calibrate
+from compress.models.model import Model
+from compress.models.skeleton import OUTER
 from compress.passes import find, table
 from compress.pipeline import Pipeline, Result, planned
-from compress.skeleton import OUTER
 
 # settings that fit a layer 64 wide, where the defaults do not; what must come before a pass; few steps
 FITTING = {"gptq": "gptq(format=int4(group=32))", "rtn": "rtn(format=int4(group=32))"}

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress import executor
 from compress.errors import CompressError, InputError, Interrupted, ResourceError, UnsupportedError
-from compress.executor import Executor, Here, Processes, Ray, read_answer, workers_that_fit
 from compress.progress import Progress
+from compress.sweep import executor
+from compress.sweep.executor import Executor, Here, Processes, Ray, read_answer, workers_that_fit
+from helpers.runs import NEUTRAL
 
-# children import what is installed, not the checkout that the tests were started in
-NEUTRAL: dict[str, Any] = {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONSAFEPATH": "1"}}
 SCRIPT = """
 import json, os, signal, sys, time
 task = json.loads(sys.stdin.readline())
@@ -91,7 +88,7 @@ def test_a_signal_reaches_the_workers_and_nothing_more_is_begun(script: None, tm
 
 
 def test_a_worker_ends_with_the_process_that_wanted_its_answer() -> None:
-    code = "import time\nfrom compress.executor import read_task\nprint(read_task(), flush=True)\ntime.sleep(300)"
+    code = "import time\nfrom compress.sweep.executor import read_task\nprint(read_task(), flush=True)\ntime.sleep(300)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **NEUTRAL
     ) as child:

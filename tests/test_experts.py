@@ -13,32 +13,24 @@ import transformers
 
 import compress
 from compress import hwprofiles
-from compress.collect import Stat
-from compress.data import Calibration, Windows
-from compress.evaluate import stream_logits
+from compress.engine.collect import Stat
+from compress.engine.matching import resolve
+from compress.engine.stream import BlockStream
 from compress.export.onnx import experts as lowering
 from compress.export.onnx import interfaces, target
 from compress.export.onnx.runtime import Session
 from compress.formats import parse_format
 from compress.layer import LayerKind
-from compress.matching import resolve
-from compress.model import Model
+from compress.models.model import Model
+from compress.models.skeleton import OUTER
+from compress.models.weights import Checkpoint
 from compress.passes.rtn import Rtn
 from compress.pipeline import Pipeline
-from compress.skeleton import OUTER
-from compress.stream import BlockStream
-from compress.weights import Checkpoint
+from compress.quality.evaluate import stream_logits
+from helpers import models
+from helpers.models import calibration, tokens
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-}
+SIZES = {**models.SIZES, "num_experts_per_tok": 2}
 SHARED = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 FIRST = "model.layers.0.mlp.experts"
@@ -52,14 +44,6 @@ def folder(save_random: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
     return compress.load(folder)
-
-
-def tokens(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(0))
-
-
-def calibration(ids: torch.Tensor) -> Calibration:
-    return Calibration(Windows(ids, tuple(range(len(ids))), f"ppl/disjoint-{ids.shape[1]}", ""), 0, "made here")
 
 
 def test_experts_are_layers_of_their_own_and_no_default_target_is_a_router(save_random: Callable[..., Path]) -> None:

@@ -19,15 +19,15 @@ from transformers.pytorch_utils import Conv1D
 
 import compress
 from compress import hwprofiles
-from compress.data import Calibration, Windows
 from compress.errors import UnsupportedError
-from compress.evaluate import agreement, stream_logits
-from compress.experts import is_experts
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
 from compress.hwprofiles import Profile
-from compress.model import Model, Task
-from compress.skeleton import OUTER
+from compress.inputs.data import Calibration, Windows
+from compress.models.experts import is_experts
+from compress.models.model import Model, Task
+from compress.models.skeleton import OUTER
+from compress.quality.evaluate import agreement, stream_logits
 
 VOCABULARY = 96
 SIZES = {
@@ -224,7 +224,9 @@ def test_what_gptq_left_in_the_store_is_what_the_exported_graph_computes(case: C
     assert {item.layer for item in done} == {
         name for name, spec in case.model.structure.layers.items() if spec.segment != OUTER and not spec.routed
     }
-    assert all(item.output_error is not None and item.output_error < 0.02 for item in done)
+    # against the reference stream the errors of all layers before count too
+    worst = {"same inputs": 0.02, "reference stream": 0.5}
+    assert all(item.output_error is not None and item.output_error < worst[item.output_reference] for item in done)
     for place, profile in enumerate((EXACT, PROFILE)):
         written = target.write(result.model, profile, tmp_path / str(place), case.graph)
         session = Session(written.folder, 1)

@@ -7,133 +7,33 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
 from scipy import stats as distributions
 
-from compress import token_scores
-from compress.calibration_error import (
-    Answers,
-    Halves,
-    TemperatureFit,
-    calibration_figures,
-    confidence_at,
-    fit_temperature,
+from compress.quality import token_scores
+from compress.quality.calibration_error import Halves, TemperatureFit, confidence_at, fit_temperature
+from compress.quality.fidelity import CONTEXT, WORST, second_half_perplexity
+from compress.quality.metrics import HEADLINE, METRICS, check_gates, gates_met, headline
+from compress.quality.token_quality import summarize_tokens, worst_with_text
+from compress.quality.token_scores import score_tokens, score_window
+from compress.records.quality import Curve, Metric, Quality
+from helpers.fidelity_twin import (
+    LENGTHS,
+    SOURCE,
+    WORDS,
+    Twin,
+    Window,
+    judged,
+    probabilities,
+    scored,
+    twin_ece,
+    twin_temperature,
+    window,
 )
-from compress.fidelity import CONTEXT, WORST, binned, second_half_perplexity
-from compress.metrics import HEADLINE, METRICS, check_gates, gates_met, headline
-from compress.quality_records import Curve, Metric, Quality
-from compress.quantiles import clustered_quantile, is_supported, needed
-from compress.token_quality import Source, summarize_tokens, worst_with_text
-from compress.token_scores import TokenScores, score_tokens, score_window
-
-WORDS = 19
-LENGTHS = (120, 97, 130, 64, 101, 118)
-SOURCE = Source("torch", "ppl/disjoint-131", "sha256:0")
-Window = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def window(seed: int, tokens: int = 40, words: int = WORDS) -> Window:
-    """Logits of the original and the compressed model, (tokens, words), and targets that the original half knows."""
-    maker = np.random.default_rng(seed)
-    reference = 2.5 * maker.standard_normal((tokens, words))
-    other = 1.3 * reference + 0.9 * maker.standard_normal((tokens, words))
-    guesses, drawn = reference.argmax(1), maker.integers(0, words, tokens)
-    return reference, other, np.where(maker.random(tokens) < 0.5, guesses, drawn)
 
 
 @pytest.fixture(scope="module")
 def data() -> list[Window]:
     return [window(seed, tokens) for seed, tokens in enumerate(LENGTHS)]
-
-
-def scored(data: list[Window]) -> list[TokenScores]:
-    return [score_tokens(*each) for each in data]
-
-
-def judged(data: list[Window]) -> Quality:
-    halves = Halves(len(data))
-    for place in halves.order:
-        halves.see(place, *(torch.from_numpy(each) for each in data[place]))
-    return summarize_tokens(scored(data), "compressed", SOURCE, halves.fitted())
-
-
-# ---- the independent implementation ----
-
-
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max())
-    return powers / powers.sum()
-
-
-class Twin:
-    """One dictionary per token, window by window."""
-
-    def __init__(self, data: list[Window]) -> None:
-        self.windows = [[self.token(*row) for row in zip(*each, strict=True)] for each in data]
-        self.tokens = [token for rows in self.windows for token in rows]
-
-    @staticmethod
-    def token(reference: np.ndarray, other: np.ndarray, target: int) -> dict[str, float]:
-        p, q = probabilities(reference), probabilities(other)
-        first, second = np.argsort(-p), np.argsort(-q)
-        return {
-            "kl": sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True)),
-            "nll": -math.log(q[target]),
-            "reference_nll": -math.log(p[target]),
-            "overlap": len(set(first[:5]) & set(second[:5])) / 5,
-            "change": q[target] - p[target],
-            "entropy": -sum(a * math.log(a) for a in q) + sum(a * math.log(a) for a in p),
-            "right": float(second[0] == target),
-            "reference_right": float(first[0] == target),
-            "agreed": float(first[0] == second[0]),
-            "confidence": max(q),
-            "reference_confidence": max(p),
-        }
-
-    def mean(self, name: str) -> float:
-        return sum(token[name] for token in self.tokens) / len(self.tokens)
-
-    def interval(self, name: str) -> tuple[float, float]:
-        """Cochran's ratio estimator with windows as clusters."""
-        mean, windows, count = self.mean(name), self.windows, len(self.tokens)
-        squares = sum(sum(token[name] - mean for token in rows) ** 2 for rows in windows)
-        error = math.sqrt(len(windows) / (len(windows) - 1) * squares) / count
-        half = distributions.t.ppf(0.975, len(windows) - 1) * error
-        return mean - half, mean + half
-
-    def quantile(self, share: float) -> float:
-        ordered = sorted(token["kl"] for token in self.tokens)
-        place = share * (len(ordered) - 1)
-        low = math.floor(place)
-        return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
-
-
-def twin_ece(confidence: list[float], right: list[float], bins: int = 15) -> float:
-    """Naeini's, with bins of equal mass: |mean confidence - accuracy| weighted by the bin's share."""
-    order = sorted(range(len(confidence)), key=lambda place: confidence[place])
-    total = 0.0
-    for one in range(bins):
-        inside = [at for rank, at in enumerate(order) if rank * bins // len(order) == one]
-        if inside:
-            gap = sum(confidence[at] for at in inside) / len(inside) - sum(right[at] for at in inside) / len(inside)
-            total += len(inside) / len(order) * abs(gap)
-    return total
-
-
-def twin_temperature(data: list[Window], arm: int) -> float:
-    """Least loss over the windows of even number, by another optimizer."""
-
-    def loss(log_temperature: float) -> float:
-        return sum(
-            -math.log(probabilities(row / math.exp(log_temperature))[target])
-            for each in data[::2]
-            for row, target in zip(each[arm], each[2], strict=True)
-        )
-
-    return math.exp(optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-12}).x)
-
-
-# ---- figures ----
 
 
 def test_every_figure_equals_an_independent_implementation(data: list[Window]) -> None:
@@ -210,7 +110,7 @@ def test_one_temperature_per_model_is_fitted_on_every_second_window_and_judged_b
 def test_what_is_kept_to_fit_a_temperature_does_not_grow_with_the_data(
     windows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.calibration_error.FIT_ROWS", 40)
+    monkeypatch.setattr("compress.quality.calibration_error.FIT_ROWS", 40)
     fit = TemperatureFit(windows, 8)
     for _ in range(windows):
         fit.keep(torch.zeros(50, 8), torch.zeros(50, dtype=torch.int64))
@@ -277,9 +177,6 @@ def test_words_masked_out_on_both_sides_change_nothing(data: list[Window]) -> No
         assert getattr(padded, name) == pytest.approx(getattr(score_tokens(*data[0]), name), abs=1e-12)
 
 
-# ---- curves, flips, worst ----
-
-
 def curve(found: Quality, name: str) -> Curve:
     return next(each for each in found.curves if each.name == name)
 
@@ -303,12 +200,6 @@ def test_the_reliability_curve_has_fifteen_parts_of_equal_mass(data: list[Window
     counts = [point.count for point in points]
     assert len(points) == 15 and max(counts) - min(counts) <= 2 and sum(counts) == sum(LENGTHS)
     assert (points[0].low, points[-1].high) == (0, 1)
-
-
-def test_a_part_that_one_window_alone_reaches_has_no_interval() -> None:
-    points = binned([np.ones(4), np.ones(2)], [np.arange(4.0), np.arange(2.0)], np.array([0.0, 2.0, 4.0]))
-    assert [point.count for point in points] == [4, 2]
-    assert points[0].interval is not None and points[1].interval is None
 
 
 def test_flips_are_counted_both_ways_and_tested_by_windows(data: list[Window]) -> None:
@@ -344,24 +235,12 @@ def test_the_worst_tokens_come_with_what_was_before_them(data: list[Window]) -> 
     assert worst_with_text(scored(data), range(len(data)), ids, None)[0].context_text == ""
 
 
-# ---- what cannot be told ----
-
-
 def test_one_window_gives_figures_without_intervals(data: list[Window]) -> None:
     found = judged([window(0, 600)])
     assert {name for name, metric in found.metrics.items() if metric.interval is not None} == set()
     assert {"kl_p99", "ece", "flips"} <= set(found.metrics)
     assert not any(name.endswith("fitted") for name in found.metrics)
     assert all(point.interval is None for each in found.curves for point in each.points)
-
-
-def test_too_few_tokens_for_a_percentile_or_a_calibration_are_told_and_meet_no_gate() -> None:
-    found = judged([window(seed, 20) for seed in range(3)])
-    assert "kl_p90" in found.metrics and "kl_p99" not in found.metrics and "ece" not in found.metrics
-    assert any("kl_p99 is not given: 60 tokens, and 500 are needed" in note for note in found.notes)
-    assert any("Calibration is not given: 60 tokens, and 150 are needed" in note for note in found.notes)
-    (gate,) = gates_met(found, {"kl_p99": 1e9})
-    assert math.isnan(gate.found) and not gate.met
 
 
 def test_a_model_that_puts_out_nan_has_no_figure_that_meets_a_gate(data: list[Window]) -> None:
@@ -401,40 +280,3 @@ def test_figures_of_an_older_report_still_load() -> None:
     found = Quality.model_validate({"subject": "baseline", "where": "x", "metrics": {"nll": old}, "data_digest": "d"})
     assert found.metrics["nll"] == Metric(value=1, samples=3, unit="1", protocol="p", better="lower")
     assert Quality.model_validate_json(found.model_dump_json()) == found
-
-
-# ---- quantiles and calibration errors as estimates ----
-
-
-def test_a_quantile_is_given_where_five_samples_lie_beyond_it() -> None:
-    assert [needed(share) for share in (0.5, 0.9, 0.99, 0.01)] == [10, 50, 500, 500]
-    assert is_supported(500, 0.99) and not is_supported(499, 0.99)
-
-
-def test_the_interval_of_a_quantile_covers_it_though_samples_come_in_clusters() -> None:
-    maker, inside, runs = np.random.default_rng(0), 0, 200
-    for _ in range(runs):
-        shifts = 0.5 * maker.standard_normal(24)
-        clusters = [shift + math.sqrt(0.75) * maker.standard_normal(50) for shift in shifts]
-        _, interval = clustered_quantile(clusters, 0.9)
-        assert interval is not None
-        inside += interval.low <= distributions.norm.ppf(0.9) <= interval.high
-    assert inside / runs > 0.89
-
-
-def test_the_change_of_a_calibration_error_is_covered_and_seldom_claimed_where_there_is_none() -> None:
-    """Two models equally far off in opposite halves of the answers, correlated within windows."""
-    maker, claimed, runs = np.random.default_rng(1), 0, 200
-    for _ in range(runs):
-        arms: list[list[list[np.ndarray]]] = [[[], []], [[], []]]
-        for _ in range(24):
-            shift, base = 0.05 * maker.standard_normal(), maker.uniform(0.2, 0.95, 80)
-            right = maker.random(80) < np.clip(base + shift, 0, 1)
-            for arm in arms:
-                arm[0].append(np.clip(base + 0.08 + 0.02 * maker.standard_normal(80), 0, 1))
-                arm[1].append(right)
-        own, original = (Answers(*arm) for arm in arms)
-        interval = calibration_figures(own, original)["ece_change"][1]
-        assert interval is not None
-        claimed += not interval.low <= 0 <= interval.high
-    assert claimed / runs < 0.1

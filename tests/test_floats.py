@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from compress import floats
-from compress.floats import E4M3, E5M2, ExMy
+from compress.maths import floats
+from compress.maths.floats import E4M3, E5M2, ExMy
 
 # every split of 3 to 8 bits
 KINDS = [ExMy(x, bits - 1 - x) for bits in range(3, 9) for x in range(1, bits)]

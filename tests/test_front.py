@@ -8,7 +8,7 @@ import random
 import pytest
 
 from compress.errors import UsageError
-from compress.front import AXES, Axis, Candidate, Estimate, Limit, choose, dominates, front, is_better
+from compress.sweep.front import AXES, Axis, Candidate, Estimate, Limit, choose, dominates, front, is_better
 from compress.sweep.limits import read_limits, resolve
 
 

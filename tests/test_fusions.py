@@ -14,11 +14,11 @@ import transformers
 
 import compress
 from compress import hwprofiles
-from compress.evaluate import agreement
 from compress.export.onnx import fusions, target
 from compress.export.onnx.runtime import Session
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
+from compress.quality.evaluate import agreement
 from compress.records import Bounds
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")

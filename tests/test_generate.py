@@ -15,12 +15,12 @@ import torch
 import compress
 from compress import manifest
 from compress.__main__ import main
-from compress.engine import Engine
 from compress.errors import InputError, UsageError
 from compress.export import find
-from compress.generation import continue_prompts
-from compress.prompts import Reader
-from compress.sampling import Sampling
+from compress.inputs.prompts import Reader
+from compress.runtime.generation import continue_prompts
+from compress.runtime.sampling import Sampling
+from compress.runtime.session import Engine
 
 PROMPTS = ["the river", "a stone runs over the blue tree and sees", "x"]
 

@@ -7,30 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from compress import hessian as hessian_maths
 from compress import solve
-from compress.blockpass import Block
-from compress.collect import LayerStats
-from compress.errors import InputError, UsageError
+from compress.engine.blockpass import Block
+from compress.engine.collect import LayerStats
+from compress.errors import InputError
 from compress.formats import parse_format
-from compress.hessian import accumulate, damped, inverse_factor, weighted_error
-from compress.layer import Layer, LayerKind
+from compress.maths import hessian as hessian_maths
+from compress.maths.hessian import accumulate, damped, inverse_factor, weighted_error
 from compress.passes.gptq import Gptq
 from compress.passes.rtn import Rtn
-
-
-def inputs(rows: int = 200, features: int = 24, seed: int = 0) -> torch.Tensor:
-    maker = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, features, generator=maker) @ torch.randn(features, features, generator=maker)
-
-
-def layer(rows: int = 6, columns: int = 24, seed: int = 1) -> Layer:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return Layer("block.linear", LayerKind.LINEAR, weight, users=("block.linear",))
-
-
-def moments(values: torch.Tensor) -> torch.Tensor:
-    return accumulate(None, values) / values.shape[0]
+from helpers.gptq_twin import inputs, layer, moments, slow_gptq, with_damping
 
 
 def test_moments_add_up_over_batches() -> None:
@@ -88,22 +74,6 @@ def test_statistics_with_nan_are_refused_rather_than_rounded_silently() -> None:
         inverse_factor(torch.full((3, 3), float("nan")), 0.01)
 
 
-def slow_gptq(weight: np.ndarray, hessian: np.ndarray, form: object, params: dict, order: list[int]) -> np.ndarray:
-    """Column by column with the inverse recomputed from the columns that are left (OBQ, eq. 2 of the paper)."""
-    weight = weight.copy()
-    result = np.zeros_like(weight)
-    left = list(order)
-    for column in order:
-        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
-        _, values = form.quantize(torch.tensor(weight[:, [column]]).float(), params, torch.tensor([column]))
-        result[:, column] = values[:, 0].numpy()
-        error = (weight[:, column] - result[:, column]) / inverse[0, 0]
-        for place, other in enumerate(left[1:], 1):
-            weight[:, other] -= error * inverse[0, place]
-        left.pop(0)
-    return result
-
-
 @pytest.mark.parametrize("run", [1, 7, 64])
 def test_compensation_equals_the_column_by_column_twin(run: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve, "RUN", run)
@@ -116,11 +86,6 @@ def test_compensation_equals_the_column_by_column_twin(run: int, monkeypatch: py
     packed = form.pack(codes[:, torch.argsort(order)], params, (6, 24)).dequantize()
     expected = slow_gptq(weight.double().numpy(), with_damping(hessian), form, params, order.tolist())
     assert np.abs(packed.numpy() - expected).max() < 1e-4
-
-
-def with_damping(hessian: torch.Tensor) -> np.ndarray:
-    matrix: np.ndarray = hessian.double().numpy() + 0.01 * float(hessian.diagonal().mean()) * np.eye(len(hessian))
-    return matrix
 
 
 def test_columns_that_are_decided_together_pass_on_their_joint_error() -> None:
@@ -219,81 +184,6 @@ def test_layers_that_share_inputs_come_out_as_if_each_were_alone() -> None:
     found = item.block(Block("block", layers, layers, items, {}, dict.fromkeys(layers, stats)))
     for name, one in layers.items():
         torch.testing.assert_close(found.layers[name].float_weight(), items[name].layer(one, stats).float_weight())
-
-
-def guided(groups: int) -> torch.Tensor:
-    """A Hessian for each of some groups of rows, none like another."""
-    return torch.stack([moments(inputs(seed=10 + group)) for group in range(groups)])
-
-
-@pytest.mark.parametrize("text", ["int3(group=8)", "int3(tensor)", "int2(group=8, asymmetric)", "nvfp4", "mxfp4"])
-def test_where_every_token_weighs_the_same_guided_hessians_change_nothing(text: str) -> None:
-    one, hessian, item = layer(7), moments(inputs()), Gptq(format=text)
-    plain = item.layer(one, LayerStats(hessian, tokens=200)).float_weight()
-    found = Gptq(format=text, guided=3).layer(one, LayerStats(hessian, tokens=200, guided=hessian.repeat(3, 1, 1)))
-    torch.testing.assert_close(found.float_weight(), plain)
-    assert not found.notes
-
-
-@pytest.mark.parametrize("refit", [0, 3])
-def test_a_group_of_rows_comes_out_as_a_layer_of_its_own_with_its_hessian(refit: int) -> None:
-    one, hessians = layer(7), guided(3)
-    stats = LayerStats(moments(inputs()), tokens=200, guided=hessians)
-    found = Gptq(format="int3(group=8)", guided=3, refit=refit).layer(one, stats).float_weight()
-    places = torch.arange(7).tensor_split(3)
-    for hessian, rows in zip(hessians, places, strict=True):
-        alone = replace(one, weight=one.float_weight()[rows])
-        expected = Gptq(format="int3(group=8)", refit=refit).layer(alone, LayerStats(hessian, tokens=200))
-        torch.testing.assert_close(found[rows], expected.float_weight())
-
-
-def test_a_group_of_rows_equals_the_column_by_column_twin_with_its_hessian() -> None:
-    form, one, hessians = parse_format("int3(group=8)"), layer(), guided(2)
-    item = Gptq(format=form, guided=2, refit=0, damp=0.01)
-    found = item.layer(one, LayerStats(moments(inputs()), tokens=200, guided=hessians)).float_weight()
-    for hessian, rows in zip(hessians, (slice(0, 3), slice(3, 6)), strict=True):
-        weight = one.float_weight()[rows]
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
-        params = form.fit(weight, search=True)
-        expected = slow_gptq(weight.double().numpy(), with_damping(hessian), form, params, order)
-        assert np.abs(found[rows].numpy() - expected).max() < 1e-4
-
-
-def test_guided_hessians_leave_each_group_less_of_its_own_error() -> None:
-    one, hessians = layer(), guided(2)
-    stats = LayerStats(moments(inputs()), tokens=200, guided=hessians)
-    errors = [
-        [
-            weighted_error((made - one.float_weight())[rows], hessian)
-            for hessian, rows in zip(hessians, (slice(0, 3), slice(3, 6)), strict=True)
-        ]
-        for made in (Gptq(format="int3(group=8)", guided=many).layer(one, stats).float_weight() for many in (2, 0))
-    ]
-    assert all(with_own < with_plain for with_own, with_plain in zip(*errors, strict=True))
-
-
-def test_a_layer_without_a_gradient_is_told_in_its_notes() -> None:
-    stats = LayerStats(moments(inputs()), tokens=200)
-    one = Gptq(format="int3(group=8)", guided=2).layer(layer(), stats)
-    assert any("not guided" in note for note in one.notes)
-    plain = Gptq(format="int3(group=8)").layer(layer(), stats)
-    assert torch.equal(one.float_weight(), plain.float_weight())
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        ({"guided": -1}, "guided=-1"),
-        ({"guided": 2, "format": "nf4(block=64)"}, "blocks cross rows"),
-        ({"guided": 2, "overrides": {"*": {"format": "nf4(block=64)"}}}, "blocks cross rows"),
-        ({"guided": 2, "overrides": {"*": {"guided": 3}}}, "may not set guided=3"),
-        ({"overrides": {"*": {"guided": 3}}}, "may not set guided=3"),
-    ],
-)
-def test_what_cannot_be_guided_is_refused_with_the_setting(settings: dict[str, object], text: str) -> None:
-    with pytest.raises(UsageError, match=text):
-        Gptq.build(settings)
-    assert Gptq(guided=2, overrides={"*": {"guided": 0}}).row_groups == 2
 
 
 def test_a_block_whose_inputs_are_all_zero_stays_finite() -> None:

@@ -14,28 +14,17 @@ import transformers
 
 import compress
 from compress import hwprofiles
-from compress.evaluate import verify_export
 from compress.export.onnx import angles, graphs, target
 from compress.export.onnx.cache import Shared
 from compress.export.onnx.runtime import PORTABLE, REASON, SHARED, Session
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
+from compress.quality.evaluate import verify_export
+from helpers import models
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 ROWS = ([5, 6, 7, 8, 9, 10, 11], [40, 41, 42], [99])
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SIZES = {**models.SIZES, **models.SPECIAL, "head_dim": 8}
 WINDOWED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from compress import grid
 from compress.formats import parse_format
+from compress.maths import grid
 
 FORMATS = [
     "int4(group=32)",

@@ -12,22 +12,23 @@ import pytest
 import torch
 
 import compress
-from compress import hwprofiles, skeleton
-from compress.applying import describe
-from compress.collect import Collector, Stat
-from compress.data import Calibration, Windows
+from compress import hwprofiles
+from compress.engine.applying import describe
+from compress.engine.collect import Collector, Stat
+from compress.engine.store import open_store
 from compress.errors import InputError, UsageError
-from compress.evaluate import agreement, stream_logits
 from compress.export import TARGETS
 from compress.export import find as find_target
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
 from compress.formats import parse_format
+from compress.inputs.data import Calibration, Windows
 from compress.layer import ActSpec
-from compress.model import Model
+from compress.models import skeleton
+from compress.models.model import Model
 from compress.passes import HadamardInputs
 from compress.pipeline import Pipeline, planned
-from compress.store import open_store
+from compress.quality.evaluate import agreement, stream_logits
 from compress.transforms import Hadamard, parse_transform, transformed
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")

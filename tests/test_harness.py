@@ -19,13 +19,13 @@ from compress import hwprofiles
 from compress.__main__ import main
 from compress.artifact import Artifact, evaluate_tasks
 from compress.errors import InputError, UnsupportedError, UsageError
-from compress.harness import TaskRequest, answer_key, pair_logs
-from compress.prompts import read_reader
+from compress.inputs.prompts import read_reader
+from compress.quality.harness import TaskRequest, answer_key, pair_logs
 from compress.recipe import Recipe, TaskSettings
 from compress.records import Gate, Report
+from compress.records.task import Tasks
 from compress.report.task_rows import task_table
 from compress.sweep.setup import SweepRequest, prepare
-from compress.task_records import Tasks
 
 CHOICE = """
 task: {name}
@@ -144,8 +144,8 @@ def test_samples_of_both_models_are_kept_and_answers_are_not_asked_for_twice(
     for arm in ("baseline", "variant"):
         lines = (out / arm / "local_choice.jsonl").read_text().splitlines()
         assert len(lines) == 8 and "acc" in json.loads(lines[0])
-    monkeypatch.setattr("compress.harness_model.HarnessModel._pair", None)
-    monkeypatch.setattr("compress.harness_model.HarnessModel._rolling", None)
+    monkeypatch.setattr("compress.quality.harness_model.HarnessModel._pair", None)
+    monkeypatch.setattr("compress.quality.harness_model.HarnessModel._rolling", None)
     request = TaskRequest(("local_choice", "local_text"), limit=8, folder=tasks, out=out, max_loss=0.5)
     assert evaluate_tasks(pair, request) == kept
     assert Tasks.model_validate_json((out / "tasks.json").read_text()) == kept

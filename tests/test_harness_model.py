@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from compress import artifact as artifacts
 from compress.errors import InputError, UsageError
-from compress.harness_model import Answers, HarnessModel
+from compress.inputs.prompts import Reader, read_reader
 from compress.progress import Progress
-from compress.prompts import Reader, read_reader
+from compress.quality.harness_model import Answers, HarnessModel
 
 
 @dataclass

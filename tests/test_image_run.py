@@ -11,9 +11,9 @@ import pytest
 import compress
 from compress.__main__ import main
 from compress.artifact import evaluate_artifact, export, open_artifact, verify
-from compress.data import calibrate
 from compress.errors import UsageError
-from compress.model import load
+from compress.inputs.data import calibrate
+from compress.models.model import load
 from compress.pipeline import Pipeline
 from compress.records import Report
 from compress.report import load as load_report
@@ -66,7 +66,7 @@ def test_the_report_speaks_of_images(report: Report) -> None:
     assert report.speed.baseline.peak_memory_bytes and report.speed.baseline.peak_memory_bytes > 10_000_000
     assert "accuracy change" in report.verdict and "infer batch 1" in report.verdict
     page = to_markdown(report)
-    assert "baseline images/s" in page and "tokens/s" not in page and "percentage points" in page
+    assert "baseline samples/s" in page and "tokens/s" not in page and "percentage points" in page
     assert "4 BatchNorm" in page and "in the baseline too" in page
     assert "infer" in to_html(report)
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from compress import images
-from compress.data import calibrate, quality_windows, split
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
-from compress.images import BATCH, Images
-from compress.model import Model, load
+from compress.inputs import images
+from compress.inputs.data import calibrate, quality_windows, split
+from compress.inputs.images import BATCH, Images
+from compress.models.model import Model, load
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import data, recipe
-from compress.data import Calibration
+from compress import recipe
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
-from compress.model import load
+from compress.inputs import data
+from compress.inputs.data import Calibration
+from compress.models.model import load
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -15,20 +15,11 @@ import compress
 from compress import hwprofiles
 from compress.export.onnx import fusions, joined, target
 from compress.export.onnx.runtime import PORTABLE, SHARED, Session
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
+from helpers.models import ROTARY_SIZES as SIZES
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-}
 ALIKE = "rtn(format=int4(group=32))"
 APART = "rtn(format=int4(group=16), targets=[*.q_proj]), rtn(format=int4(group=32), targets=[*.k_proj, *.v_proj])"
 

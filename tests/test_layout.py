@@ -3,149 +3,21 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKED = ("passes", "export", "hwprofiles")
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+drawn = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "draw_imports")))
+LINKED, sources, imports = drawn.LINKED, drawn.sources, drawn.imports
 # children import what is installed, not the checkout that the tests were started in
 NEUTRAL = {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONSAFEPATH": "1"}}
-
-# A module may import those of its own level or below; a module in no level may import anything.
-LEVELS = (
-    ("compress.hwprofiles",),
-    (
-        "compress.errors",
-        "compress.bnb",
-        "compress.base_record",
-        "compress.quality_records",
-        "compress.run_records",
-        "compress.task_records",
-        "compress.records",
-        "compress.spec",
-        "compress.grid",
-        "compress.rotation",
-        "compress.floats",
-        "compress.speed_records",
-        "compress.disturbance",
-        "compress.stats",
-        "compress.proportions",
-        "compress.quantiles",
-        "compress.tables",
-        "compress.progress",
-        "compress.memory",
-        "compress.sampling",
-        "compress.text_stream",
-        "compress.embedding",
-        "compress.onnx_interface",
-        "compress.executor",
-        "compress.front",
-    ),
-    (
-        "compress.folder",
-        "compress.leaks",
-        "compress.stub",
-        "compress.activations",
-        "compress.target",
-        "compress.probing",
-        "compress.left_padded",
-        "compress.profiles",
-        "compress.formats",
-        "compress.hessian",
-        "compress.products",
-        "compress.solve",
-        "compress.histogram",
-        "compress.observers",
-        "compress.windows",
-        "compress.layer",
-        "compress.transforms",
-        "compress.timing",
-        "compress.timing_record",
-        "compress.timing_process",
-        "compress.spans",
-        "compress.energy",
-        "compress.metrics",
-        "compress.token_scores",
-        "compress.embedding_scores",
-        "compress.fidelity",
-        "compress.calibration_error",
-        "compress.quality",
-        "compress.task_pairs",
-        "compress.token_quality",
-        "compress.classification",
-        "compress.user_module",
-        "compress.fold_norms",
-        "compress.image_source",
-        "compress.reader",
-        "compress.outputs",
-        "compress.onnx_file",
-        "compress.onnx_layers",
-        "compress.onnx_prepare",
-        "compress.report",
-        "compress.comparison",
-        "compress.provenance",
-    ),
-    ("compress.skeleton", "compress.weights", "compress.experts", "compress.image_model"),
-    ("compress.onnx_module", "compress.onnx_model"),
-    ("compress.distill", "compress.trainable", "compress.soft"),
-    ("compress.model",),
-    (
-        "compress.collect",
-        "compress.stream",
-        "compress.turns",
-        "compress.data",
-        "compress.store",
-        "compress.images",
-        "compress.image_stream",
-        "compress.backward",
-        "compress.kernel_probe",
-    ),
-    ("compress.layerpass", "compress.workspace", "compress.sources", "compress.pictures", "compress.prompts"),
-    ("compress.generation",),
-    ("compress.continuations", "compress.harness_model"),
-    ("compress.blockpass",),
-    ("compress.applying", "compress.folding", "compress.tracing"),
-    ("compress.wiring", "compress.residual", "compress.modelpass"),
-    ("compress.heads",),
-    ("compress.passes", "compress.matching", "compress.export"),
-    ("compress.walk", "compress.shared_stages"),
-    ("compress.stages",),
-    ("compress.pipeline",),
-    (
-        "compress.recipe",
-        "compress.evaluate",
-        "compress.token_evaluate",
-        "compress.image_evaluate",
-        "compress.output_evaluate",
-        "compress.measure",
-        "compress.end_to_end",
-        "compress.harness",
-        "compress.predict",
-        "compress.roofline",
-        "compress.manifest",
-        "compress.asked",
-    ),
-    ("compress.plan", "compress.describe", "compress.calibrate", "compress.doctor"),
-    ("compress.run_report",),
-    ("compress.run",),
-    ("compress.artifact", "compress.quickstart", "compress.reproduction"),
-    ("compress.engine", "compress.sweep"),
-    ("compress.opening", "compress.predictions"),
-    (
-        "compress.cli",
-        "compress.cli_engine",
-        "compress.cli_artifact",
-        "compress.cli_info",
-        "compress.cli_options",
-        "compress.cli_report",
-        "compress.cli_sweep",
-    ),
-)
-
 
 PACKAGES = ("compress", "compress.passes", "compress.export")
 INNER = re.compile(r"\bcompress\.(?:passes|export)\.\w+")
@@ -160,57 +32,7 @@ def named(path: Path) -> set[str]:
     return {name for name in found if any(name == known or name.startswith(known + ".") for known in INSIDE)}
 
 
-def sources() -> dict[str, Path]:
-    """Module name → file of everything we ship."""
-    found = {}
-    for path in [*(ROOT / "compress").rglob("*.py"), *(p for name in LINKED for p in (ROOT / name).rglob("*.py"))]:
-        relative = path.relative_to(ROOT)
-        if relative.parts[0] == "compress" and len(relative.parts) > 1 and relative.parts[1] in LINKED:
-            continue
-        parts = relative.with_suffix("").parts
-        name = ".".join(parts if parts[0] == "compress" else ("compress", *parts)).removesuffix(".__init__")
-        found[name] = path
-    return found
-
-
 INSIDE = tuple(name for name in sources() if INNER.match(name))
-
-
-def level(module: str) -> int | None:
-    names = [(name, place) for place, group in enumerate(LEVELS) for name in group]
-    return next((place for name, place in names if module == name or module.startswith(name + ".")), None)
-
-
-def imports(path: Path, later: bool = False) -> set[str]:
-    """Modules of ours that a file imports when it is imported itself; those for type checkers do not count.
-
-    later: also what its functions import when they are called.
-    """
-    tree, found = ast.parse(path.read_text()), set()
-    guarded = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for child in ast.walk(node)
-    }
-    inside = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-        for child in ast.walk(node)
-        if child is not node
-    }
-    for node in ast.walk(tree):
-        if id(node) in guarded or (id(node) in inside and not later):
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {
-                node.module,
-                *(f"{node.module}.{alias.name}" for alias in node.names if node.module in PACKAGES),
-            }
-    return {name for name in found if name.startswith("compress.")}
 
 
 @pytest.mark.parametrize("name", LINKED)
@@ -228,25 +50,20 @@ def test_a_folder_cannot_be_imported_under_another_name(name: str) -> None:
     assert done.returncode == 1 and "ImportError" in done.stderr and f"compress.{name}" in done.stderr
 
 
-def test_imports_go_one_way() -> None:
-    wrong = []
-    for module, path in sources().items():
-        own = level(module)
-        for other in imports(path):
-            place = level(other)
-            if own is not None and place is not None and place > own:
-                wrong.append(f"{module} imports {other}")
-    assert not wrong
+def test_imports_go_one_way_as_contributing_draws_them() -> None:
+    text = CONTRIBUTING.read_text(encoding="utf8")
+    assert drawn.with_drawing(text) == text, "run scripts/draw_imports"
+
+
+def test_a_ring_of_imports_is_noticed() -> None:
+    with pytest.raises(ValueError, match="ring"):
+        drawn.levels({"model": {"walk"}, "walk": {"store"}, "store": {"model"}, "errors": set()})
 
 
 def test_hardware_profiles_import_nothing_of_ours() -> None:
     for module, path in sources().items():
         if module.startswith("compress.hwprofiles"):
             assert all(name.startswith("compress.hwprofiles") for name in imports(path)), module
-
-
-def test_every_module_has_a_level() -> None:
-    assert [name for name in sources() if level(name) is None and name not in ("compress", "compress.__main__")] == []
 
 
 def test_the_engine_names_no_pass_and_no_target() -> None:

@@ -11,21 +11,22 @@ import pytest
 import torch
 
 import compress
-from compress import hwprofiles, tables
-from compress.collect import LayerStats
+from compress import hwprofiles
+from compress.engine.collect import LayerStats
 from compress.errors import UsageError
-from compress.evaluate import agreement
 from compress.export.onnx import target
 from compress.export.onnx.lowering import Choice, choose
 from compress.export.onnx.runtime import Session
 from compress.formats import parse_format
 from compress.formats.lookup import nibbles
-from compress.hessian import accumulate, weighted_error
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
-from compress.model import Model
+from compress.maths import tables
+from compress.maths.hessian import accumulate, weighted_error
+from compress.models.model import Model
 from compress.passes.gptq import Gptq
 from compress.passes.rtn import Rtn
 from compress.pipeline import Pipeline
+from compress.quality.evaluate import agreement
 from compress.target import Refusal
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")

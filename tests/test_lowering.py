@@ -13,14 +13,14 @@ import torch
 import compress
 from compress import hwprofiles
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
-from compress.evaluate import agreement, stream_logits, verification_ids, verify_export
 from compress.export.onnx import fusions, target
 from compress.export.onnx.lowering import Choice, choose
 from compress.export.onnx.runtime import Session
 from compress.formats import parse_format
 from compress.layer import ActSpec, LayerKind, LayerSpec
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
+from compress.quality.evaluate import agreement, stream_logits, verification_ids, verify_export
 from compress.records import Bounds
 from compress.target import Refusal
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import compress
+from compress.engine.matching import Resolution, resolve
 from compress.errors import UsageError
 from compress.layer import LayerKind, LayerSpec
-from compress.matching import Resolution, resolve
+from compress.models.skeleton import OUTER, Structure
 from compress.pipeline import Pipeline, planned
-from compress.skeleton import OUTER, Structure
 
 BOTH = "format=int8(group=32), targets=[kind:embedding, kind:head]"
 

@@ -10,14 +10,14 @@ import pytest
 
 import compress
 from compress import hwprofiles
-from compress.errors import InputError, UsageError
+from compress.errors import InputError, Interrupted, UsageError
 from compress.export.onnx import target
 from compress.hwprofiles import Profile
-from compress.measure import footprint, measure, settings_of
 from compress.profiles import as_profile
 from compress.progress import Progress
 from compress.records import Speed
-from compress.timing_process import TimingRequest, last_line, time_in_process
+from compress.speed.measure import footprint, measure, settings_of
+from compress.speed.timing_process import TimingRequest, last_line, time_in_process
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_a_process_that_fails_or_does_not_end_is_named_with_its_reason(
 def test_an_arm_that_does_not_load_in_time_is_told_of(
     exported: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.measure.PROBE_S", 0.01)
+    monkeypatch.setattr("compress.speed.measure.PROBE_S", 0.01)
     with pytest.raises(InputError, match=r"could not be run in a process of its own: it did not end in 0 s"):
         footprint(target, exported, 1, 64)
 
@@ -112,6 +112,14 @@ def test_an_arm_that_does_not_load_in_time_is_told_of(
 def test_a_process_that_says_nothing_is_no_success() -> None:
     with pytest.raises(InputError, match="it failed: exit code 0"):
         last_line([sys.executable, "-c", "pass"], 60.0, "it failed")
+
+
+@pytest.mark.parametrize(("name", "number"), [("SIGINT", 2), ("SIGTERM", 15)])
+def test_a_process_that_a_signal_stops_is_an_interruption_and_no_failure(name: str, number: int) -> None:
+    code = f"import os, signal; os.kill(os.getpid(), signal.{name}); signal.pause()"
+    with pytest.raises(Interrupted) as caught:
+        last_line([sys.executable, "-c", code], 60.0, "it failed")
+    assert caught.value.signal_number == number
 
 
 def test_settings_lead_with_decode_and_are_cut_to_what_the_model_reads(profile: Profile) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress.errors import CompressError, InputError, UnsupportedError
-from compress.model import positions
+from compress.models.folder import positions
 
 
 def edit_config(folder: Path, **changes: object) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import grid, observers
-from compress.histogram import BINS, Histogram
+from compress.maths import grid, observers
+from compress.maths.histogram import BINS, Histogram
 
 
 def values(kind: str) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
-from compress.onnx_file import open_file, tensors
+from compress.models.onnx_file import open_file, tensors
 
 onnx_graphs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("onnx_graphs.py"))))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import compress
-from compress.data import Calibration, Windows
 from compress.describe import describe_pass
 from compress.errors import InputError, UnsupportedError, UsageError
-from compress.histogram import Histogram
-from compress.model import Model
+from compress.inputs.data import Calibration, Windows
+from compress.maths.histogram import Histogram
+from compress.models.model import Model
 from compress.passes import find
 from compress.pipeline import Pipeline, Result
 from compress.plan import make_plan

@@ -11,11 +11,11 @@ from compress import hwprofiles, plan, quickstart, recipe
 from compress.__main__ import main
 from compress.errors import ResourceError, UnsupportedError, UsageError
 from compress.export import find
-from compress.measure import deployable_bytes
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.plan import make_plan, refusal
 from compress.records import Plan
+from compress.speed.measure import deployable_bytes
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 Capture = pytest.CaptureFixture[str]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress import products
+from compress.maths import products
 
 
 def test_fast_products_are_float32_products() -> None:

@@ -9,7 +9,7 @@ import pytest
 from scipy import optimize
 from scipy import stats as distributions
 
-from compress.proportions import clustered_mcnemar, mcnemar, paired_change, proportion
+from compress.stats.proportions import clustered_mcnemar, mcnemar, paired_change, proportion
 
 Z = 1.959963984540054
 

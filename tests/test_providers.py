@@ -17,7 +17,7 @@ from compress.__main__ import main
 from compress.errors import InputError, UnsupportedError
 from compress.export.onnx import providers, target
 from compress.export.onnx.runtime import Session
-from compress.model import Model
+from compress.models.model import Model
 from compress.profiles import as_profile
 from compress.report import load as load_report
 
@@ -98,7 +98,7 @@ def test_a_folder_says_with_which_providers_and_options_it_is_run(folder: Path) 
     assert "past_key_values.0.value:8x2x127x16" in shapes["max"]
     genai = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
     assert genai["session_options"]["provider_options"] == [{"cuda": providers.CUDA_OPTIONS}]
-    assert genai["filename"] == "model.onnx" and not (folder / "model_gqa.onnx").exists()
+    assert genai["filename"] == "model_gqa.onnx" and (folder / "model_gqa.onnx").is_file()
 
 
 def test_a_folder_for_the_cpu_has_no_such_file_and_an_older_one_goes(

@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress import embedding_scores, quality, token_scores
 from compress.errors import UsageError
-from compress.metrics import HEADLINE
-from compress.quality import (
-    METRICS,
-    WindowScore,
-    check_gates,
-    gates_met,
-    mean_pool,
-    score_embeddings,
-    score_window,
-    summarize,
-)
+from compress.quality import embedding_scores, metrics, token_scores
+from compress.quality.embedding_scores import score_embeddings
+from compress.quality.metrics import HEADLINE, METRICS, check_gates, gates_met, interval_notes
+from compress.quality.sums import summarize
+from compress.quality.token_scores import WindowScore, score_window
 from compress.records import Interval, Metric, Quality
 
 
@@ -41,7 +34,7 @@ def windows(count: int = 6) -> list[WindowScore]:
     return [score_window(*logits_of(seed, 10 + seed, 13)) for seed in range(count)]
 
 
-def summary(scores: list[WindowScore], subject: quality.Subject = "compressed") -> Quality:
+def summary(scores: list[WindowScore], subject: metrics.Subject = "compressed") -> Quality:
     return summarize(scores, subject, "torch", "ppl/disjoint-512", "sha256:0")
 
 
@@ -205,72 +198,7 @@ def test_a_summary_needs_windows_and_a_reference_in_all_or_none() -> None:
         WindowScore(5, 9.0).of_reference()
 
 
-def test_mean_pooling_leaves_padding_out() -> None:
-    hidden = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-    rows = zip(hidden.double().numpy(), (2, 4, 1), strict=True)
-    twin = np.stack([states[:length].mean(axis=0) for states, length in rows])
-    assert mean_pool(hidden, mask) == pytest.approx(twin)
-    assert mean_pool(hidden.numpy()) == pytest.approx(hidden.double().numpy().mean(axis=1))
-    with pytest.raises(ValueError, match="mask"):
-        mean_pool(hidden, 0 * mask)
-    with pytest.raises(ValueError, match="positions"):
-        mean_pool(hidden[0])
-
-
-def test_embeddings_are_compared_as_a_twin_with_loops_compares_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    reference = rng.standard_normal((25, 6))
-    outputs = reference + 0.6 * rng.standard_normal((25, 6))
-
-    def cosine(a: np.ndarray, b: np.ndarray) -> float:
-        return float(a @ b / math.sqrt((a @ a) * (b @ b)))
-
-    def neighbour(vectors: np.ndarray, i: int) -> int:
-        return max((j for j in range(25) if j != i), key=lambda j: cosine(vectors[i], vectors[j]))
-
-    monkeypatch.setattr(embedding_scores, "CHUNK_ROWS", 8)
-    scores = score_embeddings(torch.from_numpy(reference), outputs)
-
-    assert scores.cosines == pytest.approx(np.array([cosine(a, b) for a, b in zip(reference, outputs, strict=True)]))
-    agreed = [neighbour(reference, i) == neighbour(outputs, i) for i in range(25)]
-    assert scores.agreed.tolist() == agreed
-    assert 0 < sum(agreed) < 25
-
-
-def test_the_embedding_summary_has_both_means_with_intervals() -> None:
-    rng = np.random.default_rng(1)
-    reference = rng.standard_normal((40, 8))
-    scores = score_embeddings(reference, reference + 0.5 * rng.standard_normal((40, 8)))
-    found = quality.summarize_embeddings(scores, "compressed", "onnxruntime", "cosine/mean-pool", "sha256:1")
-    cosine, neighbours = found.metrics["cosine"], found.metrics["nearest_neighbour_agreement"]
-    assert cosine.value == pytest.approx(scores.cosines.mean())
-    assert neighbours.value == pytest.approx(scores.agreed.mean())
-    for metric in (cosine, neighbours):
-        assert metric.better == "higher"
-        assert metric.samples == 40
-        assert metric.interval is not None
-        assert metric.interval.low < metric.value < metric.interval.high <= 1
-
-
-def test_a_zero_vector_is_like_nothing_and_a_nan_agrees_with_nothing() -> None:
-    reference = np.eye(4)
-    outputs = reference.copy()
-    outputs[0] = 0
-    outputs[1] = math.nan
-    scores = score_embeddings(reference, outputs)
-    assert scores.cosines[0] == 0
-    assert math.isnan(scores.cosines[1])
-    assert not scores.agreed[1]
-
-
-@pytest.mark.parametrize(("old", "new"), [((4, 3), (4, 2)), ((2, 3), (2, 3)), ((4, 2, 3), (4, 2, 3))])
-def test_embeddings_of_other_shapes_or_too_few_are_refused(old: tuple[int, ...], new: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="at least 3 samples"):
-        score_embeddings(np.ones(old), np.ones(new))
-
-
-def gated(value: float, low: float, high: float, better: quality.Better) -> Quality:
+def gated(value: float, low: float, high: float, better: metrics.Better) -> Quality:
     metric = Metric(
         value=value,
         interval=Interval(low=low, high=high),
@@ -296,6 +224,25 @@ def test_a_gate_on_a_single_window_compares_the_value() -> None:
     assert gates_met(summary(windows(1)), {}) == ()
 
 
+def test_what_no_interval_bounds_is_said_and_so_is_a_gate_on_it() -> None:
+    def judged(**metrics: tuple[Interval | None, int]) -> Quality:
+        made = {
+            name: Metric(value=0.1, interval=interval, samples=samples, unit="1", protocol="p", better="lower")
+            for name, (interval, samples) in metrics.items()
+        }
+        return Quality(subject="compressed", where="ort", metrics=made, data_digest="")
+
+    wide, none = Interval(low=0.0, high=0.2), Interval(low=0.1, high=0.1)
+    assert not interval_notes(judged(kl=(wide, 9), kl_max=(None, 9), top1_agreement=(none, 9)), {"kl": 1.0})
+    (few,) = interval_notes(judged(kl=(wide, 9), kl_p99=(None, 9)), {"kl": 1.0})
+    assert few == "kl_p99 has no interval: 9 samples are too few to bound it"
+    (same,) = interval_notes(judged(kl=(none, 9)), {"kl": 1.0})
+    assert same == "the gate on kl was held against its value alone, which has an interval of no width"
+    one, gate = interval_notes(judged(kl=(None, 1), kl_p99=(None, 1)), {"kl": 1.0})
+    assert one == "every figure rests on one sample, so none has an interval: kl, kl_p99"
+    assert gate == "the gate on kl was held against its value alone, which has no interval"
+
+
 def test_a_gate_that_names_no_metric_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UsageError, match="Did you mean 'perplexity'"):
         gates_met(summary(windows()), {"perplexty": 20.0})
@@ -318,7 +265,9 @@ def test_a_gate_on_a_metric_that_the_model_will_not_have_is_refused_without_any_
 
 def test_every_metric_of_a_summary_may_be_gated_and_stands_in_the_order_of_the_table() -> None:
     vectors = np.random.default_rng(2).standard_normal((600, 4))
-    embeddings = quality.summarize_embeddings(score_embeddings(vectors, vectors), "compressed", "torch", "p", "d")
+    embeddings = embedding_scores.summarize_embeddings(
+        score_embeddings(vectors, vectors), "compressed", "torch", "p", "d"
+    )
     for task, found in (("causal-lm", summary(windows())), ("encoder", embeddings)):
         assert list(found.metrics) == [name for name in METRICS[task] if name in found.metrics]
         assert {name for name, metric in found.metrics.items() if not metric.detail} == HEADLINE[task]
@@ -331,62 +280,3 @@ def test_a_gate_on_continued_prompts_that_are_switched_off_is_refused_before_the
     with pytest.raises(UsageError, match=r"quality\.generation=0"):
         check_gates({"greedy_agreement": 0.9}, "causal-lm", generation=False)
     check_gates({"kl": 0.1}, "causal-lm", generation=False)
-
-
-def noisy_vectors(samples: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(4)
-    reference = rng.standard_normal((samples, 6))
-    return reference, reference + 0.5 * rng.standard_normal((samples, 6))
-
-
-def test_neighbours_found_again_and_similarities_in_the_same_order_are_what_loops_give() -> None:
-    reference, outputs = noisy_vectors()
-
-    def similarities(vectors: np.ndarray) -> np.ndarray:
-        return np.array([[a @ b / math.sqrt((a @ a) * (b @ b)) for b in vectors] for a in vectors])
-
-    old, new = similarities(reference), similarities(outputs)
-    pairs = [(i, j) for i in range(40) for j in range(i)]
-    ranks = [[sorted(matrix[pair] for pair in pairs).index(matrix[one]) for one in pairs] for matrix in (old, new)]
-    shared = []
-    for i in range(40):
-        others = [j for j in range(40) if j != i]
-        near = [set(sorted(others, key=lambda j, row=matrix[i]: -row[j])[:10]) for matrix in (old, new)]
-        shared.append(len(near[0] & near[1]) / 10)
-    scores = score_embeddings(reference, outputs)
-    found = quality.summarize_embeddings(scores, "compressed", "torch", "p", "d").metrics
-    assert found["recall_at_10"].value == pytest.approx(np.mean(shared), abs=1e-9)
-    assert found["similarity_spearman"].value == pytest.approx(np.corrcoef(*ranks)[0, 1], abs=1e-9)
-    assert found["cosine_min"].value == pytest.approx(min(np.diag(similarity(reference, outputs))), abs=1e-9)
-    interval = found["similarity_spearman"].interval
-    assert interval and interval.low < found["similarity_spearman"].value < interval.high <= 1
-
-
-def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return first @ second.T / np.linalg.norm(first, axis=1)[:, None] / np.linalg.norm(second, axis=1)
-
-
-def test_the_first_percentile_of_cosines_is_given_of_five_hundred_texts_and_told_of_fewer() -> None:
-    few = quality.summarize_embeddings(score_embeddings(*noisy_vectors(15)), "compressed", "torch", "p", "d")
-    assert "cosine_p1" not in few.metrics and "recall_at_10" not in few.metrics
-    assert "15 samples, and 500 are needed" in few.notes[0] and "21 are needed" in few.notes[1]
-    vectors = noisy_vectors(500)
-    many = quality.summarize_embeddings(score_embeddings(*vectors), "compressed", "torch", "p", "d").metrics
-    assert many["cosine_p1"].value == pytest.approx(np.quantile(np.diag(similarity(*vectors)), 0.01), abs=1e-9)
-    assert many["cosine_min"].value <= many["cosine_p1"].value <= many["cosine"].value
-
-
-def test_the_interval_of_a_rank_correlation_covers_that_of_many_texts() -> None:
-    rng, inside = np.random.default_rng(5), 0
-
-    def drawn(samples: int) -> tuple[np.ndarray, np.ndarray]:
-        reference = rng.standard_normal((samples, 6))
-        return reference, reference + 0.5 * rng.standard_normal((samples, 6))
-
-    truth = score_embeddings(*drawn(512)).spearman
-    assert truth is not None
-    for _ in range(60):
-        found = score_embeddings(*drawn(40)).spearman
-        assert found is not None and found[1] is not None
-        inside += found[1].low <= truth[0] <= found[1].high
-    assert inside / 60 > 0.85

@@ -2,268 +2,34 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from compress.records import (
-    Footprint,
-    Gate,
-    Interval,
-    LayerResult,
-    Metric,
-    PassResult,
-    Plan,
-    PlannedLayer,
-    Quality,
-    Report,
-    RunCost,
-    Speed,
-    SpeedVerdict,
-    Timing,
-    Verification,
-)
-from compress.report import to_html, to_markdown, to_terminal, verdict_sentence
+from compress.records import Interval, Report
+from compress.report import to_html, to_markdown
 from compress.report.chart import speed_chart
 from compress.report.parts import show_quality, show_speed
 from compress.report.rows import build_page
 from compress.report.table import MAX_ROWS, Table
-
-HOSTILE = "<img src=x onerror=alert(1)>"
-HOSTILE_LAYER = 'a|b</script><!-- "q" [x](javascript:1) `c` \x1b[31m\u202ered'
-VOID = {"meta", "br", "hr", "img", "input", "link"}
-
-
-def metric(value: float, low: float, high: float, unit: str = "1", better: Any = "lower") -> Metric:
-    interval = Interval(low=low, high=high)
-    return Metric(value=value, interval=interval, samples=64, unit=unit, protocol="ppl/disjoint-512", better=better)
-
-
-def quality(subject: Any, where: str, perplexity: float, kl: float | None = None) -> Quality:
-    metrics = {"perplexity": metric(perplexity, perplexity - 0.7, perplexity + 0.7)}
-    if kl is not None:
-        metrics["kl"] = metric(kl, kl - 0.0004, kl + 0.0004, "nats/token")
-        metrics["top1_agreement"] = metric(0.962, 0.958, 0.966, "fraction", "higher")
-        metrics["nll_change"] = metric(0.0185, 0.0151, 0.0219, "nats/token")
-    return Quality(subject=subject, where=where, metrics=metrics, data_digest="sha256:77aa")
-
-
-def timing(
-    phase: Any = "decode", batch: int = 1, speedup: float = 1.62, half: float = 0.07, verdict: SpeedVerdict = "faster"
-) -> Timing:
-    return Timing(
-        phase=phase,
-        batch=batch,
-        prompt=128,
-        rounds=60,
-        baseline_s=0.0123,
-        variant_s=0.0123 / speedup,
-        baseline_tokens_per_s=81.3 * batch,
-        variant_tokens_per_s=81.3 * batch * speedup,
-        speedup=speedup,
-        interval=Interval(low=speedup - half, high=speedup + half),
-        control=Interval(low=0.987, high=1.012),
-        verdict=verdict,
-    )
-
-
-def speed(*timings: Timing) -> Speed:
-    return Speed(
-        runtime="onnxruntime",
-        threads=2,
-        machine={"cpu": "Xeon (2 cores)", "os": "Linux 6.1"},
-        timings=timings,
-        baseline=Footprint(disk_bytes=14_800_000, load_s=0.21, peak_memory_bytes=96_000_000),
-        variant=Footprint(disk_bytes=4_710_000, load_s=0.0932),
-    )
-
-
-def layers(pass_text: str, count: int = 6) -> tuple[LayerResult, ...]:
-    changed = [
-        LayerResult(
-            layer=f"model.layers.{index}.mlp.down_proj",
-            users=(f"model.layers.{index}.mlp.down_proj",),
-            pass_text=pass_text,
-            changed=True,
-            format="int4(group=128)",
-            bits_per_weight=4.156,
-            error_before=0.0,
-            error_after=0.0012 + 0.0001 * index,
-            output_error=0.0007 + 0.0001 * index,
-        )
-        for index in range(count)
-    ]
-    hostile = LayerResult(
-        layer=HOSTILE_LAYER,
-        users=(HOSTILE_LAYER,),
-        pass_text=pass_text,
-        changed=False,
-        reason="group does not divide 65",
-    )
-    return (*changed, hostile)
-
-
-def verification(agrees: bool = True, level: Any = "ran") -> Verification:
-    return Verification(
-        level=level,
-        runtime="onnxruntime",
-        agrees=agrees,
-        positions=512,
-        max_relative_difference=0.00042 if agrees else 0.31,
-        bound=0.001,
-        top1_agreement=0.9941,
-        decided_positions=488,
-        decided_agreement=1.0,
-        greedy_tokens=(1, 44, 7),
-    )
-
-
-def pieces(**changes: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "source_bytes": 14_700_000,
-        "artifact_bytes": 4_700_000,
-        "speed": speed(
-            timing(), timing("prefill", 1, 0.82, 0.03, "slower"), timing("decode", 8, 1.02, 0.05, "inconclusive")
-        ),
-        "baseline_quality": quality("baseline", "onnxruntime", 21.4),
-        "artifact_quality": quality("compressed", "onnxruntime", 21.8, 0.0052),
-        "memory_quality": quality("compressed", "torch", 21.7, 0.0049),
-        "verification": verification(),
-        "gates": (Gate(name="kl", bound=0.05, found=0.0056, met=True),),
-    }
-    return {**found, **changes}
-
-
-def plan() -> Plan:
-    planned = PlannedLayer(
-        layer="model.layers.0.mlp.down_proj",
-        users=("model.layers.0.mlp.down_proj",),
-        kind="linear",
-        shape=(64, 172),
-        passes=("gptq(bits=4)",),
-        format="int4(group=128)",
-        operator="MatMulNBits",
-        kernel="fast",
-        stored_bytes=5_900,
-    )
-    return Plan(
-        model="stories",
-        profile="cpu-x86",
-        recipe="gptq(bits=4)",
-        layers=(planned,),
-        matches={"gptq(bits=4)": {"*": 7}},
-        warnings=("2 layers have no fast kernel",),
-        source_bytes=14_700_000,
-        predicted_artifact_bytes=4_650_000,
-        predicted_model_bytes=4_500_000,
-        predicted_peak_memory_bytes=310_000_000,
-        predicted_disk_bytes=21_000_000,
-        predicted_seconds=42.0,
-    )
-
-
-def report(title: str = "stories260K, int4", layer_count: int = 6, changes: dict[str, Any] | None = None) -> Report:
-    parts = pieces(**(changes or {}))
-    return Report(
-        title=title,
-        source="shared/stories260K",
-        source_digest="sha256:1f2e3d",
-        recipe="gptq(bits=4, group_size=128)",
-        profile="cpu-x86",
-        target="onnx",
-        created="2026-11-20T22:04:00Z",
-        versions={"torch": "2.13.0", "onnxruntime": "1.23.2"},
-        seed=0,
-        calibration={"data": "calib.txt", "samples": 128, "digest": "sha256:55cc"},
-        passes=(
-            PassResult(
-                pass_text="gptq(bits=4)", matches={"*": 7}, layers=layers("gptq(bits=4)", layer_count), seconds=12.3
-            ),
-        ),
-        plan=plan(),
-        operators={"MatMulNBits": 6},
-        float_layers=("lm_head",),
-        cost=RunCost(seconds=117.2, passes_peak_memory_bytes=290_000_000, peak_memory_bytes=355_000_000),
-        verdict=verdict_sentence(**parts),
-        warnings=("the machine was busy in 3 of 60 rounds",),
-        command="compress run shared/stories260K --passes 'gptq(bits=4)' --out out",
-        **parts,
-    )
-
-
-def bare() -> Report:
-    """A run that measured nothing."""
-    nothing = {"speed": None, "baseline_quality": None, "artifact_quality": None, "memory_quality": None}
-    empty = report(changes={**nothing, "verification": None, "gates": ()})
-    unknown: dict[str, Any] = {"plan": None, "cost": None, "passes": (), "operators": {}, "float_layers": ()}
-    return empty.model_copy(update={**unknown, "warnings": ()})
-
-
-def printed(show: Callable[[Console], None], width: int = 160, encoding: str = "utf-8") -> str:
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding=encoding)
-    show(Console(file=stream, width=width, force_terminal=False, color_system=None, legacy_windows=False))
-    stream.flush()
-    return raw.getvalue().decode(encoding)
-
-
-def terminal(found: Report, width: int = 160, full: bool = True, encoding: str = "utf-8") -> str:
-    return printed(lambda console: to_terminal(found, console, full=full), width, encoding)
-
-
-class Tags(HTMLParser):
-    """Collects tags, attributes, text and the content of the JSON script; fails on unbalanced tags."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.script = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        opened = self.open.pop() if self.open else "nothing"
-        assert opened == tag, f"</{tag}> closes {opened}"
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["script"]:
-            self.script += data
-        elif self.open[-1:] != ["style"]:
-            self.text += f"\n{data}"
-
-
-def parsed(page: str) -> Tags:
-    tags = Tags()
-    tags.feed(page)
-    tags.close()
-    assert tags.open == []
-    return tags
-
-
-def environment(found: Report) -> tuple[tuple[str, ...], ...]:
-    return next(table.rows for table in build_page(found).details if table.key == "environment")
-
-
-def cells(found: Report) -> list[str]:
-    page = build_page(found)
-    return [cell for table in (*page.main, *page.details) for row in table.rows for cell in row]
+from helpers.full_report import (
+    HOSTILE,
+    bare,
+    cells,
+    environment,
+    parsed,
+    plan,
+    printed,
+    quality,
+    report,
+    speed,
+    terminal,
+    timing,
+)
 
 
 def test_the_three_pages_show_the_same_figures() -> None:
@@ -514,93 +280,6 @@ def test_a_long_grid_is_cut_with_a_note() -> None:
     assert "5 more rows are in report.json" in to_markdown(found)
     assert len(to_html(found).encode()) < 300_000
     assert "The chart shows the first 40 settings." in to_html(found)
-
-
-def test_the_sentence_says_it_all() -> None:
-    only_faster = pieces(speed=speed(timing()))
-    assert verdict_sentence(**only_faster) == (
-        "decode batch 1 prompt 128 is 1.62x faster (95% 1.55 to 1.69), 3.13x smaller (4.7 MB from 14.7 MB), "
-        "KL 0.0052 nats/token (95% 0.0048 to 0.0056), perplexity 21.8 against 21.4; "
-        "the artifact ran in onnxruntime and agreed."
-    )
-
-
-def test_the_headline_is_the_decode_setting_of_the_smallest_batch() -> None:
-    mixed = speed(timing("prefill"), timing("decode", 8), timing("decode", 2))
-    assert verdict_sentence(**pieces(speed=mixed)).startswith("decode batch 2 ")
-    assert verdict_sentence(**pieces(speed=speed(timing("encode", 4)))).startswith("encode batch 4 ")
-
-
-def test_slower_and_open_settings_are_named_beside_a_faster_headline() -> None:
-    sentence = verdict_sentence(**pieces())
-    assert "slower at prefill batch 1 prompt 128 (0.82x), inconclusive at 1 other setting" in sentence
-
-
-@pytest.mark.parametrize(
-    ("verdict", "ratio", "words"),
-    [
-        ("slower", 0.8, "is slower, 0.80x the baseline's speed (95% 0.77 to 0.83), no setting was faster"),
-        ("inconclusive", 1.03, "is inconclusive, 1.03x (95% 1.00 to 1.06), no setting was faster"),
-        ("same", 1.0, "is as fast as the baseline, 1.00x (95% 0.97 to 1.03), no setting was faster"),
-    ],
-)
-def test_no_speed_up_is_said(verdict: SpeedVerdict, ratio: float, words: str) -> None:
-    sentence = verdict_sentence(**pieces(speed=speed(timing(speedup=ratio, half=0.032, verdict=verdict))))
-    assert words in sentence
-
-
-def test_a_slower_headline_does_not_hide_a_faster_setting() -> None:
-    found = speed(timing(speedup=0.8, half=0.03, verdict="slower"), timing("prefill", 4, 1.2, 0.03))
-    sentence = verdict_sentence(**pieces(speed=found))
-    assert "faster at prefill batch 4 prompt 128 (1.20x)" in sentence
-    assert "no setting was faster" not in sentence
-
-
-def test_failed_gates_come_before_the_good_news() -> None:
-    failed = (
-        Gate(name="kl", bound=0.005, found=0.0056, met=False),
-        Gate(name="accuracy", bound=0.9, found=0.95, met=True),
-    )
-    sentence = verdict_sentence(**pieces(gates=failed))
-    assert sentence.startswith("gate FAILED: KL (found 0.0056, bound 0.005); decode")
-    assert build_page(report(changes={"gates": failed})).failed
-
-
-def test_a_gate_missed_by_a_hair_shows_the_hair() -> None:
-    failed = (Gate(name="top1_agreement", bound=0.98, found=0.9799996, met=False),)
-    assert "found 0.9799996, bound 0.98)" in verdict_sentence(**pieces(gates=failed))
-
-
-def test_disagreement_comes_first() -> None:
-    sentence = verdict_sentence(**pieces(verification=verification(agrees=False)))
-    assert sentence.startswith("the artifact ran in onnxruntime and did NOT agree with the model (largest relative")
-    assert "0.31, bound 0.001, same top token at 99.4% of 512 positions" in sentence
-    assert "and agreed" not in sentence
-
-
-@pytest.mark.parametrize(
-    ("level", "words"),
-    [("built", "was built for onnxruntime but not run there"), ("checked", "was only checked against the rules")],
-)
-def test_a_weaker_check_is_not_called_a_run(level: str, words: str) -> None:
-    sentence = verdict_sentence(**pieces(verification=verification(level=level)))
-    assert words in sentence
-    assert "ran in onnxruntime" not in sentence
-
-
-def test_parts_that_were_not_measured_are_said_in_the_sentence() -> None:
-    assert verdict_sentence(source_bytes=0, artifact_bytes=5) == (
-        "speed not measured, size not measured, quality not measured; "
-        "agreement of the artifact with the model not measured."
-    )
-    in_memory = verdict_sentence(**pieces(artifact_quality=None, baseline_quality=None))
-    assert "in memory before lowering KL 0.0049 nats/token" in in_memory
-    assert "perplexity 21.7 against a baseline not measured, quality of the artifact not measured" in in_memory
-
-
-def test_a_larger_artifact_is_called_larger() -> None:
-    assert "1.5x larger (15 MB from 10 MB)" in verdict_sentence(source_bytes=10_000_000, artifact_bytes=15_000_000)
-    assert "the same size (10 MB from 10 MB)" in verdict_sentence(source_bytes=10_000_000, artifact_bytes=10_010_000)
 
 
 def test_every_table_is_as_wide_as_its_header() -> None:

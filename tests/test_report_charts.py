@@ -2,177 +2,39 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from compress.quality_records import Curve, CurvePoint, WorstSample
-from compress.records import (
-    Footprint,
-    Gate,
-    Interval,
-    LayerResult,
-    Metric,
-    PassResult,
-    Plan,
-    PlannedLayer,
-    PredictedLatency,
-    Quality,
-    Report,
-    Speed,
-    Timing,
-    Verification,
-)
-from compress.report import to_html, to_markdown, to_terminal
-from compress.report.axes import Scale, decade_scale, decade_ticks, linear_scale, linear_ticks
+from compress.records import Gate, Interval, PassResult
+from compress.report import to_html
 from compress.report.curve_chart import curve_chart
-from compress.report.front_chart import Point, Trade, front_chart
+from compress.report.front_chart import Point, front_chart
 from compress.report.front_points import trade_of
 from compress.report.heat_rows import MAX_COLUMNS, MAX_ROWS, heat_of, heat_table
 from compress.report.html_page import MAX_BYTES
-from compress.report.next_steps import next_steps
-from compress.report.rows import build_page
 from compress.report.size_rows import parts_of, size_table
-
-HOSTILE = '<img src=x onerror="alert(1)"></script><!--'
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RECIPE = "gptq(format=int4(group=128))"
-# fields whose values are words of a closed list, or are checked; everything else a stranger may fill
-CLOSED = {"better", "bound", "kernel", "level", "phase", "subject", "verdict", "name"}
-
-
-def around(value: float, half: float) -> Interval:
-    return Interval(low=value - half, high=value + half)
-
-
-def metric(value: float, half: float, unit: str = "1", better: Any = "lower", **more: Any) -> Metric:
-    return Metric(value=value, interval=around(value, half), samples=8, unit=unit, protocol="p", better=better, **more)
-
-
-def timing(verdict: Any = "faster", speedup: float = 2.5, half: float = 0.1, **more: Any) -> Timing:
-    found: dict[str, Any] = {"phase": "decode", "batch": 1, "prompt": 128, "rounds": 60, **more}
-    rates: dict[str, Any] = {"baseline_tokens_per_s": 100.0, "variant_tokens_per_s": 100.0 * speedup}
-    return Timing(
-        **found, **rates, baseline_s=0.01, variant_s=0.01 / speedup, speedup=speedup, interval=around(speedup, half),
-        control=around(1.0, 0.01), verdict=verdict,
-    )  # fmt: skip
-
-
-def layer(block: int, kind: str, error: float | None = None, bits: float = 4.5) -> LayerResult:
-    name = f"model.layers.{block}.{kind}"
-    error = 1e-4 * (1 + block + KINDS.index(kind) * 3) if error is None else error
-    return LayerResult(
-        layer=name, users=(name,), pass_text=RECIPE, changed=True, format="int4(group=128)", bits_per_weight=bits,
-        error_before=0.0, error_after=4 * error, output_error=error,
-    )  # fmt: skip
-
-
-def passes(blocks: int = 4, kinds: tuple[str, ...] = KINDS) -> tuple[PassResult, ...]:
-    layers = tuple(layer(block, kind) for block in range(blocks) for kind in kinds)
-    return (PassResult(pass_text=RECIPE, matches={"default": len(layers)}, layers=layers, seconds=3.0),)
-
-
-def plan(blocks: int = 4) -> Plan:
-    def planned(name: str, stored: int) -> PlannedLayer:
-        return PlannedLayer(
-            layer=name, users=(name,), kind="linear", shape=(64, 128), passes=(RECIPE,), format="int4(group=128)",
-            operator="MatMulNBits", kernel="fast", stored_bytes=stored,
-        )  # fmt: skip
-
-    layers = [planned(f"model.layers.{block}.{kind}", 4608) for block in range(blocks) for kind in KINDS]
-    return Plan(
-        model="m", profile="p", recipe="r", layers=(*layers, planned("lm_head", 50_000)), matches={},
-        source_bytes=2_000_000, predicted_artifact_bytes=400_000, predicted_model_bytes=390_000,
-        predicted_peak_memory_bytes=1, predicted_disk_bytes=1, predicted_seconds=1.0,
-        predicted_latency=(
-            PredictedLatency(phase="decode", batch=1, prompt=128, variant_s=0.002, baseline_s=0.008, bound="memory"),
-        ),
-    )  # fmt: skip
-
-
-def curve(name: str = "kl_by_position", unit: str = "nats/token") -> Curve:
-    points = tuple(
-        CurvePoint(low=8.0 * at, high=8.0 * at + 8, value=0.004 + 0.001 * at, interval=around(0.005, 0.004), count=9)
-        for at in range(6)
-    )
-    return Curve(name=name, x="position in the window", y="mean KL", unit=unit, protocol="p", points=points)
-
-
-def quality(**more: Any) -> Quality:
-    metrics = {"kl": metric(0.005, 0.0004, "nats/token"), "kl_p99": metric(0.08, 0.01, "nats/token", detail=True)}
-    worst = WorstSample(
-        sample=3, position=7, kl=1.5, target=5, reference=5, chosen=9, reference_probability=0.9, probability=0.2,
-        context=(1, 2), context_text="if not x:\n    return", target_text=" None", reference_text=" None",
-        chosen_text=" x",
-    )  # fmt: skip
-    found = {"metrics": metrics, "curves": (curve(),), "worst": (worst,), **more}
-    return Quality(subject="compressed", where="onnxruntime", data_digest="d", **found)
-
-
-def speed(*timings: Timing) -> Speed:
-    arms: dict[str, Any] = {
-        "baseline": Footprint(disk_bytes=2_000_000, load_s=0.2),
-        "variant": Footprint(disk_bytes=5, load_s=0.1),
-    }
-    return Speed(runtime="onnxruntime", threads=2, machine={"cpu": "x"}, timings=timings or (timing(),), **arms)
-
-
-def report(**more: Any) -> Report:
-    baseline = Quality(subject="baseline", where="onnxruntime", metrics={}, data_digest="d")
-    found: dict[str, Any] = {
-        "title": "m, w4a16", "source": "m", "source_digest": "s", "recipe": RECIPE, "profile": "p", "target": "onnx",
-        "created": "2026-11-21", "versions": {"torch": "2"}, "seed": 0, "calibration": {"data": "c"},
-        "source_bytes": 2_000_000, "artifact_bytes": 410_000, "passes": passes(), "plan": plan(),
-        "baseline_quality": baseline, "artifact_quality": quality(), "speed": speed(), "verdict": "It is faster.",
-    }  # fmt: skip
-    return Report(**{**found, **more})
-
-
-def table(found: Report, key: str) -> Any:
-    page = build_page(found)
-    return next((each for each in (*page.main, *page.details, *page.evidence) if each.key == key), None)
-
-
-def printed(found: Report, width: int = 100, full: bool = False) -> str:
-    stream = io.StringIO()
-    to_terminal(found, Console(file=stream, width=width, color_system=None), full=full)
-    return stream.getvalue()
-
-
-class Seen(HTMLParser):
-    """Tags with their attributes, in order."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-
-def points(*more: Point) -> tuple[Point, ...]:
-    base = Point("baseline", 0.0, 1.0, 1000, "baseline")
-    best = Point("w4", 0.005, 2.5, 300, "recommended", around(0.005, 0.001), around(2.5, 0.1))
-    return (base, best, *more)
-
-
-def trade(*more: Point, **given: Any) -> Trade:
-    found = {"metric": "KL", "setting": "decode batch 1", "better": "lower", "points": points(*more), **given}
-    return Trade(**found)
-
-
-def heights(svg: str) -> dict[str, float]:
-    """Pixels from the top of each mark, by the name in its tooltip."""
-    return {
-        name: float(y) for y, name in re.findall(r'class="mark[^"]*" x="[^"]*" y="([\d.]+)"[^>]*><title>([^:]*)', svg)
-    }
+from helpers.chart_report import (
+    KINDS,
+    RECIPE,
+    Seen,
+    curve,
+    heights,
+    layer,
+    passes,
+    plan,
+    points,
+    quality,
+    report,
+    speed,
+    table,
+    timing,
+    trade,
+)
+from helpers.reports import around
 
 
 @pytest.mark.parametrize("better", ["lower", "higher"])
@@ -350,127 +212,3 @@ def test_every_drawing_is_named_and_stands_over_its_table() -> None:
     assert links and {str(link).removeprefix("#") for link in links} <= ids.keys()
     levels = [int(tag[1]) for tag, _ in seen if tag in ("h1", "h2", "h3")]
     assert levels[0] == 1 and all(after - before <= 1 for before, after in pairwise(levels))
-
-
-def infected(value: Any, key: str = "") -> Any:
-    """Every text and every name of a field that a stranger may fill, made hostile."""
-    if isinstance(value, dict):
-        fixed = {"metrics", "matches", "versions", "calibration", "machine", "operators", "files"}
-        return {(f"{HOSTILE}{at}" if key in fixed else name): infected(each, "" if key in fixed else name)
-                for at, (name, each) in enumerate(value.items())}  # fmt: skip
-    if isinstance(value, list):
-        return [infected(each, key) for each in value]
-    return HOSTILE if isinstance(value, str) and key not in CLOSED else value
-
-
-def test_a_report_that_is_hostile_everywhere_executes_nothing() -> None:
-    full = report(
-        gates=(Gate(name=HOSTILE, bound=0.1, found=0.2, met=False),), operators={"a": 1}, float_layers=("x", "y"),
-        warnings=("w",), command="c", files={"a": "b"},
-        speed=speed(timing().model_copy(update={"warnings": ("noisy",)})),
-    )  # fmt: skip
-    content = infected(full.model_dump(mode="json"))
-    for each in content["artifact_quality"]["curves"]:
-        each["name"] = HOSTILE
-    found = Report.model_validate(content)
-    assert found.title == found.passes[0].layers[0].layer == HOSTILE
-    page = to_html(found)
-    assert "<img" not in page and page.count("<script") == page.count("</script>") == 1 and page.count("<!--") == 0
-    tags = {tag for tag, _ in Seen(page).tags}
-    assert not tags & {"img", "iframe", "object", "link", "form", "foreignobject", "image", "use", "animate"}
-    for _, attributes in Seen(page).tags:
-        assert not [name for name in attributes if name.startswith("on") or name in ("style", "src")]
-    outside_code = to_markdown(found).split("```")[::2]
-    assert "<img" not in "".join(outside_code)
-    assert HOSTILE in printed(found, width=400)
-
-
-def test_hostile_names_in_a_drawing_are_text() -> None:
-    point = Point(HOSTILE, 0.005, 2.0, 10, "front", reason=HOSTILE)
-    for svg in (
-        front_chart(trade(point, metric=HOSTILE, setting=HOSTILE, unit=HOSTILE)),
-        curve_chart(curve(HOSTILE, HOSTILE)),
-    ):
-        assert "<img" not in svg and "<!--" not in svg
-
-
-def test_a_missed_gate_names_the_layers_to_leave_out() -> None:
-    missed = (Gate(name="kl", bound=0.004, found=0.0054, met=False),)
-    step = next_steps(report(gates=missed))[0]
-    assert "KL is 0.0054 where 0.004 was asked for" in step
-    assert "ignore=[model.layers.3.down_proj, model.layers.2.down_proj, model.layers.1.down_proj]" in step
-    odd = tuple(each.model_copy(update={"layer": f"{each.layer}`; rm -rf"}) for each in passes()[0].layers)
-    named = report(gates=missed, passes=(passes()[0].model_copy(update={"layers": odd}),))
-    assert "rm" not in next_steps(named)[0]
-
-
-def test_the_next_steps_follow_what_was_found() -> None:
-    assert "--budget" in next_steps(report(speed=speed(timing("inconclusive", 1.05))))[0]
-    assert "no fast" in next_steps(report(speed=speed(timing("slower", 0.5))))[0].replace("without a", "no")
-    assert "times it" in next_steps(report(speed=None))[0]
-    broken = Verification(
-        level="ran", runtime="r", agrees=False, positions=1, max_relative_difference=1.0, bound=0.1, top1_agreement=0.0,
-        decided_positions=1, decided_agreement=0.0,
-    )  # fmt: skip
-    assert next_steps(report(verification=broken))[0].startswith("Do not use this artifact")
-    assert "What to do next" in printed(report()) and "## What to do next" in to_markdown(report())
-
-
-def test_the_short_page_shows_few_warnings_and_counts_the_others() -> None:
-    noisy = report(warnings=tuple(f"trouble with {name}" for name in ("a", "b", "c", "d", "e", "f")))
-    short = printed(noisy)
-    assert short.count("trouble with") == 4 and "2 more warnings in the report." in short
-    assert printed(noisy, full=True).count("trouble with") == 6
-
-
-def test_one_warning_of_several_settings_is_told_once() -> None:
-    said = tuple(
-        timing(batch=batch).model_copy(update={"warnings": (f"budget spent after {batch}.5 s (of {batch})",)})
-        for batch in (1, 4, 16)
-    )
-    warnings = build_page(report(speed=speed(*said))).warnings
-    assert warnings == ("decode batch 1 prompt 128: budget spent after 1.5 s (of 1); likewise at 2 other settings",)
-
-
-def test_a_table_too_wide_for_a_terminal_is_turned_on_its_side() -> None:
-    names = ("perplexity", "kl", "top1_agreement", "nll_change")
-    many = quality(metrics={name: metric(0.123456, 0.000123) for name in names})
-    lines = printed(report(artifact_quality=many), width=90).splitlines()
-    assert any(re.match(r"loss change\s+reference", line) for line in lines)
-    assert max(map(len, lines)) <= 90
-
-
-def test_the_words_for_speed_that_occur_are_explained() -> None:
-    notes = " ".join(table(report(speed=speed(timing("same", 1.0, 0.005), timing(batch=4))), "speed").notes)
-    assert "same: the whole interval lies within 1% of 1" in notes and "faster: the whole" in notes
-    assert "slower:" not in notes and "inconclusive:" not in notes
-    assert "noise floor is the interval of the baseline timed against itself" in notes
-
-
-def test_a_grid_of_batches_and_prompts_is_a_matrix() -> None:
-    grid = [timing(batch=batch, prompt=prompt) for batch in (1, 4) for prompt in (32, 128)]
-    found = table(report(speed=speed(*grid)), "grid-decode")
-    assert found.columns == ("batch", "prompt 32", "prompt 128")
-    assert [row[0] for row in found.rows] == ["1", "4"] and found.rows[0][1] == "2.50x (2.40 to 2.60) faster"
-    assert table(report(speed=speed(*grid[:2])), "grid-decode") is None
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 7.0), (1e-5, 3e-5), (0.0, 1e9), (2.0, 2.1)])
-def test_ticks_lie_inside_their_scale(low: float, high: float) -> None:
-    scale = linear_scale([low, high], 0.0, 100.0)
-    ticks = linear_ticks(scale)
-    assert 2 <= len(ticks) <= 5 and all(0 < scale.at(tick) < 100 for tick in ticks)
-    assert len({round(after - before, 12) for before, after in pairwise(ticks)}) == 1
-
-
-@pytest.mark.parametrize(("low", "high"), [(1e-6, 2e-6), (3e-4, 5.0), (1.0, 1.0), (1e-9, 1e9)])
-def test_decades_hold_their_values(low: float, high: float) -> None:
-    scale = decade_scale([low, high], 0.0, 100.0)
-    assert scale.low <= low and high <= scale.high * 1.000001
-    assert 1 <= len(decade_ticks(scale)) <= 6
-
-
-def test_a_scale_draws_what_it_cannot_hold_at_its_edge() -> None:
-    scale = Scale(1.0, 10.0, 0.0, 50.0, log=True)
-    assert [scale.at(value) for value in (float("nan"), -5.0, 0.5, 1e9, float("inf"))] == [0.0, 0.0, 0.0, 50.0, 50.0]
-    assert scale.at(10**0.5) == pytest.approx(25.0)

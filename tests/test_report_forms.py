@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard
 from compress.__main__ import main
 from compress.errors import InputError
 from compress.provenance import statement
-from compress.records import Asked, Footprint, Interval, Metric, Quality, Report, Speed, Timing
+from compress.records import Asked, Interval, Metric, Quality, Report
 from compress.report import to_html, to_markdown
 from compress.report.model_card import to_model_card
+from helpers.reports import report_of, speed_of, timing_of
 
 HOSTILE = '<img src=x onerror=alert(1)>\n---\nlicense: mit\n"`|\x1b[31m\u202e'
 DIGEST = "ab" * 32
@@ -30,42 +31,18 @@ def report(**changes: Any) -> Report:
     interval = Interval(low=0.004, high=0.006)
     kl = Metric(value=0.005, interval=interval, samples=9, unit="nats/token", protocol="ppl/64", better="lower")
     quality = Quality(subject="compressed", where="onnxruntime", metrics={"kl": kl}, data_digest="00")
-    timing = Timing(
-        phase="decode",
-        batch=1,
-        prompt=128,
-        rounds=60,
-        baseline_s=0.02,
-        variant_s=0.01,
-        baseline_tokens_per_s=50.0,
-        variant_tokens_per_s=100.0,
-        speedup=2.0,
-        interval=Interval(low=1.9, high=2.1),
-        control=Interval(low=0.99, high=1.01),
-        verdict="faster",
-    )
-    arm = Footprint(disk_bytes=1000)
     given: dict[str, Any] = {
         "title": "small, int4",
         "source": "org/small",
-        "source_digest": "00",
         "recipe": "gptq(bits=4)",
-        "profile": "cpu",
-        "target": "onnx",
-        "created": "2026-11-20",
         "versions": {"compress": "0.1.0"},
-        "seed": 0,
         "calibration": {"source": "calib.txt", "windows": 128},
-        "source_bytes": 1000,
-        "artifact_bytes": 500,
-        "passes": (),
         "artifact_quality": quality,
-        "speed": Speed(runtime="ort", threads=1, machine={}, timings=(timing,), baseline=arm, variant=arm),
+        "speed": speed_of(timing_of(2.0, 0.1), runtime="ort"),
         "verdict": "twice as fast.",
         "request": asked(),
-        **changes,
     }
-    return Report(**given)
+    return report_of(**{**given, **changes})
 
 
 def front_matter(card: str) -> dict[str, Any]:

@@ -9,43 +9,14 @@ from pathlib import Path
 import pytest
 
 from compress.errors import InputError, UsageError
-from compress.records import Footprint, Interval, Metric, Quality, Report, Speed, Timing
+from compress.records import Interval, Metric, Quality, Report
 from compress.report import load, to_markdown
+from helpers.reports import report_of, speed_of, timing_of
 
 
 def report() -> Report:
-    timing = Timing(
-        phase="encode",
-        batch=1,
-        prompt=1,
-        rounds=30,
-        baseline_s=0.01,
-        variant_s=0.01,
-        baseline_tokens_per_s=100.0,
-        variant_tokens_per_s=100.0,
-        speedup=1.0,
-        interval=Interval(low=0.99, high=1.01),
-        control=Interval(low=0.99, high=1.01),
-        verdict="same",
-    )
-    arm = Footprint(disk_bytes=1000)
-    return Report(
-        title="small",
-        source="small",
-        source_digest="sha256:00",
-        recipe="rtn",
-        profile="cpu",
-        target="onnx",
-        created="2026-11-20",
-        versions={},
-        seed=0,
-        calibration={},
-        source_bytes=1000,
-        artifact_bytes=500,
-        passes=(),
-        speed=Speed(runtime="onnxruntime", threads=1, machine={}, timings=(timing,), baseline=arm, variant=arm),
-        verdict="as fast as the baseline.",
-    )
+    timing = timing_of(1.0, phase="encode", prompt=1, rounds=30, verdict="same")
+    return report_of(source_digest="sha256:00", speed=speed_of(timing), verdict="as fast as the baseline.")
 
 
 def test_a_written_report_is_read_back(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from compress.records import Asked, Interval, Metric, Quality, Report
 from compress.report.schema import report_schema, schema_text
+from helpers.reports import report_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,26 +36,12 @@ def report(**changes: Any) -> Report:
         code_digest="00",
     )
     given: dict[str, Any] = {
-        "title": "small",
-        "source": "small",
-        "source_digest": "00",
-        "recipe": "rtn",
-        "profile": "cpu",
-        "target": "onnx",
-        "created": "2026-11-20",
-        "versions": {},
-        "seed": 0,
         "calibration": {"samples": 3},
-        "source_bytes": 1000,
-        "artifact_bytes": 500,
-        "passes": (),
         "artifact_quality": Quality(subject="compressed", where="here", metrics={"kl": broken}, data_digest="00"),
-        "verdict": "fine.",
         "request": asked,
         "files": {"onnx/model.onnx": "00"},
-        **changes,
     }
-    return Report(**given)
+    return report_of(**{**given, **changes})
 
 
 def test_the_published_schema_is_that_of_the_records() -> None:

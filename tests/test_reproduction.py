@@ -10,13 +10,14 @@ import pytest
 
 from compress import hwprofiles, recipe
 from compress.__main__ import main
+from compress.comparison.reproduction import Places, check, judge, reproduce, request_of
 from compress.errors import CompressError, InputError, UsageError
 from compress.hwprofiles import Profile
 from compress.records import Asked, Interval, Metric, Quality, Report
 from compress.report import load as load_report
-from compress.reproduction import Places, check, judge, reproduce, request_of
 from compress.run import run
 from compress.run_report import Request
+from helpers.reports import report_of
 
 
 def small_profile() -> Profile:
@@ -34,13 +35,6 @@ def untimed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.run._measure", lambda *_: None)
         yield
-
-
-@pytest.fixture(scope="module")
-def one_block(make_llama: Any) -> Path:
-    """A Llama of one block."""
-    found: Path = make_llama("one-block", num_hidden_layers=1)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +65,7 @@ def test_a_report_is_reproduced_to_the_byte(
 def test_what_is_not_what_it_was_is_named_before_the_run(
     made: Path, tmp_path: Path, make_llama: Any, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.reproduction.run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr("compress.comparison.reproduction.run", lambda *_: pytest.fail("it ran"))
     report, other = load_report(made), tmp_path / "other.txt"
     other.write_text(text_file.read_text()[::-1])
     wider = make_llama("wider", num_hidden_layers=2)
@@ -122,26 +116,11 @@ def report(kl: float = 0.005, half: float | None = 0.001, digest: str = "data", 
     metric = Metric(value=kl, interval=interval, samples=9, unit="nats/token", protocol="p", better="lower")
     quality = Quality(subject="compressed", where="ort", metrics={"kl": metric}, data_digest=digest)
     given: dict[str, Any] = {
-        "title": "small",
-        "source": "small",
-        "source_digest": "00",
-        "recipe": "rtn",
-        "profile": "cpu",
-        "target": "onnx",
-        "created": "2026-11-20",
-        "versions": {},
-        "seed": 0,
-        "calibration": {},
-        "source_bytes": 1000,
-        "artifact_bytes": 500,
-        "passes": (),
         "artifact_quality": quality,
-        "verdict": "fine.",
         "request": asked(),
         "files": {"onnx/model.onnx": "aa", "model/a": "bb"},
-        **changes,
     }
-    return Report(**given)
+    return report_of(**{**given, **changes})
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import compress
-from compress import hwprofiles, roofline
+from compress import hwprofiles
 from compress.formats import parse_format
 from compress.layer import LayerKind, LayerSpec
 from compress.plan import make_plan
 from compress.profiles import as_profile
 from compress.recipe import of_passes
 from compress.records import PredictedLatency
+from compress.speed import roofline
 
 CONFIG = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, hidden_size=64, num_hidden_layers=0)
 

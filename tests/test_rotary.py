@@ -19,22 +19,13 @@ from compress import hwprofiles
 from compress.export.onnx import angles, rotary, target
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.runtime import PORTABLE, SHARED, Session
-from compress.model import Model
+from compress.models.model import Model
+from helpers.models import ROTARY_SIZES, SPECIAL
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 POSITIONS = 64
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": POSITIONS,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 16}
+GROUPED = {**ROTARY_SIZES, **SPECIAL, "max_position_embeddings": POSITIONS}
+SIZES = {key: value for key, value in GROUPED.items() if key not in ("num_key_value_heads", "head_dim")}
 BASE = {"rope_theta": 1e4, "original_max_position_embeddings": 32}
 LLAMA3 = {**BASE, "rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 TWO_KINDS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}

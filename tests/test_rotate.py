@@ -13,22 +13,22 @@ import transformers
 
 import compress
 from compress import hwprofiles
-from compress.blockpass import Block
+from compress.engine.blockpass import Block
+from compress.engine.store import open_store
+from compress.engine.stream import BlockStream
+from compress.engine.workspace import Journal
 from compress.errors import Interrupted, UnsupportedError, UsageError
-from compress.evaluate import agreement, stream_logits
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
-from compress.heads import find_heads
-from compress.model import Model
+from compress.maths.rotation import rotation
+from compress.models.model import Model
+from compress.models.skeleton import OUTER
 from compress.passes import Rotate, Rtn
 from compress.pipeline import Pipeline
 from compress.plan import make_plan
+from compress.quality.evaluate import agreement, stream_logits
 from compress.recipe import of_passes
-from compress.rotation import rotation
-from compress.skeleton import OUTER
-from compress.store import open_store
-from compress.stream import BlockStream
-from compress.workspace import Journal
+from compress.wiring.heads import find_heads
 
 SIZES = {
     "vocab_size": 96,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from compress.rotation import core_order, paley, power_of_two, random_orthogonal, rotation, transform
+from compress.maths.rotation import core_order, paley, power_of_two, random_orthogonal, rotation, transform
 
 
 def maker(seed: int = 0) -> torch.Generator:

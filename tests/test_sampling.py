@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compress.errors import InputError, UsageError
-from compress.sampling import Sampling, choose, draw, probabilities, softmax, top_k_mask, top_p_mask
+from compress.runtime.sampling import Sampling, choose, draw, probabilities, softmax, top_k_mask, top_p_mask
 
 MAKER = np.random.default_rng(0)
 

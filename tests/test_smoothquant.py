@@ -11,38 +11,19 @@ import torch
 import transformers
 
 import compress
-from compress.collect import LayerStats, Stat
-from compress.data import Calibration, Windows
+from compress.engine.collect import LayerStats, Stat
+from compress.engine.stream import BlockStream
 from compress.errors import UsageError
-from compress.evaluate import stream_logits
-from compress.model import Model
+from compress.models.model import Model
+from compress.models.skeleton import OUTER
 from compress.passes.smoothquant import SMALLEST, smoothing
 from compress.pipeline import Pipeline, Result
-from compress.skeleton import OUTER
-from compress.stream import BlockStream
+from compress.quality.evaluate import stream_logits
+from helpers.models import SIZES, SPECIAL, calibration, tokens
 
-GROUPED = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+GROUPED = {**SIZES, **SPECIAL}
 BERT = {key: value for key, value in GROUPED.items() if key != "num_key_value_heads"}
 W8A8 = "rtn(format=int8(channel)), act_quant(format=int8(tensor, asymmetric))"
-
-
-def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def calibration(ids: torch.Tensor) -> Calibration:
-    return Calibration(Windows(ids, tuple(range(len(ids))), f"ppl/disjoint-{ids.shape[1]}", ""), 0, "made here")
 
 
 def with_outliers(folder: Path) -> Path:

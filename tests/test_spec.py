@@ -2,8 +2,8 @@
 
 import pytest
 
+from compress.engine.layerpass import QuantPass
 from compress.errors import UsageError
-from compress.layerpass import QuantPass
 from compress.pipeline import Pipeline
 from compress.spec import Call, parse_call, parse_pipeline
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 
 import compress
-from compress import store
-from compress.collect import LayerStats
-from compress.data import Calibration, calibrate
+from compress.engine import store
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import Pass
+from compress.engine.modelpass import ModelPass, Stage
+from compress.engine.stages import cut
+from compress.engine.workspace import Journal
 from compress.errors import Interrupted
+from compress.inputs.data import Calibration, calibrate
 from compress.layer import LayerSpec
-from compress.layerpass import Pass
-from compress.model import Model
-from compress.modelpass import ModelPass, Stage
+from compress.models.model import Model
 from compress.passes import Gptq, HadamardInputs, Rtn
 from compress.pipeline import Pipeline, Result
-from compress.stages import cut
-from compress.workspace import Journal
 
 
 class Double(ModelPass):

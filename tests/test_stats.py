@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats as distributions
 
-from compress import stats
 from compress.records import Interval
+from compress.stats import intervals as stats
 
 
 def ar1(rng: np.random.Generator, runs: int, rounds: int, phi: float, scale: float) -> NDArray[np.float64]:

@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress import store
-from compress.data import calibrate
+from compress import files
+from compress.engine import store
+from compress.engine.workspace import Journal, Workspace, disk_errors
 from compress.errors import InputError, Interrupted, ResourceError, UsageError
-from compress.evaluate import stream_logits
+from compress.inputs.data import calibrate
 from compress.layer import Layer, LayerKind
-from compress.model import load
+from compress.models.model import load
+from compress.models.skeleton import OUTER
 from compress.pipeline import Pipeline
 from compress.progress import Progress
-from compress.skeleton import OUTER
-from compress.workspace import Journal, Workspace, disk_errors
+from compress.quality.evaluate import stream_logits
 
 RECIPE = "gptq(format=int4(group=32)), rtn(format=int8(group=32), targets=[kind:embedding, kind:head])"
 
@@ -250,7 +251,7 @@ def test_a_block_larger_than_files_may_be_is_a_resource_error_and_leaves_no_scra
 
 def test_a_text_that_cannot_be_written_whole_leaves_no_scrap(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="File too large"), largest_file(8192):
-        store.write_text(tmp_path / "journal", "x" * 20_000)
+        files.write_text(tmp_path / "journal", "x" * 20_000)
     assert not bytes_of(tmp_path)
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import compress
-from compress import activations
-from compress.data import Calibration, Windows
+from compress.engine.stream import BlockStream
 from compress.errors import InputError, UnsupportedError
-from compress.evaluate import stream_logits
+from compress.inputs.data import Calibration, Windows
+from compress.maths import activations
+from compress.models.skeleton import OUTER
+from compress.models.stub import same_arguments
 from compress.pipeline import Pipeline
-from compress.skeleton import OUTER
-from compress.stream import BlockStream
-from compress.stub import same_arguments
+from compress.quality.evaluate import stream_logits
 
 
 def windows(count: int = 6, length: int = 16) -> Windows:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress import hwprofiles, manifest, recipe
+from compress import manifest
 from compress.artifact import open_artifact
 from compress.errors import InputError, Interrupted, UnsupportedError, UsageError
-from compress.executor import Answer, Here, Task
 from compress.progress import Progress
 from compress.records import Footprint
 from compress.report import load as load_report
 from compress.run import run
 from compress.run_report import Request
 from compress.sweep import bench, judge
+from compress.sweep.executor import Answer, Here, Task
 from compress.sweep.finish import exit_code
 from compress.sweep.load import load_sweep
 from compress.sweep.page import to_html, to_markdown
@@ -31,42 +26,24 @@ from compress.sweep.records import Limits, Sweep
 from compress.sweep.run import sweep
 from compress.sweep.setup import SweepRequest
 from compress.sweep.variant import work
-
-PROFILE = "cpu-x86-avx512-vnni"
-EIGHT, FOUR = "rtn(format=int8(channel))", "rtn(format=int4(group=32))"
-# children import what is installed, not the checkout that the tests were started in
-NEUTRAL: dict[str, Any] = {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONSAFEPATH": "1"}}
-
-
-def recipes(*texts: str, **quality: Any) -> tuple[recipe.Recipe, ...]:
-    """Recipes small enough for the tiny model."""
-    cal = recipe.CalibrationSettings(samples=8, length=32)
-    qual = recipe.QualitySettings(samples=8, length=32, generation=1, generation_tokens=2, **quality)
-    return tuple(recipe.of_passes(text).model_copy(update={"calibration": cal, "quality": qual}) for text in texts)
-
-
-def small_profile() -> hwprofiles.Profile:
-    profile = hwprofiles.load(PROFILE)
-    return profile.model_copy(update={"grid": profile.grid.model_copy(update={"prefill": (), "decode": ((1, 16),)})})
+from helpers.runs import deployed_bytes
+from helpers.sweeps import EIGHT, FOUR, recipes, small_profile
 
 
 @pytest.fixture
-def asked(small: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SweepRequest]:
+def asked(
+    one_block: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., SweepRequest]:
     """A request for a sweep of a one-block model; arguments change it. No memory is measured, which takes processes."""
     monkeypatch.setattr(bench, "footprint", lambda *_: Footprint(disk_bytes=1))
 
     def make(*texts: str, **changes: Any) -> SweepRequest:
         given = {"recipes": recipes(*(texts or (EIGHT, FOUR))), "out": tmp_path / "out", **changes}
         return SweepRequest(
-            str(small), profile=small_profile(), data=str(text_file), budget_s=0.05, command="compress run", **given
+            str(one_block), profile=small_profile(), data=str(text_file), budget_s=0.05, command="compress run", **given
         )
 
     return make
-
-
-@pytest.fixture(scope="module")
-def small(make_llama: Callable[..., Path]) -> Path:
-    return make_llama("small", num_hidden_layers=1)
 
 
 class Counting(Here):
@@ -84,24 +61,14 @@ class Counting(Here):
 
 
 @pytest.fixture(scope="module")
-def finished(small: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepRequest, Sweep]:
+def finished(one_block: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepRequest, Sweep]:
     """One whole sweep of two recipes and one that this target cannot store."""
     out = tmp_path_factory.mktemp("sweep") / "out"
     request = SweepRequest(
-        str(small), recipes(EIGHT, FOUR, "rtn(format=int8(group=7))"), small_profile(), out, data=str(text_file),
+        str(one_block), recipes(EIGHT, FOUR, "rtn(format=int8(group=7))"), small_profile(), out, data=str(text_file),
         budget_s=0.05, command="compress run <img src=x onerror=alert(1)>", limits=Limits(loss=1e9),
     )  # fmt: skip
     return request, sweep(request, executor=Here(work))
-
-
-def deployed_bytes(out: Path) -> dict[str, bytes]:
-    """Everything that must not depend on how often a run was stopped, or on what ran beside it."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for part in ("model", "onnx")
-        for path in sorted((out / part).rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_every_variant_is_a_complete_artifact_and_one_report_is_over_all(finished: tuple[SweepRequest, Sweep]) -> None:
@@ -121,6 +88,8 @@ def test_every_variant_is_a_complete_artifact_and_one_report_is_over_all(finishe
         own = load_report(out / each.folder)
         assert own.artifact_bytes == each.artifact_bytes and own.verification == each.verification
         assert own.speed is not None and own.speed.timings == each.timings
+        assert own.speed.end_to_end is not None and own.speed.operators is not None
+        assert own.speed.energy is not None or own.speed.unavailable.keys() == {"energy"}
         assert own.speed.variant.peak_memory_bytes and own.speed.variant.peak_memory_bytes > 10_000_000
     assert load_sweep(out) == found
 
@@ -236,7 +205,7 @@ def test_a_kill_while_judging_or_before_the_last_rename_computes_no_variant_agai
     monkeypatch.setattr(bench, "judge", kill)  # its result is in the journal
     again = Counting()
     with monkeypatch.context() as patch:
-        patch.setattr("compress.workspace.Workspace.commit", kill)
+        patch.setattr("compress.engine.workspace.Workspace.commit", kill)
         with pytest.raises(Killed):
             sweep(request, executor=again)
     monkeypatch.setattr(bench, "time_together", kill)
@@ -327,64 +296,3 @@ def test_gates_are_each_recipes_own_and_exit_3_says_that_none_may_be_taken(
         for each in (first, second)
     )
     assert exit_code(none.model_copy(update={"variants": wrong})) == 5
-
-
-def test_a_classifier_is_judged_by_the_accuracy_it_loses(
-    cnn: str, images_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench, "footprint", lambda *_: Footprint(disk_bytes=1))
-    made = tuple(recipe.of_passes(text) for text in ("rtn(format=int8(channel))", "rtn(format=int4(channel))"))
-    request = SweepRequest(
-        cnn, made, small_profile(), tmp_path / "out", data=str(images_file), budget_s=0.05, limits=Limits(loss=100.0)
-    )
-    found = sweep(request, executor=Here(work))
-    assert found.loss_metric == "accuracy lost, percentage points" and found.setting == "infer batch 1"
-    for each in found.done:
-        assert each.quality is not None
-        assert each.figures["loss"].value == pytest.approx(-each.quality.metrics["accuracy_change"].value)
-    assert found.choice.recommended in {each.name for each in found.done}
-
-
-def test_variants_are_judged_in_groups_that_memory_holds() -> None:
-    assert judge.together({"a": 1, "b": 1, "c": 1}, None) == [["a", "b", "c"]]
-    assert judge.together({"a": 1, "b": 1, "c": 1}, 6) == [["a", "b"], ["c"]]
-    assert judge.together({"a": 10, "b": 1}, 2) == [["a"], ["b"]]
-    assert judge.together({}, 2) == []
-
-
-def test_the_command_is_killed_and_resumed_and_its_report_is_shown_again(
-    small: Path, text_file: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    given = [sys.executable, "-m", "compress", "run", str(small), "--passes", EIGHT, "--passes", FOUR, "-p", PROFILE]
-    given += ["--data", str(text_file), "-o", str(out), "--length", "32", "--samples", "8", "--quality-samples", "8"]
-    given += ["--budget", "0.1", "--max-loss", "100", "--json"]
-    with subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **NEUTRAL) as child:
-        assert child.stderr is not None
-        for line in child.stderr:
-            if "int4-group-32: Compressing" in line:  # the second worker is at work
-                break
-        child.send_signal(signal.SIGKILL)
-    assert not out.exists()
-    done = subprocess.run(given, capture_output=True, text=True, timeout=300, check=False, **NEUTRAL)
-    assert done.returncode == 0, done.stderr
-    assert "rtn-format-int8-channel: was finished before" in done.stderr
-    found = json.loads(done.stdout)
-    assert found["kind"] == "sweep" and [each["state"] for each in found["variants"]] == ["done", "done"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    show = [sys.executable, "-m", "compress", "report", str(out)]
-    shown = subprocess.run(show, capture_output=True, text=True, timeout=100, check=False, **NEUTRAL)
-    assert (
-        shown.returncode == 0
-        and found["choice"]["recommended"] in shown.stdout
-        and "Why not the others" in shown.stdout
-    )
-
-
-def test_limits_with_one_recipe_are_refused(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from compress.__main__ import main
-
-    assert (
-        main(["run", str(small), "-r", "w8a16", "--max-loss", "0.1", "-o", str(tmp_path / "out"), "-p", PROFILE]) == 2
-    )
-    assert "chooses among several recipes" in capsys.readouterr().err

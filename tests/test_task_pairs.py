@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from compress.task_pairs import Pairs, holm, loss_gates, ratio_interval, score_pairs
+from compress.quality.task_pairs import Pairs, holm, loss_gates, ratio_interval, score_pairs
 
 
 def pairs(baseline: Any, variant: Any, **changes: Any) -> Pairs:

@@ -8,18 +8,20 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
+from transformers import BertConfig, MixtralConfig
 
 import compress
 from compress import hwprofiles
 from compress.__main__ import main
 from compress.artifact import open_artifact
-from compress.data import calibrate
 from compress.errors import UnsupportedError
 from compress.export.onnx.files import GRAPH
 from compress.export.tensorrt import builder, record, target
-from compress.export.tensorrt.probe import one_layer
-from compress.export.tensorrt.rules import EngineChoice, choose
+from compress.export.tensorrt.probe import choice_of, one_layer
+from compress.export.tensorrt.rules import EngineChoice
 from compress.formats import parse_format
+from compress.inputs.data import calibrate
 from compress.layer import ActSpec, LayerKind, LayerSpec
 from compress.report import load as load_report
 
@@ -44,9 +46,7 @@ def spec(row: str, width: int) -> LayerSpec:
 
 def compiled(one: LayerSpec, sm: int, folder: Path) -> dict[str, Any]:
     """The builder's answer to a layer, lowered as for the newest chip; `engine` holds what was built."""
-    choice = choose(one, NEWEST)
-    assert isinstance(choice, EngineChoice)
-    document, ranges = one_layer(one, choice, NEWEST.runtime(target.RUNTIME))
+    document, ranges = one_layer(one, choice_of(one, NEWEST), NEWEST.runtime(target.RUNTIME))
     ir.save(document, folder / GRAPH)
     engine = folder / "engine"
     engine.unlink(missing_ok=True)
@@ -122,11 +122,32 @@ def test_a_convolutional_network_becomes_an_engine_with_rounded_inputs(
     assert {"QuantizeLinear", "DequantizeLinear", "Conv"} <= operators
 
 
+def test_a_mixture_of_experts_in_nvfp4_with_a_quantized_embedding_becomes_an_engine(
+    save_random: Any, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "max_position_embeddings": 64}
+    model = compress.load(save_random("engine-mixtral", MixtralConfig(**sizes, **heads)))
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(torch.randint(0, 2048, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()))
+    passes = (
+        "rtn(format=nvfp4), rtn(format=int8(channel), targets=[kind:embedding]), "
+        "act_quant(format=nvfp4, static=true, targets=[*self_attn*])"
+    )
+    made = compress.Pipeline.parse(passes).run(model, calibrate(model, ids, samples=8, length=32)).model
+    lowered = target.write(made, NEWEST, tmp_path / "out")
+    assert lowered.operators == {"DQ FP4 MatMul": 4, "DQ INT8 Gather": 1, "MatMul": 1, "Q/DQ FP4 MatMul": 4}
+    found = record.read(tmp_path / "out")
+    assert found.level == "built" and found.engine_bytes == pytest.approx(
+        target.predict_deployed_bytes(made.structure.layers.values(), made, NEWEST), rel=0.4
+    )
+    notes = {str(target.plan_layer(each, NEWEST).note) for each in made.structure.layers.values()}
+    assert any("every expert computes every token" in note for note in notes)
+
+
 def test_an_encoder_in_fp8_becomes_an_engine_and_its_store_goes_to_another_chip(
     save_random: Any, tmp_path: Path
 ) -> None:
-    from transformers import BertConfig
-
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     config = BertConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64)
     model = compress.load(save_random("tiny-bert", config, "AutoModel"))

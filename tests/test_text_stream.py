@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from compress.text_stream import Detokenizer, StopText
+from compress.runtime.text_stream import Detokenizer, StopText
 
 
 def from_bytes(ids: list[int]) -> str:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from compress import timing
 from compress.records import Timing
-from compress.stats import MIN_ROUNDS
-from compress.timing import PairedSamples, Warmup, pair
-from compress.timing_record import timing_record
+from compress.speed import timing
+from compress.speed.paired_samples import PairedSamples, Warmup
+from compress.speed.timing import pair
+from compress.speed.timing_record import timing_record
+from compress.stats.intervals import MIN_ROUNDS
 
 
 class World:
@@ -95,6 +96,21 @@ def test_the_same_seed_gives_the_same_order_and_another_seed_another() -> None:
         logs.append(world.log)
     assert logs[0] == logs[1]
     assert logs[0] != logs[2]
+
+
+def test_a_block_of_short_calls_begins_with_one_that_is_not_timed_since_another_arm_filled_the_caches() -> None:
+    now, last, warm = [0.0], [""], [0.001]
+
+    def arm(name: str) -> Callable[[], None]:
+        def call() -> None:
+            now[0] += warm[0] if last[0] == name else 2 * warm[0]
+            last[0] = name
+
+        return call
+
+    for warm[0], cold in ((0.001, False), (0.05, True)):
+        found = pair({name: arm(name) for name in ("float", "int8")}, baseline="float", seed=0, clock=lambda: now[0])
+        assert bool(max(found.seconds["int8"]) > 1.01 * warm[0]) is cold
 
 
 def test_inner_repeats_fill_a_block_and_are_divided_out() -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from scipy import stats as distributions
 
-from compress.disturbance import Counters
 from compress.records import Interval, Timing
-from compress.stats import calls_needed, combine_processes, half_width, percentile, speedup
-from compress.timing import PairedSamples, Warmup, pair
-from compress.timing_record import best_against_best, over_processes, timing_record
+from compress.speed.disturbance import Counters
+from compress.speed.paired_samples import PairedSamples, Warmup
+from compress.speed.timing import pair
+from compress.speed.timing_record import best_against_best, over_processes, timing_record
+from compress.stats.intervals import calls_needed, combine_processes, half_width, percentile, speedup
 
 ROUNDS = 60
 

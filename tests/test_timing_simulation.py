@@ -33,6 +33,29 @@ def test_the_interval_covers_the_truth_and_the_verdict_claims_no_difference(
     assert found["false_differences"] <= 0.06
 
 
+@pytest.mark.parametrize("per_load", [4, 15])
+@pytest.mark.parametrize("phi", [0.0, 0.6])
+def test_arms_that_differ_from_load_to_load_are_covered_where_loads_are_counted(
+    simulate: ModuleType, phi: float, per_load: int
+) -> None:
+    found = simulate.cell(0, 600, 60, phi, per_load)
+    assert (0.93 if phi < 0.6 else 0.90) <= found["coverage"] <= 0.985
+    assert found["false_differences"] <= 0.06
+
+
+def test_one_load_that_is_taken_for_all_covers_little(simulate: ModuleType) -> None:
+    found = simulate.cell(0, 300, 60, 0.0, 60, counted=False)
+    assert found["coverage"] < 0.5
+    assert found["false_differences"] > 0.2
+
+
+def test_whole_sessions_with_loads_cover_the_truth_though_they_stop_on_width(simulate: ModuleType) -> None:
+    found = simulate.sessions(60, 0.0, simulate.NOISE, 1.0, simulate.LOAD)
+    assert found["mean_loads"] >= 12
+    assert found["coverage"] >= 0.88
+    assert found["verdicts"]["faster"] + found["verdicts"]["slower"] <= 0.06
+
+
 def test_an_interval_of_independent_rounds_would_not(simulate: ModuleType) -> None:
     series, _ = simulate.log_ratios(0, 600, 60, 0.6)
     half = 2.0 * series.std(axis=1, ddof=1) / 60**0.5

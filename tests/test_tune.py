@@ -9,15 +9,15 @@ import transformers
 from torch import Tensor
 
 import compress
-from compress.data import Calibration, Windows, calibrate
 from compress.errors import UsageError
-from compress.evaluate import stream_logits
 from compress.formats.base import QuantTensor
+from compress.inputs.data import Calibration, Windows, calibrate
 from compress.layer import ActSpec
-from compress.model import Model
+from compress.models.model import Model
 from compress.passes.act_quant import ActQuant
 from compress.pipeline import Pipeline, Result
-from compress.soft import SoftInput
+from compress.quality.evaluate import stream_logits
+from compress.training.soft import SoftInput
 
 START = "rtn(format=int3(group=32))"
 

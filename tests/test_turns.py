@@ -12,15 +12,15 @@ import torch
 import transformers
 
 import compress
-from compress.collect import Stat
-from compress.data import Calibration, Windows
+from compress.engine.collect import Stat
+from compress.engine.stream import BlockStream
+from compress.engine.turns import Turns
+from compress.inputs.data import Calibration, Windows
 from compress.layer import Layer, LayerKind
-from compress.model import Model
+from compress.models.model import Model
+from compress.models.skeleton import OUTER
 from compress.passes.gptq import Gptq
 from compress.pipeline import Pipeline
-from compress.skeleton import OUTER
-from compress.stream import BlockStream
-from compress.turns import Turns
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -225,7 +225,7 @@ def test_gptq_makes_up_for_the_errors_before_it(llama: Path) -> None:
 
 
 def outputs(model: Model, ids: torch.Tensor) -> torch.Tensor:
-    from compress.evaluate import stream_logits
+    from compress.quality.evaluate import stream_logits
 
     return torch.stack(list(stream_logits(model, ids)))
 

@@ -9,13 +9,13 @@ import torch
 import transformers
 
 import compress
-from compress import data
-from compress.data import Windows
 from compress.errors import UsageError
-from compress.evaluate import stream_logits
-from compress.model import Model
+from compress.inputs import data
+from compress.inputs.data import Windows
+from compress.inputs.windows import check_disjoint, choose, cut_windows
+from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.windows import check_disjoint, choose, cut_windows
+from compress.quality.evaluate import stream_logits
 
 SHORT = [[1, 2, 3], [4, 5], [6, 7, 8], [4, 5], [9] * 12, []]
 

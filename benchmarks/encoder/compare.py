@@ -27,12 +27,15 @@ import torch
 from numpy.typing import NDArray
 
 import compress
-from compress import data, hwprofiles, quality, stats
+from compress import hwprofiles
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
+from compress.inputs import data
 from compress.pipeline import Pipeline
+from compress.quality import embedding_scores
 from compress.recipe import load as load_recipe
-from compress.timing import pair
+from compress.speed.timing import pair
+from compress.stats import intervals as stats
 
 Vectors = NDArray[np.float64]
 
@@ -112,11 +115,11 @@ def latencies(
 
 def judged(reference: Vectors, vectors: dict[str, Vectors]) -> dict[str, Any]:
     """Cosine and nearest neighbours of each arm, and ours against each other arm, paired by sentence."""
-    scores = {name: quality.score_embeddings(reference, each) for name, each in vectors.items()}
+    scores = {name: embedding_scores.score_embeddings(reference, each) for name, each in vectors.items()}
     ones = np.ones(len(reference))
     found: dict[str, Any] = {}
     for name, score in scores.items():
-        summary = quality.summarize_embeddings(score, "compressed", name, "cosine/mean-pool/sentences", "")
+        summary = embedding_scores.summarize_embeddings(score, "compressed", name, "cosine/mean-pool/sentences", "")
         found[name] = {key: metric.model_dump() for key, metric in summary.metrics.items()}
     for name in scores.keys() - {"ours"}:
         for key in ("cosines", "agreed"):

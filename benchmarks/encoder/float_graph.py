@@ -28,15 +28,16 @@ import torch
 import transformers
 
 import compress
-from compress import hwprofiles, stats
-from compress.data import Calibration, Windows
+from compress import hwprofiles
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
 from compress.export.openvino import target as openvino_target
 from compress.hwprofiles import Profile
-from compress.model import Model
+from compress.inputs.data import Calibration, Windows
+from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.timing import pair
+from compress.speed.timing import pair
+from compress.stats import intervals as stats
 
 LENGTH = 128
 SHAPES = {  # layers, features, heads, inner features

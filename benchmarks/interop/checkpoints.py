@@ -21,12 +21,12 @@ import transformers
 from safetensors.torch import save_file
 
 import compress
-from compress.evaluate import stream_logits
 from compress.export import find
 from compress.export.checkpoint.names import FileNames
-from compress.model import Model
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
+from compress.quality.evaluate import stream_logits
 
 CASES = (
     ("llama", "checkpoint-gptq", "rtn(format=int4(group=32))"),

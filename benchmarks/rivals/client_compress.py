@@ -9,7 +9,7 @@ import torch
 from client import Meter, finish, read_job
 
 import compress
-from compress.data import Calibration, Windows
+from compress.inputs.data import Calibration, Windows
 from compress.pipeline import Pipeline
 
 

@@ -4,8 +4,8 @@
     python benchmarks/rivals/quality.py ASSETS/pycoder --envs ENVS --work FOLDER [--only GLOB]
 
 Each rival runs once in its own environment, on the calibration windows that our passes get, and leaves a checkpoint of
-decoded weights in FOLDER (kept: a second run reads it). All are scored by compress.evaluate. A rival whose environment
-is missing, or that stopped, is named in the result with the reason.
+decoded weights in FOLDER (kept: a second run reads it). All are scored by compress.quality.evaluate. A rival whose
+environment is missing, or that stopped, is named in the result with the reason.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from client import ids_digest
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import data
-from compress.evaluate import stream_logits
+from compress.inputs import data
 from compress.pipeline import Pipeline
-from compress.quality import WindowScore, score_window
-from compress.stats import cluster_interval, paired_difference
+from compress.quality.evaluate import stream_logits
+from compress.quality.token_scores import WindowScore, score_window
+from compress.stats.intervals import cluster_interval, paired_difference
 
 RESULT = HERE.parent / "results" / "rivals_quality.json"
 TIMEOUT_S = 3600

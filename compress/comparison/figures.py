@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from compress.base_record import Interval, Record
+from compress.records.base import Interval, Record
 
 
 class Figure(Record):

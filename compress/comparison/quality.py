@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from compress.base_record import Interval
 from compress.comparison.changes import Named, changed, uncompared
 from compress.comparison.figures import Figure, difference, exp, mapped, ratio
 from compress.comparison.records import Change
-from compress.quality_records import Metric
 from compress.records import Report
+from compress.records.base import Interval
+from compress.records.quality import Metric
 
 _PAIRED = {"perplexity": "nll_change", "nll": "nll_change"}
 """Where the paired change of a metric has another name than `<metric>_change`."""

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from compress.base_record import Record
 from compress.comparison.figures import Figure
+from compress.records.base import Record
 
 Word = Literal["better", "worse", "lower", "higher", "same", "no clear change", "not compared"]
 """lower, higher: of figures without an interval, of which no more can be said."""

@@ -8,11 +8,11 @@ from typing import ClassVar, Self, cast, get_args
 import torch
 from torch import Tensor
 
-from compress import floats, grid
 from compress.errors import UsageError, nearest
-from compress.floats import ExMy
 from compress.formats.base import ActivationFormat, Format, Params, QuantTensor, Rounder, TensorSpec
 from compress.formats.float_text import NAMED, SCALE_DTYPES, Granularity, ScaleFormat, settings_of, usual_scale
+from compress.maths import floats, grid
+from compress.maths.floats import ExMy
 from compress.spec import Call
 
 
@@ -20,14 +20,14 @@ from compress.spec import Call
 class FloatGrid(Format, ActivationFormat):
     """value = element(code) · scale, or element(code) · scale / global_scale where the scale is `float8_e4m3`.
 
-    Settings: `exponent`, `mantissa` bits of an element (see compress.floats), 3 to 8 bits with the sign; `group` input
-    columns per scale, or `channel` (one scale per output row), `tensor`, `token` (activations: one per vector);
-    `scale` format: `float32`, `float16`, `e8m0` (powers of two) or `float8_e4m3` (two levels: global_scale, one
-    float32 for the tensor, is 448 · largest element / peak, a multiplier as in compressed-tensors).
-    Text: `fp8_e4m3(channel)`, `fp6_e3m2(group=32)`, `fp4_e2m1(group=64, scale=e8m0)`; `mxfp4`, `nvfp4` … name the
-    settings in `NAMED`. Where text names no scale, a group's is float16 and any other float32.
-    Stored: `codes` packed lowest bits first; `scale`, as uint8 bit patterns where it has 8 bits, since few operators
-    take 8-bit floats; `global_scale` (1,) float32. A short last group is allowed; see `fills_groups`.
+    Settings: `exponent`, `mantissa` bits of an element (see compress.maths.floats), 3 to 8 bits with the sign; `group`
+    input columns per scale, or `channel` (one scale per output row), `tensor`, `token` (activations: one per vector);
+    `scale` format: `float32`, `float16`, `e8m0` (powers of two) or `float8_e4m3` (two levels: global_scale, one float32
+    for the tensor, is 448 · largest element / peak, a multiplier as in compressed-tensors). Text: `fp8_e4m3(channel)`,
+    `fp6_e3m2(group=32)`, `fp4_e2m1(group=64, scale=e8m0)`; `mxfp4`, `nvfp4` … name the settings in `NAMED`. Where text
+    names no scale, a group's is float16 and any other float32. Stored: `codes` packed lowest bits first; `scale`, as
+    uint8 bit patterns where it has 8 bits, since few operators take 8-bit floats; `global_scale` (1,) float32. A short
+    last group is allowed; see `fills_groups`.
     """
 
     row_params: ClassVar[frozenset[str] | None] = frozenset({"scale"})
@@ -93,7 +93,7 @@ class FloatGrid(Format, ActivationFormat):
 
     @property
     def kind(self) -> ExMy:
-        """The elements, for compress.floats."""
+        """The elements, for compress.maths.floats."""
         return ExMy(self.exponent, self.mantissa)
 
     @property

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal, Self, cast, get_args
 import torch
 from torch import Tensor
 
-from compress import grid
 from compress.errors import UsageError, nearest
 from compress.formats.base import ActivationFormat, Format, Params, QuantTensor, Rounder, TensorSpec
+from compress.maths import grid
 from compress.spec import Call
 
 Scheme = Literal["symmetric", "asymmetric", "float_zero", "signed"]

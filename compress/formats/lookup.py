@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from compress import grid, tables
 from compress.errors import UsageError, nearest
 from compress.formats.base import Format, Params, QuantTensor, TensorSpec
+from compress.maths import grid, tables
 from compress.spec import Call
 
 FIXED = ("nf4", "fp4")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from compress.quality_records import Curve, CurvePoint
+from compress.records.quality import Curve, CurvePoint
 from compress.report import format as fmt
 from compress.report.axes import Scale, linear_scale, linear_ticks
 from compress.report.quality_rows import curve_key, point_text

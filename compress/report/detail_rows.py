@@ -111,8 +111,8 @@ def _layer_table(passes: Sequence[PassResult]) -> Table:
         (_layer_row(group) for group in groups.values()),
         (
             "Layers of one kind share a row (* stands for their numbers), with the smallest and the largest figure.",
-            "Errors are relative squared errors of the weight before and after the pass; the output error weights them "
-            "by the layer's inputs.",
+            "Errors are relative squared errors of the weight before and after the pass; the output error is that of "
+            f"what the layer puts out on the calibration data, {_against(passes)}.",
         ),
     )
     columns = (
@@ -122,6 +122,17 @@ def _layer_table(passes: Sequence[PassResult]) -> Table:
     if not rows:
         return Table("layers", "Layers", columns, "llrlrrrrll", (), empty="no layer was changed")
     return Table("layers", "Layers", columns, "llrlrrrrll", rows, keys=2, notes=notes)
+
+
+def _against(passes: Sequence[PassResult]) -> str:
+    """What output errors are taken against, in words; different passes may go by different references."""
+    words = {
+        "same inputs": "against the source weight on the same inputs",
+        "reference stream": "against what the uncompressed model puts out there, whose inputs have no errors in them",
+    }
+    used = {layer.output_reference for layer in _layers(passes, changed=True)}
+    found = [text for name, text in words.items() if name in used]
+    return ", or, where a pass carried that along, ".join(found) or words["same inputs"]
 
 
 def _layer_row(group: Sequence[LayerResult]) -> tuple[str, ...]:

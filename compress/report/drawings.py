@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.records import Report
-from compress.report import chart, curve_chart, front_chart, heat_map, size_chart, span_chart
+from compress.report import chart, curve_chart, front_chart, heat_map, operator_rows, size_chart, span_chart
 from compress.report.format import clean
 from compress.report.front_points import trade_of
 from compress.report.heat_rows import heat_of
@@ -19,6 +19,9 @@ def drawings_of(report: Report) -> dict[str, Drawing]:
     found = {
         "speed": Drawing(chart.speed_chart(speed.timings) if speed else "", chart.CAPTION),
         "spans": Drawing(span_chart.span_chart(spans(speed)) if speed else "", span_chart.CAPTION),
+        operator_rows.KEY: Drawing(
+            operator_rows.operator_chart(speed.operators) if speed else "", operator_rows.CAPTION
+        ),
         "parts": Drawing(size_chart.size_chart(parts_of(report)), size_chart.CAPTION),
         "heat": Drawing(heat_map.heat_map(heat_of(report.passes)), heat_map.CAPTION),
     }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from compress.records import Interval, Speed
+from compress.records.speed import EndToEnd
 from compress.report import format as fmt
 from compress.report.format import NOT_MEASURED, clean
 from compress.report.table import Row, Table
-from compress.speed_records import EndToEnd
 
 _NAME, _ENERGY = "end to end", "energy"
 _COLUMNS = ("part of a request", "baseline", "variant", "speed-up")

@@ -10,7 +10,8 @@ from compress.report.format import clean
 from compress.report.heat_rows import heat_of
 from compress.report.verdict import headline_timing, metric_name
 
-_VERBS = {"causal-lm": "compress generate OUT", "image-classifier": "compress predict OUT"}
+_PREDICTING = ("image-classifier", "image-outputs", "classifier", "array-outputs")
+_VERBS = {"causal-lm": "compress generate OUT", **dict.fromkeys(_PREDICTING, "compress predict OUT")}
 MAX_STEPS = 4
 
 

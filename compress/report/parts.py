@@ -6,14 +6,15 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from compress.records import Quality, Speed
+from compress.records.task import Tasks
 from compress.report.end_to_end_rows import end_to_end_table, energy_table
 from compress.report.format import clean
+from compress.report.operator_rows import operator_table
 from compress.report.quality_rows import quality_table
 from compress.report.rows import gate_table
 from compress.report.speed_rows import footprint_table, speed_table, speed_warnings
 from compress.report.task_rows import task_table
 from compress.report.terminal import print_line, print_table
-from compress.task_records import Tasks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,7 @@ def show_speed(speed: Speed, console: Console) -> None:
         print_line(console, f"warning: {clean(text, limit=600)}", "yellow")
     print_table(console, speed_table(speed))
     print_table(console, footprint_table(speed))
-    for table in (end_to_end_table(speed), energy_table(speed)):
+    for table in (end_to_end_table(speed), energy_table(speed), operator_table(speed)):
         if table.rows:
             print_table(console, table)
 

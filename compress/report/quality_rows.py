@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from compress.quality_records import Curve, CurvePoint, Flips, Generation, WorstSample
 from compress.records import Metric, Quality, Timing
+from compress.records.quality import Curve, CurvePoint, Flips, Generation, WorstSample
 from compress.report import format as fmt
 from compress.report.format import NOT_MEASURED, clean
 from compress.report.metric_names import is_relative, metric_name
@@ -158,7 +158,7 @@ def _worst_table(found: Sequence[WorstSample]) -> Table:
     told = ("Where the compressed model is furthest from the original. p: probability of what is true.",)
     has_text = any(sample.context_text or sample.target_text for sample in found)
     is_token = any(sample.position is not None for sample in found)
-    what = ("window, token", "text before", "true next") if is_token else ("image", "true class")
+    what = ("window, token", "text before", "true next") if is_token else ("sample", "true class")
     columns = (*what, "original says", "p, original", "compressed says", "p, compressed", "KL")
     rows = [_worst_row(sample, is_token, has_text) for sample in found]
     kept, notes = capped(rows, told, limit=MAX_WORST)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from compress.records import REPORT_SCHEMA, Report
+from compress.records import REPORT_SCHEMA, Record, Report
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
@@ -22,14 +22,24 @@ class _Schema(GenerateJsonSchema):
         return {"anyOf": [super().float_schema(schema), {"enum": list(NO_NUMBERS)}]}
 
 
-def report_schema() -> dict[str, Any]:
-    """What a report of this version holds; parts that older reports of the same version lack are optional."""
-    found = Report.model_json_schema(schema_generator=_Schema, mode="validation")
-    found["properties"]["schema_version"] = {"const": REPORT_SCHEMA, "title": "Schema Version"}
+def schema_of(record: type[Record], version: int, title: str) -> dict[str, Any]:
+    """What a file of this record and version holds; parts that older files of the same version lack are optional."""
+    found = record.model_json_schema(schema_generator=_Schema, mode="validation")
+    found["properties"]["schema_version"] = {"const": version, "title": "Schema Version"}
     found["required"] = ["schema_version", *found["required"]]
-    return {"$schema": DIALECT, **found, "title": "report.json of compress"}
+    return {"$schema": DIALECT, **found, "title": title}
+
+
+def report_schema() -> dict[str, Any]:
+    """Of one run."""
+    return schema_of(Report, REPORT_SCHEMA, "report.json of compress")
+
+
+def as_text(schema: dict[str, Any]) -> str:
+    """The file, whole."""
+    return json.dumps(schema, indent=1) + "\n"
 
 
 def schema_text() -> str:
-    """The file, whole."""
-    return json.dumps(report_schema(), indent=1) + "\n"
+    """`docs/report.schema.json`."""
+    return as_text(report_schema())

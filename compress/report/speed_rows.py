@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from compress.disturbance import WORDS
 from compress.records import Footprint, Speed, SpeedVerdict, Timing
+from compress.records.speed import ArmTiming, BestAgainstBest
 from compress.report import format as fmt
 from compress.report.end_to_end_rows import end_to_end_table, energy_table
 from compress.report.format import NOT_MEASURED, clean
+from compress.report.operator_rows import operator_table
 from compress.report.table import Row, Table, capped
-from compress.speed_records import ArmTiming, BestAgainstBest
+from compress.speed.disturbance import WORDS
 
 GROUP = "Speed in detail"
 _NONE = "-"  # a cell that does not apply, as against one that was not measured
@@ -28,7 +29,7 @@ _LEGEND: dict[SpeedVerdict, str] = {
 def speed_table(speed: Speed | None) -> Table:
     """One row per setting, both arms in it, with the noise floor beside the speed-up."""
     timings = speed.timings if speed else ()
-    unit = "images" if any(timing.phase == "infer" for timing in timings) else "tokens"
+    unit = "samples" if any(timing.phase == "infer" for timing in timings) else "tokens"
     columns = (
         "phase", "batch", "prompt", "baseline ms", "variant ms", f"baseline {unit}/s", f"variant {unit}/s", "speed-up",
         "noise floor", "verdict",
@@ -55,6 +56,7 @@ def speed_details(speed: Speed | None) -> tuple[Table, ...]:
     grids = (_grid_table(phase, speed.timings) for phase in dict.fromkeys(timing.phase for timing in speed.timings))
     made = (
         _span_table(speed),
+        operator_table(speed),
         end_to_end_table(speed),
         energy_table(speed),
         *grids,
@@ -134,13 +136,27 @@ def _speed_notes(speed: Speed | None) -> tuple[str, ...]:
     span = f", {' to '.join(str(count) for count in dict.fromkeys((rounds[0], rounds[-1])))} rounds" if rounds else ""
     threads = fmt.count(speed.threads, "thread")
     processes = f" in {speed.processes} fresh processes" if speed.processes > 1 else ""
+    loads = _loads_note(speed.timings)
     words = dict.fromkeys(timing.verdict for timing in speed.timings)
     return (
         f"Both arms in {clean(speed.runtime)} with {threads}{span}{processes}; times are medians per call.",
         "Speed-up with its interval, 95% unless another level is named; above 1 the variant is faster. "
         "The noise floor is the interval of the baseline timed against itself: no smaller difference counts.",
+        *((loads,) if loads else ()),
         *(_LEGEND[word] for word in _LEGEND if word in words),
     )
+
+
+def _loads_note(timings: Sequence[Timing]) -> str:
+    """Empty where everything was loaded once."""
+    several = [timing for timing in timings if timing.loads > 1]
+    if not several:
+        return ""
+    counts = sorted({timing.loads for timing in several})
+    loads = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    spreads = [timing.load_spread for timing in several if timing.load_spread is not None]
+    apart = f", which alone moved it by {fmt.percent(max(spreads))} (one standard deviation)" if spreads else ""
+    return f"Speed-up over {loads} loads of both arms per setting{apart}; the interval takes loads for clusters."
 
 
 def _footprint_row(name: str, arm: Footprint) -> Row:
@@ -194,7 +210,7 @@ def _best_table(best: Sequence[BestAgainstBest]) -> Table:
 
 
 def _best_row(one: BestAgainstBest) -> Row:
-    unit = "images" if one.phase == "infer" else "tokens"
+    unit = "samples" if one.phase == "infer" else "tokens"
     before = f"{fmt.significant(one.baseline_tokens_per_s)} {unit}/s, batch {one.baseline_batch}"
     after = f"{fmt.significant(one.variant_tokens_per_s)} {unit}/s, batch {one.variant_batch}"
     same = ", ".join(f"batch {batch}: {fmt.significant(ratio)}x" for batch, ratio in sorted(one.same_setting.items()))

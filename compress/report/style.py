@@ -157,6 +157,7 @@ figcaption { margin-top: .5rem; color: var(--soft); font-size: .82rem; }
 .curve .band { fill: var(--band); }
 .spans .before { fill: var(--page); stroke: currentColor; stroke-width: 2; }
 .spans .after { fill: currentColor; stroke: currentColor; stroke-width: 2; }
+.operators .before { fill: var(--even); fill-opacity: .45; } .operators .after { fill: var(--accent); }
 .heat rect.worst { stroke: var(--bad); stroke-width: 2; }
 .heat .unknown { fill: none; stroke: var(--line); }
 rect.h0 { fill: var(--h0); } rect.h1 { fill: var(--h1); } rect.h2 { fill: var(--h2); } rect.h3 { fill: var(--h3); }

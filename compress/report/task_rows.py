@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from compress.records.task import Tasks, TaskScore
 from compress.report import format as fmt
 from compress.report.format import clean
 from compress.report.table import Row, Table, capped
-from compress.task_records import Tasks, TaskScore
 
 _COLUMNS = ("task", "metric", "samples", "original", "compressed", "change", "recovery", "p (Holm)", "detectable")
 _NONE = "-"

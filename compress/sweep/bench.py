@@ -12,24 +12,26 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from compress.continuations import Amount
+from compress.engine.workspace import Journal, require_space
 from compress.errors import CompressError, Interrupted, UsageError
-from compress.evaluate import Evaluation
-from compress.executor import Answer, Executor, Processes, workers_that_fit
 from compress.export import find as find_target
-from compress.image_source import fitting
-from compress.measure import deployable_bytes, footprint, thread_count
 from compress.memory import allowed_memory
+from compress.models.image_source import fitting, timed_shape
 from compress.pipeline import Result
 from compress.progress import Progress
-from compress.records import Footprint, Quality, Record, Timing
+from compress.quality.continuations import Amount
+from compress.quality.evaluate import Evaluation
+from compress.records import Footprint, Quality, Record, Speed
+from compress.speed.end_to_end import material_of
+from compress.speed.measure import deployable_bytes, footprint, thread_count
+from compress.sweep.executor import Answer, Executor, Processes, workers_that_fit
 from compress.sweep.graphs import shared_graph
 from compress.sweep.judge import MEMORY_FACTOR, Artifact, Stand, judge, time_together, together
 from compress.sweep.records import Difference
 from compress.sweep.setup import VARIANTS, Setup, SweepRequest
+from compress.sweep.speeds import Alone, speeds_of
 from compress.sweep.variant import Prepared, VariantTask, read_prepared, settle
 from compress.target import Target, timed_here, write_baseline
-from compress.workspace import Journal, require_space
 
 STAGES = "stages"
 """Where variants share stages and graphs."""
@@ -42,7 +44,7 @@ class Outcome:
     prepared: dict[str, Prepared] = field(default_factory=dict)
     results: dict[str, Result] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    timings: dict[str, tuple[Timing, ...]] = field(default_factory=dict)
+    speeds: dict[str, Speed] = field(default_factory=dict)
     footprints: dict[str, Footprint] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     failures: dict[str, CompressError] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class _Kept(Record):
 
     evaluations: dict[str, tuple[Quality, Quality, Quality]] = Field(default_factory=dict)
     failures: dict[str, tuple[str, int]] = Field(default_factory=dict)
-    timings: dict[str, tuple[Timing, ...]] = Field(default_factory=dict)
+    speeds: dict[str, Speed] = Field(default_factory=dict)
     footprints: dict[str, Footprint] = Field(default_factory=dict)
     differences: tuple[Difference, ...] = ()
     runtime: str = ""
@@ -226,18 +228,21 @@ class Bench:
         def compute() -> _Kept:
             stand = replace(self.stand, profile=fitting(profile, model.image))
             folders = {name: self.deployed(name) for name in group}
-            shape = model.image.shape if model.image else None
+            shape = timed_shape(model.image)
             found = time_together(stand, folders, self.request.budget_s, self.progress, shape)
             arms, threads = {"": self.baseline, **folders}, thread_count(profile)
+            footprints = {name: footprint(self.target, arm, threads, model.longest) for name, arm in arms.items()}
+            material = material_of(self.setup.windows, self.request.recipes[0].quality.data or self.request.data)
+            alone = Alone(stand, model, shape, material, self.request.budget_s)
             return _Kept(
-                timings=found.timings,
+                speeds=speeds_of(found, footprints, folders, alone, self.progress),
                 differences=tuple(found.differences),
                 runtime=found.runtime,
-                footprints={name: footprint(self.target, arm, threads, model.longest) for name, arm in arms.items()},
+                footprints=footprints,
             )
 
         kept = self._step(f"timed {self.request.budget_s:g}", group, compute)
-        outcome.timings |= kept.timings
+        outcome.speeds |= kept.speeds
         outcome.differences += kept.differences
         outcome.footprints |= kept.footprints
         outcome.runtime = kept.runtime

@@ -9,23 +9,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from compress import hwprofiles, manifest
-from compress.base_record import Interval
 from compress.errors import CompressError, InputError
 from compress.export import find as find_target
-from compress.front import Axis, Candidate, Choice, Differences, Estimate, choose
-from compress.measure import thread_count
-from compress.metrics import headline
-from compress.records import Report, Speed, Timing
+from compress.files import write_text
+from compress.quality.metrics import headline
+from compress.records import Report, Timing
+from compress.records.base import Interval
 from compress.report.verdict import headline_timing
 from compress.run_report import Found, write_report
-from compress.store import write_text
+from compress.speed.measure import thread_count
 from compress.sweep.bench import Outcome
+from compress.sweep.front import Axis, Candidate, Choice, Differences, Estimate, choose
 from compress.sweep.judge import loss_of
 from compress.sweep.limits import resolve
 from compress.sweep.page import to_html, to_markdown
 from compress.sweep.records import Figure, Picked, Sweep, Variant
 from compress.sweep.setup import VARIANTS, Setup, SweepRequest
-from compress.timing_record import best_against_best
 
 KEPT = ("manifest.json", "report.html", "report.json", "report.md", VARIANTS)
 """What a sweep's folder holds."""
@@ -47,7 +46,7 @@ def write_variants(folder: Path, setup: Setup, outcome: Outcome) -> dict[str, Re
             lowered=prepared.lowered(deployed),
             verification=prepared.verification,
             evaluation=outcome.evaluations[name],
-            speed=_speed(name, setup, outcome),
+            speed=outcome.speeds.get(name),
             cost=prepared.cost,
         )
         reports[name] = write_report(own, request, setup.model, setup.windows, found)
@@ -74,21 +73,6 @@ def exit_code(found: Sweep) -> int:
         return 0
     agree = any(each.verification is not None and each.verification.agrees for each in found.done)
     return 3 if agree else InputError.exit_code
-
-
-def _speed(name: str, setup: Setup, outcome: Outcome) -> Speed | None:
-    timings = outcome.timings.get(name)
-    if timings is None:
-        return None
-    return Speed(
-        runtime=outcome.runtime,
-        threads=thread_count(setup.planned[name].request.profile),
-        machine=hwprofiles.machine_summary(),
-        timings=timings,
-        best=best_against_best(timings),
-        baseline=outcome.footprints[""],
-        variant=outcome.footprints[name],
-    )
 
 
 def _sweep(request: SweepRequest, setup: Setup, outcome: Outcome, reports: Mapping[str, Report]) -> Sweep:
@@ -215,6 +199,6 @@ def _notes(outcome: Outcome) -> tuple[str, ...]:
     found = []
     if outcome.groups > 1:
         found.append(f"Memory did not hold all variants at once: they were timed in {outcome.groups} groups.")
-    if not outcome.timings:
+    if not outcome.speeds:
         found.append("Nothing was timed: what is deployed does not run on this machine.")
     return tuple(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress import hwprofiles
 from compress.hwprofiles import Profile
-from compress.model import Model
+from compress.models.model import Model
 from compress.target import Target
 
 

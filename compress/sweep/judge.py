@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from compress import hwprofiles
-from compress.continuations import Amount, Known, plan_prompts
-from compress.data import Samples, Windows
 from compress.errors import CompressError, Interrupted
-from compress.evaluate import Evaluation, evaluate, runners_of, stream_logits
 from compress.export import find as find_target
-from compress.front import Axis
 from compress.hwprofiles import Profile
-from compress.measure import sample_setting, settings_of, thread_count, tokens_per_call
-from compress.model import Model, Task
+from compress.inputs.data import Samples, Windows
+from compress.models.model import Model, Task
 from compress.progress import Progress
+from compress.quality.continuations import Amount, Known, plan_prompts
+from compress.quality.evaluate import Evaluation, evaluate, runners_of, stream_logits
+from compress.quality.token_evaluate import TokenJudge, with_continuations
 from compress.records import Interval, Quality, Timing
-from compress.stats import noise_floor, paired_difference, speedup
+from compress.speed.measure import loads_of, sample_setting, settings_of, thread_count, tokens_per_call
+from compress.speed.paired_samples import PairedSamples
+from compress.speed.timing_record import timing_record
+from compress.stats.intervals import noise_floor, paired_difference, speedup
+from compress.sweep.front import Axis
 from compress.sweep.records import Difference
 from compress.target import Session
-from compress.timing import PairedSamples
-from compress.timing_record import timing_record
-from compress.token_evaluate import TokenJudge, with_continuations
 
 BASELINE = "baseline"
 MEMORY_FACTOR = 3
@@ -158,24 +158,23 @@ def _losses(judges: Mapping[str, TokenJudge]) -> list[Difference]:
 
 
 def time_together(
-    stand: Stand, folders: Mapping[str, Path], budget_s: float, progress: Progress, image: tuple[int, int, int] | None
+    stand: Stand, folders: Mapping[str, Path], budget_s: float, progress: Progress, image: tuple[int, ...] | None
 ) -> Timed:
     """Every setting of the profile's grid: the baseline and all variants in the same shuffled rounds.
 
     budget_s: seconds of a setting with one variant; with more it grows, so that each gets as much.
     """
-    sessions = {BASELINE: stand.session(stand.baseline)}
-    sessions |= {name: stand.session(folder) for name, folder in folders.items()}
-    source = stand.source
-    settings = settings_of(stand.profile, sessions[BASELINE].is_decoder, source.longest, image is not None)
+    loads = loads_of({BASELINE: stand.baseline, **folders}, stand.profile, stand.seed)
+    source, is_decoder = stand.source, loads.sessions[BASELINE].is_decoder
+    settings = settings_of(stand.profile, is_decoder, source.longest, image is not None)
     lead = min(range(len(settings)), key=lambda place: (settings[place][0] != "decode", settings[place][1], place))
     if all(phase != "decode" for phase, _, _ in settings):
         lead = 0
-    found, timings = Timed(next(reversed(sessions.values())).name), dict[str, list[Timing]]()
+    found, timings = Timed(next(reversed(loads.sessions.values())).name), dict[str, list[Timing]]()
     for place, setting in enumerate(settings):
         progress.tick("Timing settings", place, len(settings))
         budget = budget_s * (1 + len(folders)) / 2
-        samples = sample_setting(sessions, setting, image or source.vocabulary, seed=stand.seed, budget_s=budget)
+        samples = sample_setting(loads, setting, image or source.vocabulary, seed=stand.seed, budget_s=budget)
         phase, batch, prompt = setting
         for name in folders:
             timings.setdefault(name, []).append(
@@ -198,10 +197,11 @@ def time_together(
 
 def _latencies(samples: PairedSamples, names: Sequence[str]) -> list[Difference]:
     """ln(time of the first / time of the second), round by round, widened by what the baseline differs from itself."""
-    floor = math.log(noise_floor(speedup(samples.control_log_ratios())[1]))
+    floor = math.log(noise_floor(samples.control_interval()))
     found = []
     for first, second in combinations(names, 2):
-        ratio, interval = speedup(samples.log_ratios(second) - samples.log_ratios(first))
+        series = samples.log_ratios(second) - samples.log_ratios(first)
+        ratio, interval = speedup(series, loads=samples.loads_of())
         wide = Interval(low=math.log(interval.low) - floor, high=math.log(interval.high) + floor, level=interval.level)
         found += _both_ways("latency", first, second, math.log(ratio), wide)
     return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from compress.errors import UsageError, nearest
-from compress.front import Axis, Limit
+from compress.sweep.front import Axis, Limit
 from compress.sweep.records import Limits
 
 _AMOUNT = re.compile(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z%]*)\s*")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.base_record import Interval
 from compress.records import Timing
+from compress.records.base import Interval
 from compress.report import format as fmt
 from compress.report.format import NOT_MEASURED, clean
 from compress.report.front_chart import Point, State, Trade, front_caption, front_chart

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from compress.front import Axis
 from compress.records import Footprint, Gate, Interval, Quality, Record, Timing, Verification
+from compress.sweep.front import Axis
 
 SWEEP_SCHEMA = 1
 

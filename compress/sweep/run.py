@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 
-from compress.executor import Executor, Processes
+from compress.engine.workspace import Workspace, disk_errors
 from compress.export import find as find_target
 from compress.progress import Progress
 from compress.sweep.bench import Bench
+from compress.sweep.executor import Executor, Processes
 from compress.sweep.finish import KEPT, write_sweep, write_variants
 from compress.sweep.records import Sweep
 from compress.sweep.setup import Setup, SweepRequest, prepare
 from compress.target import require_tools
-from compress.workspace import Workspace, disk_errors
 
 WRITTEN = "written"
 

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compress.data import Calibration, Samples
 from compress.errors import CompressError, UsageError
 from compress.hwprofiles import Profile
-from compress.measure import BUDGET_S
-from compress.model import Model, load
+from compress.inputs.data import Calibration, Samples
+from compress.models.model import Model, load
 from compress.pipeline import Pipeline
 from compress.plan import make_plan
-from compress.quality import check_gates
+from compress.quality.metrics import check_gates
 from compress.recipe import Recipe
 from compress.records import Plan
 from compress.run import fingerprint, load_data, refuse
 from compress.run_report import Request
+from compress.speed.measure import BUDGET_S
 from compress.sweep.names import named
 from compress.sweep.records import Limits
 

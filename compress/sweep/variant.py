@@ -14,25 +14,26 @@ from typing import Any
 import torch
 from pydantic import JsonValue
 
-from compress import store
-from compress.data import Calibration, Samples
+from compress import files
+from compress.engine import store
+from compress.engine.shared_stages import SharedStages
+from compress.engine.stages import SHARED
+from compress.engine.workspace import FINGERPRINT, JOURNAL, Journal, disk_errors
 from compress.errors import UsageError
-from compress.evaluate import verification_inputs, verify_export
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
+from compress.inputs.data import Calibration, Samples
 from compress.memory import peak_memory
-from compress.model import Model, load
+from compress.models.model import Model, load
 from compress.pipeline import Pipeline, Result
 from compress.progress import Progress
+from compress.quality.evaluate import verification_inputs, verify_export
 from compress.recipe import Recipe
 from compress.records import Bounds, PassResult, Record, RunCost, Verification
 from compress.run import fingerprint, load_data
 from compress.run_report import Request
-from compress.shared_stages import SharedStages
-from compress.stages import SHARED
 from compress.sweep.graphs import shared_graph
 from compress.target import Lowered
-from compress.workspace import FINGERPRINT, JOURNAL, Journal, disk_errors
 
 PREPARED = "prepared"
 
@@ -110,7 +111,7 @@ def settle(task: VariantTask) -> None:
     for folder in (task.work, task.folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    store.write_text(path, now)
+    files.write_text(path, now)
 
 
 def _prepare(task: VariantTask, journal: Journal, progress: Progress) -> Prepared:

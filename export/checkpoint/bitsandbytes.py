@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import tables
 from compress.export.checkpoint.gptq import weight_only
 from compress.export.checkpoint.layout import ROUNDED_INPUTS, Choice, Packed, refuse_common
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
 from compress.formats.lookup import FIXED, Lookup, nibbles
 from compress.layer import Layer, LayerKind, LayerSpec
+from compress.maths import tables
 from compress.records import Bounds
 from compress.target import Refusal
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
 from compress.layer import Layer, LayerKind, LayerSpec
+from compress.models.skeleton import OUTER
 from compress.records import Bounds, Kernel
-from compress.skeleton import OUTER
 from compress.target import Refusal
 
 # A reader fits the grid of activations by itself: codes move where summation order does, as in other runtimes.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.errors import UnsupportedError
 from compress.layer import LayerKind, LayerSpec
-from compress.model import Model
+from compress.models.model import Model
 
 SUFFIX = ".weight"
 

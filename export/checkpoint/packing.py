@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from compress import grid
+from compress.maths import grid
 
 # Which of eight neighbouring columns is in each nibble of an AWQ word, lowest first (AutoAWQ's GEMM kernel).
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

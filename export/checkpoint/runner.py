@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from compress.export.checkpoint.runtime import Session
-from compress.left_padded import Floats, Ids, LeftPadded
+from compress.runtime.left_padded import Floats, Ids, LeftPadded
 from compress.target import Placement
 
 

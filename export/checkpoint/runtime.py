@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress import probing
 from compress.errors import InputError
 from compress.export.checkpoint import readback, readers, transform_config
+from compress.runtime import probing
 
 Ids = NDArray[np.int64]
 Level = Literal["ran", "built", "checked"]

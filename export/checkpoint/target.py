@@ -28,7 +28,7 @@ from compress.export.checkpoint.runtime import Session
 from compress.export.checkpoint.writer import SHARD_BYTES, ShardWriter, header_bytes
 from compress.hwprofiles import Profile
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.model import Model, Task
+from compress.models.model import Model, Task
 from compress.records import Bounds
 from compress.target import Lowered, Refusal, plan_layers
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.store import umask
+from compress.files import umask
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -79,10 +79,10 @@ class Shared:
         from onnxruntime import OrtValue
 
         for name, (heads, size) in self._session.cache_shapes.items():
-            array = np.zeros((self._batch, heads, room, size), np.float32)
+            array = np.zeros((self._batch, heads, room, size), self._session.cache_type)
             if name in self._buffers:
                 array[:, :, : self._room] = self._buffers[name].numpy()
-            buffer = self._buffers[name] = OrtValue.ortvalue_from_numpy(array)
+            buffer = self._buffers[name] = OrtValue.ortvalue_from_numpy(array, self._session.device)
             self.binding.bind_ortvalue_input(name, buffer)
             self.binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffer)
         self._room = room

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from compress import experts
 from compress.errors import UnsupportedError
 from compress.export.onnx import conv, interfaces
 from compress.export.onnx.interfaces import DOMAIN, PLACEHOLDER, PastSlots
 from compress.layer import LayerSpec
-from compress.model import Model, Task
+from compress.models import experts
+from compress.models.model import Model, Task
 
 PARAMETER = "parameter::"
 
@@ -233,7 +233,7 @@ def _encoder_inputs(parameters: dict[str, Tensor]) -> Inputs:
     return (ids, mask, parameters), dynamic, names, ["last_hidden_state"]
 
 
-def _image_inputs(shape: tuple[int, int, int], parameters: dict[str, Tensor]) -> Inputs:
+def _image_inputs(shape: tuple[int, ...], parameters: dict[str, Tensor]) -> Inputs:
     dynamic = ({0: torch.export.Dim.DYNAMIC}, _fixed(parameters))
     names = ["images", *(PARAMETER + name for name in parameters)]
     return (torch.zeros(2, *shape), parameters), dynamic, names, ["logits"]

@@ -10,7 +10,7 @@ from typing import Any
 from compress.errors import InputError
 from compress.export.onnx.capture import cache_shapes
 from compress.export.onnx.runtime import PORTABLE, SHARED
-from compress.model import Model, Task
+from compress.models.model import Model, Task
 
 GRAPH = PORTABLE
 DATA = "model.onnx_data"
@@ -43,6 +43,8 @@ def write(model: Model, folder: Path, shared: bool) -> None:
     if model.image is not None:
         text = json.dumps(model.image.described(), indent=2, sort_keys=True) + "\n"
         (folder / PREPROCESSING).write_text(text, encoding="utf8")
+        for path in model.side_files():
+            shutil.copyfile(path, folder / path.name)
         return
     config = {key: value for key, value in model.raw_config.items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf8")

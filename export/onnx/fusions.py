@@ -19,6 +19,7 @@ from compress.export.onnx.graph import GraphBuilder
 from compress.hwprofiles import Runtime
 
 REWRITES = (angles.as_operators, norms.as_quotients, norms.keep_apart, gelu.as_operators, gelu.keep_apart, joined.join)
+ELSEWHERE = (norms.as_quotients, gelu.as_operators, joined.join)
 CPU = "CPUExecutionProvider"
 
 
@@ -28,10 +29,10 @@ def attend(runtime: Runtime) -> Callable[[GraphBuilder, ir.Node, ir.Value, ir.Va
 
 
 def fuse(document: ir.Model, runtime: Runtime) -> None:
-    """Rewrite a lowered graph in place, for the CPU only: the kernels were timed there."""
-    if runtime.provider != CPU:
-        return
+    """Rewrite a lowered graph in place: all for the CPU, where the kernels were timed; for GPUs what brings norms and
+    GELU to the form that ONNX Runtime has one operator for, in standard operators, so that its TensorRT provider takes
+    them too."""
     builder = GraphBuilder(document.graph)
-    for rewrite in REWRITES:
+    for rewrite in REWRITES if runtime.provider == CPU else ELSEWHERE:
         rewrite(builder)
     RemoveUnusedNodesPass()(document)

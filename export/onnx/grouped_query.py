@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from compress.export.onnx import angles, multi_head
+from compress.export.onnx import angles, half, multi_head
 from compress.export.onnx.attention import dim, float_of, int_of
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.interfaces import DOMAIN
@@ -22,18 +22,20 @@ from compress.hwprofiles import Runtime
 
 STEP = 8
 """What head sizes must be a multiple of."""
+WIDEST = 256
+"""The largest head of the CUDA provider's kernels, by onnxruntime's sources; not tried."""
 
 
 def refusal(graph: ir.Graph, runtime: Runtime) -> str:
     """Why the attentions of a captured decoder cannot be lowered so; empty where they can."""
-    if runtime.provider != "CPUExecutionProvider":
-        return f"GroupQueryAttention of {runtime.provider} does not compute in float32"
+    if runtime.provider != "CPUExecutionProvider" and not half.wanted(runtime):
+        return f"GroupQueryAttention of {runtime.provider} does not compute in {runtime.float_dtype}"
     nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == "Attention"]
-    found = dict.fromkeys(reason for node in nodes if (reason := _reason(node)))
+    found = dict.fromkeys(reason for node in nodes if (reason := _reason(node, half.wanted(runtime))))
     return "; ".join(found)
 
 
-def _reason(node: ir.Node) -> str:
+def _reason(node: ir.Node, narrow: bool) -> str:
     heads, size = dim(node.inputs[0], 1), dim(node.inputs[0], 3)
     kv_heads, value_size = dim(node.inputs[1], 1), dim(node.inputs[2], 3)
     if len(node.inputs) != 5:
@@ -44,6 +46,8 @@ def _reason(node: ir.Node) -> str:
         return f"keys of {size} and values of {value_size}; GroupQueryAttention takes one size"
     if size % STEP:
         return f"heads of {size}; GroupQueryAttention takes multiples of {STEP}"
+    if narrow and size > WIDEST:
+        return f"heads of {size}; GroupQueryAttention in float16 takes up to {WIDEST}"
     if heads % kv_heads:
         return f"{heads} heads on {kv_heads} key-value heads, which do not divide them"
     return ""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from compress import experts
 from compress.errors import UnsupportedError
+from compress.models import experts
 
 DOMAIN = "compress"
 PLACEHOLDER = "compress_placeholder"

@@ -13,7 +13,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compress import grid
 from compress.export.onnx.float_matmul import add_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.lowering import Choice, Source
@@ -21,6 +20,7 @@ from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Runtime, Support
 from compress.layer import LayerKind, LayerSpec
+from compress.maths import grid
 from compress.records import Bounds
 from compress.target import Refusal
 

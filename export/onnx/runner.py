@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compress.export.onnx.runtime import Session
-from compress.left_padded import Floats, Ids, LeftPadded
+from compress.runtime.left_padded import Floats, Ids, LeftPadded
 from compress.target import Placement
 
 

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress import probing
 from compress.errors import InputError, UnsupportedError
 from compress.export.onnx import providers
 from compress.export.onnx.cache import Cache, Concatenated, Shared
-from compress.onnx_interface import GIVEN, Interface
+from compress.models.onnx_interface import GIVEN, Interface
+from compress.runtime import probing
 
 Ids = NDArray[np.int64]
 PORTABLE, SHARED = "model.onnx", "model_gqa.onnx"
 """The two graphs of a folder. The second has GroupQueryAttention, whose cache may be one buffer; not all models can."""
 REASON = "compress.no_shared_cache"
 """Metadata of the portable graph: why there is no other."""
+WIDE = "compress.float32"
+"""Metadata of a graph: why it computes in float32 although its profile says float16."""
 
 
 def preferred(folder: Path) -> str:
@@ -42,7 +44,8 @@ class Session:
 
     Args: threads for one operator; exact: switch the kernels' own rounding of activations off (MatMulNBits at accuracy
     level 0), slow but the graph's exact arithmetic; provider: by default the one that the folder names (providers.py);
-    a machine without it checks the graph on the CPU, which `level` and `notes` say; graph: PORTABLE or SHARED.
+    a machine without it checks the graph on the CPU, which `level` and `notes` say; graph: PORTABLE or SHARED;
+    profile_to: how the file begins that the runtime's profiler writes, which slows every call.
     Raises: UnsupportedError when onnxruntime is missing or places the graph elsewhere, InputError when the file does
     not load.
     """
@@ -55,13 +58,10 @@ class Session:
         exact: bool = False,
         provider: str | None = None,
         graph: str = PORTABLE,
+        profile_to: Path | None = None,
     ) -> None:
         ort = load_onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = _options(ort, threads, profile_to)
         self.folder, self.graph, self.shares_cache = folder, graph, graph == SHARED
         content: str | bytes = str(folder / graph)
         if exact:
@@ -81,10 +81,14 @@ class Session:
         self.level = "checked" if missing else "ran"
         self.built_for = f"onnxruntime {missing.removesuffix('ExecutionProvider')}" if missing else self.name
         self.threads = threads
-        names = [item.name for item in self.session.get_inputs()]
+        types = {item.name: item.type for item in self.session.get_inputs()}
+        names = list(types)
         outputs = {item.name: item.shape for item in self.session.get_outputs()}
         self.outputs = list(outputs)
         self.cache_names = [name for name in names if name.startswith("past_key_values.")]
+        narrow = any(types[name] == "tensor(float16)" for name in self.cache_names)
+        self.cache_type: Any = np.float16 if narrow else np.float32
+        self.device = "cuda" if placed[0][0] == providers.CUDA else "cpu"  # where a shared cache lies
         # heads and head size stand at the outputs; the inputs leave them open (see target.py)
         present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self.cache_names}
         self.cache_shapes = {name: (int(shape[1]), int(shape[3])) for name, shape in present.items()}
@@ -93,28 +97,38 @@ class Session:
         self.takes_images = names[0] == "images" or self.interface is not None
         self.image_input = names[0]
         self.image_shape = tuple(self.session.get_inputs()[0].shape[1:]) if self.takes_images else ()
+        if self.interface is not None:  # of texts of any length none: they are tried with tokens
+            self.image_shape = () if self.interface.is_text and self.interface.length else self.interface.shape
         self.is_decoder = self.outputs[0] == "logits" and not self.takes_images
-        reason = facts.get(REASON)
+        reason, wide = facts.get(REASON), facts.get(WIDE)
         self.notes = (
             *((f"no {SHARED}: {reason}",) if reason else ()),
+            *((f"the graph computes in float32, not in float16: {wide}",) if wide else ()),
             *((providers.note(missing),) if missing else ()),
         )
 
     def feeds(self, ids: NDArray[Any], past: int = 0) -> dict[str, NDArray[Any]]:
         """Inputs for ids (batch, length) after `past` cached tokens, whose keys and values are zero; or for images."""
+        if self.interface is not None:
+            return self.interface.split(self._rows(ids))
         if self.takes_images:
             return {self.image_input: ids}
         batch, length = ids.shape
         feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, past + length), np.int64)}
         for name, (heads, size) in self.cache_shapes.items():
-            feeds[name] = np.zeros((batch, heads, past, size), np.float32)
+            feeds[name] = np.zeros((batch, heads, past, size), self.cache_type)
         return feeds
+
+    def _rows(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """Of tokens (batch, length), which a text's rows are made of; rows as they are."""
+        assert self.interface is not None
+        return self.interface.of_tokens(ids) if ids.dtype == np.int64 else ids
 
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
         """The first output for ids (batch, length): logits (batch, length, vocabulary), or hidden states; for images
         (batch, channels, h, w) logits (batch, classes), or all outputs of each in a row (`Interface.rows`)."""
         if self.interface is not None:
-            return self.interface.rows(lambda images: self.session.run(None, self.feeds(images)), ids)
+            return self.interface.rows(lambda inputs: self.session.run(None, inputs), self._rows(ids))
         result: NDArray[np.float32] = self.session.run([self.outputs[0]], self.feeds(ids))[0]
         return result
 
@@ -149,6 +163,18 @@ class Session:
         cache = Shared(self, len(ids), past + ids.shape[1])
         cache.bind(ids, feeds["attention_mask"])
         return cache.again
+
+
+def _options(ort: Any, threads: int, profile_to: Path | None) -> Any:
+    """See Session."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+    return options
 
 
 def _exact_graph(path: Path) -> bytes:

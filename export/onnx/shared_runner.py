@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from compress.export.onnx.cache import Cache
 from compress.export.onnx.runner import Runner
 from compress.export.onnx.runtime import Session
-from compress.left_padded import Floats, Ids
+from compress.runtime.left_padded import Floats, Ids
 
 ROOM = 256
 """Tokens beyond the prompt that the cache has room for at first; it doubles."""

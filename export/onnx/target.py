@@ -20,6 +20,7 @@ from compress.export.onnx import (
     files,
     fusions,
     grouped_query,
+    half,
     providers,
     qdq_edges,
     transforms,
@@ -29,13 +30,14 @@ from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.graphs import compare_graphs
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Choice, Source, choose, require
+from compress.export.onnx.profiler import profile_operators
 from compress.export.onnx.runner import Runner
 from compress.export.onnx.runtime import REASON, SHARED, Session, preferred
 from compress.export.onnx.shared_runner import SharedRunner
 from compress.export.tensorrt import shapes
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
-from compress.model import Model, Task
+from compress.models.model import Model, Task
 from compress.target import Lowered, Refusal
 
 RUNTIME = "onnxruntime"
@@ -47,7 +49,7 @@ Attend = Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]
 
 # the interface of compress.target
 __all__ = ["FOLDER", "RUNTIME", "TAKES_GRAPHS", "capture", "compare_graphs", "plan_layer", "predict_bytes"]
-__all__ += ["probe_command", "runner", "session", "timed_here", "write"]
+__all__ += ["probe_command", "profile_operators", "runner", "session", "timed_here", "write"]
 
 
 def session(folder: Path, threads: int, exact: bool = False) -> Session:
@@ -86,8 +88,8 @@ def capture(model: Model, profile: Profile) -> bytes:
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
     """Bytes of the folder that `write` would make, without the weights (graph estimated per node kind)."""
-    specs = list(specs)
-    choices = [choose(spec, profile.runtime(RUNTIME)) for spec in specs]
+    specs, runtime = list(specs), profile.runtime(RUNTIME)
+    choices = [choose(spec, runtime) for spec in specs]
     weights = sum(choice.stored_bytes for choice in choices if isinstance(choice, Choice))
     weights += transforms.stored_bytes(specs)
     if model.image is not None:
@@ -97,7 +99,8 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     layers = sum(isinstance(choice, Choice) for choice in choices)
     graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES
     if model.task is Task.CAUSAL_LM and cache_shapes(model.config)[0][1] % grouped_query.STEP == 0:
-        graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + angles.predict_bytes(model.config, model.longest)
+        rotary = angles.predict_bytes(model.config, model.longest) // (2 if half.wanted(runtime) else 1)
+        graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + rotary
     return weights + model.plain_bytes + side + graphs
 
 
@@ -158,6 +161,8 @@ def _document(
     lowered = ir.from_proto(document)
     lower(lowered, sources, model, attend)
     fusions.fuse(lowered, runtime)
+    if half.wanted(runtime):
+        half.halve(lowered, {f"{name}.weight" for name in model.structure.layers})
     _open_cache_inputs(lowered.graph)
     lowered.ir_version = runtime.ir_version
     lowered.producer_name = "compress"

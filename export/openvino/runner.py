@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from compress.export.openvino.runtime import GRAPH, Session
-from compress.left_padded import Floats, Ids, LeftPadded
+from compress.runtime.left_padded import Floats, Ids, LeftPadded
 from compress.target import Placement
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress import probing
+from compress import extras
 from compress.errors import InputError, UnsupportedError
+from compress.runtime import probing
 
 EXTRA = "openvino"
 GRAPH, DATA = "openvino_model.xml", "openvino_model.bin"
@@ -26,11 +27,12 @@ class Session:
     """A folder's model, compiled for the CPU in float32 where nothing is quantized: by itself OpenVINO would take
     bfloat16 on processors that have it, which is another model.
 
-    Args: threads of a call; exact: switch its own rounding of the inputs of 4-bit and 8-bit weights off.
+    Args: threads of a call; exact: switch its own rounding of the inputs of 4-bit and 8-bit weights off; counts: have
+    every call count what its operators take, which slows it.
     Raises: UnsupportedError when openvino is missing or runs elsewhere, InputError when the files do not load.
     """
 
-    def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
+    def __init__(self, folder: Path, threads: int, *, exact: bool = False, counts: bool = False) -> None:
         ov = load_openvino()
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -38,6 +40,8 @@ class Session:
             "INFERENCE_NUM_THREADS": threads,
             "ENABLE_CPU_PINNING": False,  # two sessions that are timed in turn would be pinned to the same cores
         }
+        if counts:
+            settings["PERF_COUNT"] = True
         if exact:
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         if not (folder / GRAPH).is_file():
@@ -94,6 +98,10 @@ class Session:
         self._request.infer(feeds, share_inputs=True)
         return {name: self._request.get_output_tensor(place).data for place, name in enumerate(self.outputs)}
 
+    def counters(self) -> list[Any]:
+        """What each node of the last call took, of a session that counts."""
+        return list(self._request.get_profiling_info())
+
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
         """See compress.target.Session."""
         return np.array(next(iter(self.run(self.feeds(ids)).values())))
@@ -136,13 +144,7 @@ def kernels(compiled: Any) -> Counter[str]:
 
 def load_openvino() -> Any:
     """The openvino module. Raises: UnsupportedError naming the extra to install."""
-    try:
-        import openvino
-    except (ImportError, OSError) as error:  # OSError: libraries of its own that are missing or not for this system
-        raise UnsupportedError(
-            f"OpenVINO is not installed ({error}). Install it with: pip install 'compress[{EXTRA}]'."
-        ) from error
-    return openvino
+    return extras.load("openvino", "OpenVINO", EXTRA)
 
 
 def version() -> str:

@@ -22,13 +22,14 @@ from compress.export.onnx.capture import capture_graph
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Choice, Source
 from compress.export.openvino import rules, runtime
+from compress.export.openvino.profiler import profile_operators
 from compress.export.openvino.runner import Runner
 from compress.export.openvino.runtime import GRAPH, Session
 from compress.export.openvino.weights import put_in
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
-from compress.model import Model
-from compress.target import Lowered, Refusal
+from compress.models.model import Model
+from compress.target import Lowered, Refusal, granted
 
 RUNTIME = rules.RUNTIME
 FOLDER = "openvino"
@@ -36,7 +37,7 @@ GENAI = "genai_config.json"  # of onnxruntime-genai, which does not read these f
 
 # the interface of compress.target
 __all__ = ["FOLDER", "RUNTIME", "capture", "plan_layer", "predict_bytes", "probe_command", "require_tools", "runner"]
-__all__ += ["session", "write"]
+__all__ += ["profile_operators", "session", "write"]
 
 # Fitted on models of 1 to 8 blocks: bytes of openvino_model.xml, of the whole and per layer.
 GRAPH_BYTES = 60_000
@@ -50,10 +51,7 @@ def require_tools(profile: Profile) -> None:
 
 
 def _runtime(profile: Profile) -> Runtime:
-    found = rules.runtime_of(profile)
-    if isinstance(found, Refusal):
-        raise UsageError(f"The openvino target cannot export for profile {profile.id}: {found.reason}.")
-    return found
+    return granted(rules.runtime_of(profile), "openvino", profile)
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:

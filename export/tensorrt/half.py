@@ -1,7 +1,7 @@
-"""Products in float16, everything else in float32: casts around the MatMul, Gemm and Conv of a float32 graph.
+"""Products in float16 or bfloat16, all else in float32: casts around the MatMul, Gemm and Conv of a float32 graph.
 
 TensorRT computes in the types that the graph says. Norms, softmax and rotary angles stay in float32, where float16
-would overflow or lose positions; the cache goes in and out in float16.
+would overflow or lose positions, and bfloat16 would lose more; the cache goes in and out in the type of products.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import onnx_ir as ir
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+FLOAT = ir.DataType.FLOAT
+KINDS = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+"""By the name that profiles have for them."""
 
 
-def halve(graph: ir.Graph) -> None:
-    """In place. A product of vectors (rotary's angles by positions) becomes a Mul, in float32: it needs no unit for
-    products, and chips of SM 75 have none for float32."""
+def halve(graph: ir.Graph, kind: ir.DataType) -> None:
+    """In place. kind: of products. A product of vectors (rotary's angles by positions) becomes a Mul, in float32: it
+    needs no unit for products, and chips of SM 75 have none for float32."""
     casts: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         if node.op_type not in PRODUCTS or node.domain or not _reads_floats(node):
@@ -25,18 +27,18 @@ def halve(graph: ir.Graph) -> None:
         for place, value in enumerate(node.inputs):
             if value is not None and value.dtype is FLOAT:
                 if value not in casts:
-                    casts[value] = _cast_before(graph, node, value, HALF)
+                    casts[value] = _cast_before(graph, node, value, kind)
                 node.replace_input_with(place, casts[value])
-        _cast_after(graph, node)
+        _cast_after(graph, node, kind)
 
 
-def halve_cache(graph: ir.Graph) -> None:
-    """The cache's inputs and outputs in float16."""
+def halve_cache(graph: ir.Graph, kind: ir.DataType) -> None:
+    """The cache's inputs and outputs in that type."""
     first = next(iter(graph))
     for value in graph.inputs:
         if value.name is not None and value.name.startswith("past_key_values."):
             uses = [(use.node, use.idx) for use in value.uses()]
-            value.type = ir.TensorType(HALF)
+            value.type = ir.TensorType(kind)
             wide = _cast_before(graph, first, value, FLOAT)
             for node, place in uses:
                 node.replace_input_with(place, wide)
@@ -45,7 +47,7 @@ def halve_cache(graph: ir.Graph) -> None:
             producer = value.producer()
             assert producer is not None
             name, value.name = value.name, f"{value.name}/float"
-            cast = _cast_node(value, HALF, name)
+            cast = _cast_node(value, kind, name)
             graph.insert_after(producer, cast)
             cast.outputs[0].shape = value.shape
             graph.outputs[place] = cast.outputs[0]
@@ -93,12 +95,12 @@ def _cast_before(graph: ir.Graph, place: ir.Node, value: ir.Value, kind: ir.Data
     return node.outputs[0]
 
 
-def _cast_after(graph: ir.Graph, node: ir.Node) -> None:
-    """The node's output becomes float16, and a cast behind it takes its place."""
+def _cast_after(graph: ir.Graph, node: ir.Node, kind: ir.DataType) -> None:
+    """The node's output takes that type, and a cast behind it takes its place."""
     value = node.outputs[0]
     uses = [(use.node, use.idx) for use in value.uses()]
     places = [place for place, output in enumerate(graph.outputs) if output is value]
-    name, value.name, value.type = value.name, f"{value.name}/half", ir.TensorType(HALF)
+    name, value.name, value.type = value.name, f"{value.name}/half", ir.TensorType(kind)
     cast = _cast_node(value, FLOAT, str(name))
     cast.outputs[0].shape = value.shape
     graph.insert_after(node, cast)

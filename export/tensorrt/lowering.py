@@ -1,20 +1,19 @@
-"""Quantized layers in the form that TensorRT knows: QuantizeLinear and DequantizeLinear in front of MatMul and Conv.
+"""Quantized layers in the form that TensorRT knows: QuantizeLinear and DequantizeLinear in front of MatMul and Conv,
+DequantizeLinear in front of an embedding's Gather: its builder takes codes nowhere else.
 
 Codes stand in the file as the type that they are (INT8, INT4, FLOAT8E4M3FN, FLOAT4E2M1), input columns first, so that
-DequantizeLinear feeds the product directly and blocks run along the first axis. TensorRT is strongly typed: the scales'
-type is that of the product, float16 unless a scale is too small for it.
+DequantizeLinear feeds the product directly and blocks run along the first axis; of an embedding rows first. TensorRT
+is strongly typed: the scales' type is that of the product: bfloat16, or float16 unless a scale is too small for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compress import floats
 from compress.export.onnx import conv as convolution
 from compress.export.onnx.float_matmul import add_bias, float_bias
 from compress.export.onnx.graph import GraphBuilder
@@ -23,21 +22,42 @@ from compress.export.tensorrt.rules import EngineChoice
 from compress.formats.base import QuantTensor
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
+from compress.layer import LayerKind
+from compress.maths import floats
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 SMALLEST = 2.0**-17
 """Scales from here on are within 0.4 % in float16, whose numbers thin out below 2^-14."""
 CODES = {"INT8": ir.DataType.INT8, "INT4": ir.DataType.INT4, "FP8": ir.DataType.FLOAT8E4M3FN}
 CODES["FP4"] = ir.DataType.FLOAT4E2M1
+PARSER, DYNAMIC_FP4, FP4_BLOCK = "trt", "TRT_FP4DynamicQuantize", 16
+"""Domain of what TensorRT's parser knows beyond ONNX, its operator that rounds to FP4 at run time, and its blocks."""
 
 
 def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     """values (…, in) → (…, out)."""
     rows, columns = source.spec.shape
     kind = _compute(source)
-    weight = _weight(graph, source, lambda codes: codes.T, (columns, rows), axis=1)
+    if source.spec.kind is LayerKind.EMBEDDING:
+        weight = graph.node("Transpose", [_table(graph, source)], {"perm": [1, 0]}, dtype=kind)
+    else:
+        weight = _weight(graph, source, lambda codes: codes.T, (columns, rows), axis=1)
     out = graph.node("MatMul", [_input(graph, source, values), weight], dtype=kind)
     return add_bias(graph, source, _cast(graph, out, kind, FLOAT))
+
+
+def gather(graph: GraphBuilder, source: Source, ids: ir.Value) -> ir.Value:
+    """ids (…) → (…, features), from the table that a tied head also reads."""
+    kind = _compute(source)
+    return _cast(graph, graph.node("Gather", [_table(graph, source), ids], {"axis": 0}, dtype=kind), kind, FLOAT)
+
+
+def _table(graph: GraphBuilder, source: Source) -> ir.Value:
+    """An embedding's weight (rows, features), decoded once for the look-up and a tied head."""
+    key = ("table", source.spec.name)
+    if key not in graph.shared:
+        graph.shared[key] = _weight(graph, source, lambda codes: codes, source.spec.shape, axis=0)
+    return graph.shared[key]
 
 
 def conv(graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node) -> ir.Value:
@@ -54,7 +74,7 @@ def _compute(source: Source) -> ir.DataType:
     """Type of a layer's scales and product."""
     assert isinstance(source.choice, EngineChoice)
     if source.choice.compute != "float16":
-        return FLOAT
+        return ir.DataType.BFLOAT16 if source.choice.compute == "bfloat16" else FLOAT
     smallest = min(float(scale.min()) for scale in _scales(source))
     return HALF if smallest >= SMALLEST else FLOAT
 
@@ -66,7 +86,8 @@ def _scales(source: Source) -> list[Tensor]:
     if "global_scale" in layer.weight.tensors:
         found.append(1.0 / layer.weight.tensors["global_scale"].float())
     if layer.act is not None and layer.act.params is not None:
-        found.append(layer.act.params["scale"].float())
+        params = layer.act.params
+        found.append(1.0 / params["global_scale"].float() if "global_scale" in params else params["scale"].float())
     return found
 
 
@@ -88,7 +109,8 @@ def decoded(weight: QuantTensor) -> tuple[Tensor, Tensor]:
 def _weight(
     graph: GraphBuilder, source: Source, turn: Callable[[Tensor], Tensor], shape: tuple[int, ...], axis: int
 ) -> ir.Value:
-    """The decoded weight in the product's type. turn: codes (out, in) → shape; axis: of the output channels."""
+    """The decoded weight in the product's type. turn: codes (out, in) → shape; axis: of the output channels. Blocks
+    run along the other one of two."""
     name, kind = f"{source.spec.name}.weight", _compute(source)
     (rows, columns), block = source.spec.shape, source.choice.block
 
@@ -101,23 +123,31 @@ def _weight(
     codes = graph.typed(f"{name}.codes", lambda: turn(decoded(read())[0]), stored, shape)
     form = source.spec.format
     if isinstance(form, FloatGrid) and form.shares_peak:
-        scale = _two_levels(graph, source, read, kind)
+        scale = _two_levels(graph, source, read, kind, axis)
     elif block:
-        scale = graph.typed(f"{name}.scale", lambda: decoded(read())[1].T, kind, (columns // block, rows))
+        sizes = (columns // block, rows)[:: 1 if axis else -1]
+        scale = graph.typed(f"{name}.scale", lambda: _along(decoded(read())[1], axis), kind, sizes)
     else:
         scale = graph.typed(f"{name}.scale", lambda: decoded(read())[1][:, 0], kind, (rows,))
-    attributes = {"axis": 0, "block_size": block} if block else {"axis": axis}
+    attributes = {"axis": 1 - axis, "block_size": block} if block else {"axis": axis}
     return graph.node("DequantizeLinear", [codes, scale], attributes, dtype=kind)
 
 
-def _two_levels(graph: GraphBuilder, source: Source, read: Callable[[], QuantTensor], kind: ir.DataType) -> ir.Value:
-    """NVFP4's scales (blocks, out): FP8 times one float for the tensor."""
+def _along(scales: Tensor, axis: int) -> Tensor:
+    """Scales (out, blocks), as they lie beside codes whose output channels are on `axis`."""
+    return scales.T if axis else scales
+
+
+def _two_levels(
+    graph: GraphBuilder, source: Source, read: Callable[[], QuantTensor], kind: ir.DataType, axis: int
+) -> ir.Value:
+    """NVFP4's scales, beside codes whose output channels are on `axis`: FP8 times one float for the tensor."""
     (rows, columns), name = source.spec.shape, f"{source.spec.name}.weight"
 
     def blocks() -> Tensor:
-        return read().tensors["scale"].view(torch.float8_e4m3fn).float().T
+        return _along(read().tensors["scale"].view(torch.float8_e4m3fn).float(), axis)
 
-    shape = (columns // source.choice.block, rows)
+    shape = (columns // source.choice.block, rows)[:: 1 if axis else -1]
     inner = graph.typed(f"{name}.scale", blocks, ir.DataType.FLOAT8E4M3FN, shape)
     outer = graph.typed(f"{name}.global_scale", lambda: 1.0 / read().tensors["global_scale"].float()[0], kind, ())
     return graph.node("DequantizeLinear", [inner, outer], dtype=kind)
@@ -130,8 +160,11 @@ def _input(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
         return _cast(graph, values, FLOAT, kind)
     act = source.read().act
     assert act is not None and act.params is not None
-    number = np.float16 if kind is HALF else np.float32
-    scale = graph.constant(float(act.params["scale"]), number)
+    if act.format.shares_peak:
+        outer = graph.constant(1.0 / float(act.params["global_scale"]), kind.numpy())
+        whole = _of_known_width(graph, values, source.spec.shape[1])
+        return _blocks_at_run_time(graph, _cast(graph, whole, FLOAT, kind), outer, kind)
+    scale = graph.constant(float(act.params["scale"]), kind.numpy())
     whole = isinstance(act.format, IntGrid)
     kinds = ir.DataType.INT8 if whole else ir.DataType.FLOAT8E4M3FN
     key = ("rounded", values, scale, kinds)
@@ -139,6 +172,35 @@ def _input(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
         zero = graph.typed(f"zero_{kinds.name.lower()}", lambda: torch.zeros((), dtype=torch.int8), kinds, ())
         codes = graph.node("QuantizeLinear", [_cast(graph, values, FLOAT, kind), scale, zero], dtype=kinds)
         graph.shared[key] = graph.node("DequantizeLinear", [codes, scale, zero], dtype=kind)
+    return graph.shared[key]
+
+
+def _of_known_width(graph: GraphBuilder, values: ir.Value, width: int) -> ir.Value:
+    """values (…, width), whose width the builder knows beforehand: it does not follow that of every reshaped value."""
+    key = ("width", values)
+    if key not in graph.shared:
+        if values.shape is not None:
+            shape = graph.constant([*[0] * (len(values.shape) - 1), width])
+        else:
+            integer = ir.DataType.INT64
+            outer = graph.node("Shape", [values], {"end": -1}, dtype=integer)
+            shape = graph.node("Concat", [outer, graph.constant([width])], {"axis": 0}, dtype=integer)
+        graph.shared[key] = graph.node("Reshape", [values, shape])
+    return graph.shared[key]
+
+
+def _blocks_at_run_time(graph: GraphBuilder, values: ir.Value, scale: ir.Value, kind: ir.DataType) -> ir.Value:
+    """NVFP4 inputs: FP4 in blocks along the features, whose FP8 scales the engine fits at run time under one that is
+    fixed for the tensor, by an operator of the parser's own; then both levels decoded."""
+    key = ("rounded", values, scale)
+    if key not in graph.shared:
+        fp8, fp4, blocks = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1, {"axis": -1, "block_size": FP4_BLOCK}
+        settings = {**blocks, "scale_type": fp8.value}
+        codes = graph.node(DYNAMIC_FP4, [values, scale], settings, domain=PARSER, outputs=2, dtype=fp4)
+        scales = graph.nodes[-1].outputs[1]
+        scales.type = ir.TensorType(fp8)
+        inner = graph.node("DequantizeLinear", [scales, scale], dtype=kind)
+        graph.shared[key] = graph.node("DequantizeLinear", [codes, inner], blocks, dtype=kind)
     return graph.shared[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -9,11 +10,11 @@ import torch
 
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.lowering import Source
-from compress.export.tensorrt.half import halve
-from compress.export.tensorrt.rules import EngineChoice
+from compress.export.tensorrt.half import KINDS, halve
+from compress.export.tensorrt.rules import EngineChoice, choose
 from compress.export.tensorrt.target import seal
 from compress.formats.base import ActivationFormat
-from compress.hwprofiles import Runtime
+from compress.hwprofiles import Profile, Runtime
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
 
 INPUT, IMAGE, BATCH = "values", 8, 16
@@ -34,10 +35,22 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> Layer:
     return Layer(spec.name, spec.kind, packed, act=act, users=spec.users, groups=spec.groups)
 
 
+def choice_of(spec: LayerSpec, profile: Profile) -> EngineChoice:
+    """How a layer is lowered, whatever the rules say of its inputs: to ask the builder itself."""
+    found = choose(spec, profile)
+    if not isinstance(found, EngineChoice):
+        found = choose(replace(spec, act=None), profile)
+    assert isinstance(found, EngineChoice), found
+    return found
+
+
 def one_layer(spec: LayerSpec, choice: EngineChoice, runtime: Runtime) -> tuple[ir.Model, dict[str, Any]]:
-    """The graph of a random layer, (batch, in) → (batch, out) or images of 8x8, and the ranges of its input."""
+    """The graph of a random layer, (batch, in) → (batch, out), images of 8x8 or ids (batch,); its input's ranges."""
+    table = spec.kind is LayerKind.EMBEDDING
     inner = [spec.shape[1]] if spec.kernel is None else [spec.kernel[0] * spec.groups, IMAGE, IMAGE]
-    value = ir.Value(name=INPUT, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", *inner]))
+    inner = [] if table else inner
+    kind = ir.TensorType(ir.DataType.INT64 if table else ir.DataType.FLOAT)
+    value = ir.Value(name=INPUT, type=kind, shape=ir.Shape(["batch", *inner]))
     graph = ir.Graph([value], [], nodes=[], name="one_layer")
     builder = GraphBuilder(graph, spec.name)
     source = Source(spec, choice, lambda: random_layer(spec))
@@ -49,13 +62,13 @@ def one_layer(spec: LayerSpec, choice: EngineChoice, runtime: Runtime) -> tuple[
         out = choice.module.conv(builder, source, value, node)
         node.replace_input_with(0, None)  # it was only there to be read
     else:
-        out = choice.module.linear(builder, source, value)
+        out = (choice.module.gather if table else choice.module.linear)(builder, source, value)
     graph.extend(builder.nodes)
-    out.shape = ir.Shape(["batch", spec.shape[0], *inner[1:]])
+    out.shape = ir.Shape(["batch", spec.shape[1 if table else 0], *inner[1:]])
     graph.outputs.append(out)
     document = ir.Model(graph, ir_version=runtime.ir_version)
-    if runtime.float_dtype == "float16":
-        halve(graph)
+    if runtime.float_dtype in KINDS:
+        halve(graph, KINDS[runtime.float_dtype])
     seal(document, runtime)
     shapes = {"whole": {INPUT: [[rows, *inner] for rows in (1, 1, BATCH)]}}
     return document, shapes

@@ -10,12 +10,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import InputError
+from compress.export.tensorrt.builder import MISMATCH, STREAMING
+from compress.export.tensorrt.flavours import FLAVOURS, FULL, Flavour
 
 NAME = "tensorrt.json"
 
 
 class Record(BaseModel):
-    """engine: its path in the folder, empty where none was built; onnx_sha256: of the graph that it was built from."""
+    """engine: its path in the folder, empty where none was built; onnx_sha256: of the graph that it was built from.
+
+    builder: its name with its version (without where none was built); device: the GPU that TensorRT built on, empty
+    for an engine that was built ahead; settings: of the builder, as read back from it; timing_cache: what became of it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,6 +35,15 @@ class Record(BaseModel):
     ranges: dict[str, Any]
     engine_bytes: int
     graph_bytes: int
+    module: Literal["tensorrt-rtx", "tensorrt"] = "tensorrt-rtx"
+    version: str = ""
+    device: str = ""
+    settings: dict[str, Any] = {}
+
+    @property
+    def flavour(self) -> Flavour:
+        """What builds and runs the engine."""
+        return FLAVOURS[self.module]
 
     @property
     def runtime(self) -> str:
@@ -37,23 +52,40 @@ class Record(BaseModel):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """For the report."""
+        """For the report, where the engine does not run here."""
         where = "Quality and agreement are those of the same graph in ONNX Runtime on this machine's CPU"
+        later = f"`compress verify OUT` on a machine with a GPU of SM {self.sm}"
         if self.level == "built":
-            size, beside = f"{self.engine_bytes / 1e6:.1f} MB", f"{self.graph_bytes / 1e6:.1f} MB"
             return (
-                f"{self.builder} accepted the graph and built {self.engine}: {size}, of which what exceeds the graph's "
-                f"{beside} is code. The graph is not needed there.",
-                f"The engine has not run: that takes a GPU of SM {self.sm}. {where}; speed was not measured.",
+                *self.built,
+                f"The engine has not run: {later} runs it. {where}; speed was not measured.",
             )
         return (
-            f"No engine was built: TensorRT-RTX does not build for SM {self.sm}. build_command.txt does, on that chip.",
+            f"No engine was built: {FULL.title} builds on the GPU that it builds for. {later} and TensorRT 10.13 to 11 "
+            "builds and runs it and completes the report; build_command.txt builds it by hand.",
             f"The graph has not run in TensorRT. {where}; speed was not measured.",
         )
 
+    @property
+    def built(self) -> tuple[str, ...]:
+        """What came of the build, for the report."""
+        size, beside = f"{self.engine_bytes / 1e6:.1f} MB", f"{self.graph_bytes / 1e6:.1f} MB"
+        where = f" on {self.device}" if self.device else ""
+        told = [
+            f"{self.builder} accepted the graph and built {self.engine}{where}: {size}, of which what exceeds the "
+            f"graph's {beside} is code. The graph is not needed there."
+        ]
+        if self.settings.get("timing_cache") == MISMATCH:
+            told.append(f"The timing cache was {MISMATCH}: the build timed all kernels anew.")
+        if problem := self.settings.get("timing_cache_problem"):
+            told.append(f"For the next build, {problem}.")
+        if STREAMING in self.settings.get("builder_flags", ()):
+            told.append("Weights may stay in host memory, since they fill most of the GPU's: slower.")
+        return tuple(told)
+
     def write(self, folder: Path) -> None:
-        """Into its file."""
-        text = json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n"
+        """Into its file, the ranges in the order of the engine's optimization profiles."""
+        text = json.dumps(self.model_dump(), indent=1) + "\n"
         (folder / NAME).write_text(text, encoding="utf8")
 
 

@@ -1,7 +1,7 @@
 """The graph of an engine in ONNX Runtime on the CPU: what can be known of its numbers without the chip.
 
-The same graph, with its types and its rounding; only FP4 weights, for which ONNX Runtime has no kernel, are decoded
-by numpy beforehand. Speed here says nothing of the engine, so nothing is timed.
+The same graph, with its types and its rounding; only FP4 weights and bfloat16, for which ONNX Runtime has no kernels,
+are float32 with the same numbers (widened.py). Speed here says nothing of the engine, so nothing is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from compress.errors import InputError, UnsupportedError
 from compress.export.onnx.files import GRAPH
 from compress.export.onnx.runtime import load_onnxruntime
 from compress.export.tensorrt import record
+from compress.export.tensorrt.engine import lacks
 
+MISTAKEN = ["ReluQuantRewrite"]
+"""It drops a Relu in front of a QuantizeLinear to FP8, which has negative numbers (onnxruntime 1.31.1)."""
 TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
 
 
@@ -38,10 +41,13 @@ class Session:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             graph = readable(folder)
-            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=MISTAKEN
+            )
         except Exception as error:  # onnx and onnxruntime raise kinds of their own
             raise InputError(f"onnxruntime {ort.__version__} cannot load {folder / GRAPH} ({error}).") from error
-        self.level, self.notes, self.built_for = self.record.level, self.record.notes, self.record.runtime
+        self.level, self.built_for = self.record.level, self.record.runtime
+        self.notes = (*self.record.notes, *lacks(self.record))
         self.name = f"onnxruntime {ort.__version__} CPU, the engine's graph"
         self._outputs = [item.name for item in self._session.get_outputs()]
         inputs = self._session.get_inputs()
@@ -91,43 +97,14 @@ def not_timed(runtime: str) -> UnsupportedError:
 
 
 def readable(folder: Path) -> bytes:
-    """The graph without its weights, for ONNX Runtime: each FP4 weight as the float16 or float32 that it stands for."""
+    """The graph without its weights, for ONNX Runtime: FP4 weights and bfloat16 as the numbers that they stand for."""
     import onnx
 
+    from compress.export.tensorrt.rounded import spell_out
+    from compress.export.tensorrt.widened import decode_fp4, widen_bfloat16
+
     document = onnx.load(str(folder / GRAPH), load_external_data=False)
-    fp4 = {each.name: each for each in document.graph.initializer if each.data_type == onnx.TensorProto.FLOAT4E2M1}
-    if fp4:
-        _decode_fp4(document, fp4, folder)
+    spell_out(document)
+    decode_fp4(document, folder)
+    widen_bfloat16(document, folder)
     return bytes(document.SerializeToString())
-
-
-def _decode_fp4(document: Any, fp4: dict[str, Any], folder: Path) -> None:
-    from onnx import external_data_helper, numpy_helper
-
-    stored = {each.name: each for each in document.graph.initializer}
-
-    def array(tensor: Any) -> NDArray[np.float32]:
-        if tensor.data_location == tensor.EXTERNAL:
-            external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-            tensor.data_location = tensor.DEFAULT
-            del tensor.external_data[:]
-        return np.asarray(numpy_helper.to_array(tensor), np.float32)
-
-    made = {node.output[0]: node for node in document.graph.node}
-    for node in list(document.graph.node):
-        if node.op_type != "DequantizeLinear" or node.input[0] not in fp4:
-            continue
-        attributes = {each.name: each.i for each in node.attribute}
-        scale, inner = stored.get(node.input[1]), made.get(node.input[1])
-        if scale is not None:
-            scales, kind = array(scale), scale.data_type
-        else:  # two levels: the scales are codes themselves
-            assert inner is not None
-            outer = stored[inner.input[1]]
-            scales, kind = array(stored[inner.input[0]]) * array(outer), outer.data_type
-        values = array(fp4[node.input[0]]) * np.repeat(scales, attributes["block_size"], axis=attributes["axis"])
-        number = np.float16 if kind == fp4[node.input[0]].FLOAT16 else np.float32
-        document.graph.initializer.append(numpy_helper.from_array(values.astype(number), node.output[0]))
-        document.graph.node.remove(node)
-    for name in fp4:
-        document.graph.initializer.remove(fp4[name])

@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.export.onnx.capture import cache_shapes
 from compress.hwprofiles import Profile
-from compress.model import Model, Task
+from compress.models.model import Model, Task
 
 Range = tuple[list[int], list[int], list[int]]
 """Smallest, usual and largest shape of one input."""

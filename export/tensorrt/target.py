@@ -1,7 +1,8 @@
 """The `tensorrt` target: the captured graph in TensorRT's types, checked first, and an engine built from it.
 
 See compress.target.Target. Engines are built by TensorRT-RTX ahead of time, without a GPU, for the compute
-capabilities that it offers; for others the folder holds the graph and build_command.txt.
+capabilities that it offers; for others by TensorRT on the chip itself, here where this machine has it, else when the
+artifact is verified on one that has: until then the folder holds the graph, tensorrt.json and build_command.txt.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from compress.export.onnx import target as portable
 from compress.export.onnx.capture import capture_graph
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Source
-from compress.export.tensorrt import builder, record, rules, shapes
-from compress.export.tensorrt.half import halve, halve_cache
+from compress.export.tensorrt import builder, building, record, rules, shapes
+from compress.export.tensorrt.engine import EngineSession, misfit
+from compress.export.tensorrt.half import KINDS, halve, halve_cache
+from compress.export.tensorrt.lowering import PARSER
 from compress.export.tensorrt.runtime import Session, not_timed
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
-from compress.model import Model, Task
-from compress.target import Lowered, Refusal
+from compress.models.model import Model, Task
+from compress.target import Lowered, Refusal, granted
 
 RUNTIME = rules.RTX
 FOLDER = "tensorrt"
@@ -42,27 +45,25 @@ RECORD_BYTES = 2_000
 # the interface of compress.target
 __all__ = ["FOLDER", "RUNTIME", "TIMED_HERE", "capture", "plan_layer", "predict_bytes", "probe_command"]
 __all__ += ["predict_deployed_bytes"]
-__all__ += ["require_tools", "session", "write", "write_baseline"]
+__all__ += ["complete", "deployed_bytes", "require_tools", "session", "write", "write_baseline"]
 
 
 def _builds(profile: Profile) -> bool:
-    """Whether an engine is built here, by TensorRT-RTX."""
-    return rules.RTX in profile.runtimes and profile.gpu is not None and profile.gpu.sm in builder.CAPABILITIES
+    """Whether an engine is built here."""
+    return profile.gpu is not None and building.flavour_for(profile) is not None
 
 
 def require_tools(profile: Profile) -> None:
-    """Raises: UnsupportedError where an engine is to be built and TensorRT-RTX is missing; UsageError for a profile
-    of another kind of machine."""
+    """Raises: UnsupportedError where an engine is to be built and what builds it is missing or makes no builder;
+    UsageError for a profile of another kind of machine."""
     _runtime(profile)
-    if _builds(profile):
-        builder.load_module()
+    flavour = building.flavour_for(profile)
+    if flavour is not None and profile.gpu is not None:
+        builder.require_builder(flavour, profile.gpu.sm)
 
 
 def _runtime(profile: Profile) -> Runtime:
-    found = rules.runtime_of(profile)
-    if isinstance(found, Refusal):
-        raise UsageError(f"The tensorrt target cannot export for profile {profile.id}: {found.reason}.")
-    return found
+    return granted(rules.runtime_of(profile), "tensorrt", profile)
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> rules.EngineChoice | Refusal:
@@ -94,7 +95,8 @@ def _predicted(specs: Sequence[LayerSpec], model: Model, profile: Profile) -> tu
     weights = sum(choice.stored_bytes for choice in choices) + model.plain_bytes + transforms.stored_bytes(specs)
     graph = weights + portable.GRAPH_BASE_BYTES + len(choices) * portable.GRAPH_LAYER_BYTES
     base = ENGINE_BYTES.get(model.task, IMAGE_ENGINE_BYTES)
-    engine = weights + base + len(choices) * ENGINE_LAYER_BYTES.get(model.task, IMAGE_ENGINE_LAYER_BYTES)
+    decoded = sum(choice.decoded_bytes for choice in choices)
+    engine = weights + decoded + base + len(choices) * ENGINE_LAYER_BYTES.get(model.task, IMAGE_ENGINE_LAYER_BYTES)
     return graph, engine
 
 
@@ -145,9 +147,9 @@ def _lower(document: ir.Model, model: Model, choices: Mapping[str, rules.EngineC
         for user in spec.users
     }
     portable.lower(document, sources, model)
-    if runtime.float_dtype == "float16":
-        halve(document.graph)
-        halve_cache(document.graph)
+    if runtime.float_dtype in KINDS:
+        halve(document.graph, KINDS[runtime.float_dtype])
+        halve_cache(document.graph, KINDS[runtime.float_dtype])
     document.opset_imports.pop(DOMAIN, None)
     seal(document, runtime)
 
@@ -161,6 +163,8 @@ def seal(document: ir.Model, runtime: Runtime) -> None:
     four = any(value.dtype is ir.DataType.FLOAT4E2M1 for value in document.graph.initializers.values())
     document.ir_version = FP4_IR if four else runtime.ir_version
     document.opset_imports[""] = FP4_OPSET if four else runtime.opset
+    if any(node.domain == PARSER for node in document.graph):
+        document.opset_imports[PARSER] = 1
     document.producer_name, document.producer_version = "compress", None
 
 
@@ -168,33 +172,45 @@ def _build(model: Model, profile: Profile, folder: Path, builds: bool) -> record
     """The engine beside the graph, or the command that makes it."""
     assert profile.gpu is not None
     sm, ranges = profile.gpu.sm, shapes.ranges(model, profile)
-    graph_bytes = sum((folder / name).stat().st_size for name in (files.GRAPH, files.DATA) if (folder / name).is_file())
-    engine, name, size = "", "TensorRT", 0
-    if builds:
-        version = str(builder.load_module().__version__)
-        name, engine = f"TensorRT-RTX {version}", f"engines/tensorrt-rtx-{version}-sm{sm}/engine"
-        path = folder / engine
-        path.parent.mkdir(parents=True, exist_ok=True)
-        builder.build(folder / files.GRAPH, sm, shapes.as_json(ranges), path, path.parent / "build.log")
-        size = path.stat().st_size
-    else:
-        (folder / COMMAND).write_text(shapes.build_command(ranges, files.GRAPH, "engine"), encoding="utf8")
-    return record.Record(
-        level="built" if builds else "checked",
-        builder=name,
+    sizes = [(folder / name).stat().st_size for name in (files.GRAPH, files.DATA) if (folder / name).is_file()]
+    made = record.Record(
+        level="checked",
+        builder="TensorRT",
         sm=sm,
         profile=profile.id,
         compute=_runtime(profile).float_dtype,
-        engine=engine,
+        engine="",
         onnx_sha256=record.digests(folder, (files.GRAPH, files.DATA)),
         ranges=shapes.as_json(ranges),
-        engine_bytes=size,
-        graph_bytes=graph_bytes,
+        engine_bytes=0,
+        graph_bytes=sum(sizes),
+        module="tensorrt",
+        settings=builder.PLANNED,
     )
+    flavour = building.flavour_for(profile) if builds else None
+    if flavour is not None:
+        return building.make(made, flavour, folder, folder)
+    (folder / COMMAND).write_text(shapes.build_command(ranges, files.GRAPH, "engine"), encoding="utf8")
+    return made
 
 
-def session(folder: Path, threads: int, exact: bool = False) -> Session:
-    """See Target: the engine's graph in ONNX Runtime, whose kernels round nothing by themselves."""
+def complete(folder: Path, timing: Path | None = None) -> bool:
+    """See Target: the engine that a folder lacks, where this machine is the one that it is built on."""
+    return building.complete(folder, timing)
+
+
+def deployed_bytes(folder: Path) -> int:
+    """See Target: of the engine alone, or the graph where there is none."""
+    kept = record.read(folder)
+    return kept.engine_bytes or kept.graph_bytes
+
+
+def session(folder: Path, threads: int, exact: bool = False) -> Session | EngineSession:
+    """See Target: the engine where it runs here. Otherwise, and for `exact`, its graph in ONNX Runtime, whose kernels
+    round nothing by themselves."""
+    kept = record.read(folder)
+    if not exact and kept.engine and not misfit(kept):
+        return EngineSession(folder, kept)
     return Session(folder, threads)
 
 

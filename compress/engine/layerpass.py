@@ -1,0 +1,246 @@
+"""What every pass is: frozen, typed settings and one function. Their text is the recipe and command-line grammar."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from compress.engine.collect import LayerStats, Stat
+from compress.errors import UsageError, nearest
+from compress.formats import parse_format
+from compress.formats.base import Format
+from compress.formats.int_grid import IntGrid
+from compress.layer import Layer, LayerKind, LayerSpec
+from compress.maths.histogram import Histogram
+from compress.spec import Call, parse_call
+
+if TYPE_CHECKING:
+    from compress.models.model import Model
+
+
+def _as_format(value: Any) -> Any:
+    return parse_format(value) if isinstance(value, str | Call) else value
+
+
+FormatField = Annotated[Format, BeforeValidator(_as_format)]
+
+_PATTERNS = ("targets", "ignore", "overrides")
+_SHORTHANDS = {"bits": "bits", "group_size": "group"}  # setting → field of the integer grid
+
+
+class Pass(BaseModel, ABC):
+    """What every pass has: settings, the layers it is for, and what it asks of the engine.
+
+    Settings: `targets` layer patterns (globs on module paths, `re:` for expressions, `kind:` for embedding, head,
+    linear, conv, expert; none means every linear layer, convolution and expert inside the blocks but routers);
+    `ignore` patterns to leave out; `overrides` {pattern: {setting: value}} for some layers.
+    Class attributes: `name`; `needs` statistics (see also `wants`); `kinds` it can treat; `part` of the layer that it
+    fills, which may be filled only once; `before` parts that may not be filled yet when it comes, `after` parts that
+    must be; `also` further parts that it fills; `any_dtype` whether blocks may compute in another type than float32
+    meanwhile; `inside` whether it treats layers inside the blocks only; `per_layer` whether overrides can hold, because
+    its settings are taken layer by layer; `training` whether it has the original and the compressed model in memory,
+    with gradients (see also `trained_copies`); `opaque` whether it can treat a model that can be run but not traced or
+    differentiated (an ONNX graph).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset(LayerKind)
+    part: ClassVar[str] = "weight"
+    also: ClassVar[frozenset[str]] = frozenset()
+    before: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[frozenset[str]] = frozenset()
+    any_dtype: ClassVar[bool] = True
+    inside: ClassVar[bool] = False
+    per_layer: ClassVar[bool] = True
+    training: ClassVar[bool] = False
+    opaque: ClassVar[bool] = True
+
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_overrides(self) -> Self:
+        if self.overrides and not self.per_layer:
+            raise UsageError(
+                f"{self.name}: overrides would do nothing, since it treats its layers together. Leave them out; with "
+                "targets, two passes can have settings of their own."
+            )
+        for pattern, settings in self.overrides.items():
+            nested = sorted(set(settings) & set(_PATTERNS))
+            if nested:
+                raise UsageError(f"{self.name}: overrides of '{pattern}' may not set {nested[0]}. Move it to the pass.")
+            try:
+                self.with_settings(settings)
+            except UsageError as error:
+                raise UsageError(f"In the overrides of '{pattern}': {error}") from error
+        return self
+
+    @property
+    def wants(self) -> frozenset[Stat]:
+        """The statistics that these very settings need; `needs` where they do not matter."""
+        return self.needs
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it takes real inputs; how layers are wired shows on any."""
+        return bool(self.wants - {Stat.SHARING})
+
+    @property
+    def whole(self) -> bool:
+        """Whether it treats every layer there is, those outside the blocks and routers too, and each user of a tied
+        weight by itself; then it has no targets."""
+        return False
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether it takes the layers of a block in the order in which data reach them, those that share their input
+        together, each time with statistics of the block as it then is. Such a pass changes layers only."""
+        return False
+
+    @property
+    def row_groups(self) -> int:
+        """How many groups of a layer's output rows `Stat.GUIDED` tells apart; 0 where it is not asked for."""
+        return 0
+
+    @property
+    def trained_copies(self) -> float:
+        """How many float32 copies of the integer-grid weights that it treats (of a block's, unless `training`) it holds
+        while it trains them, beside the model's own; fitted on runs, 0 where it trains none."""
+        return 0.0
+
+    @property
+    def trained_batches(self) -> int:
+        """Calibration batches that it runs forward and back through what it treats; 0 where it does not train."""
+        return 0
+
+    @classmethod
+    def fills(cls) -> frozenset[str]:
+        """All parts of the layer that it fills."""
+        return cls.also | ({cls.part} if cls.part else set())
+
+    @property
+    def fits_outputs(self) -> bool:
+        """Whether it fits a grid to what convolutions put out, once all passes are done (`with_outputs`)."""
+        return False
+
+    def with_outputs(self, layer: Layer, outputs: Histogram) -> Layer:
+        """The finished layer with a grid for its outputs."""
+        return layer
+
+    def check(self, model: Model) -> None:
+        """Raises: UnsupportedError for a kind of model that it cannot treat; asked before work starts."""
+
+    @abstractmethod
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        """What the layer will be stored as, without its values."""
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Self:
+        """From settings as text or data. Raises: UsageError naming the setting, its value and what is allowed."""
+        unknown = set(settings) - set(cls.model_fields)
+        if unknown:
+            name = sorted(unknown)[0]
+            raise UsageError(f"{cls.name}: unknown setting '{name}'.{nearest(name, cls.model_fields)}")
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "settings"
+            raise UsageError(f"{cls.name}: {where}={first['input']!r}: {first['msg']}.") from error
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """The same pass with some settings changed and no patterns, for an override."""
+        return self.build({**self._inherited(settings), **settings})
+
+    def _inherited(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What was given to this pass and still counts beside an override's settings."""
+        return {name: getattr(self, name) for name in self.model_fields_set - set(_PATTERNS)}
+
+    def call(self) -> Call:
+        """The pass as parsed text: the settings that were given, its own first, then the patterns."""
+        order = sorted(type(self).model_fields, key=lambda name: name in Pass.model_fields)
+        given = {name: getattr(self, name) for name in order if name in self.model_fields_set}
+        return Call(self.name, (), {name: _printable(value) for name, value in given.items()})
+
+    def __str__(self) -> str:
+        return self.call().text()
+
+
+class LayerPass(Pass, ABC):
+    """A pass that treats each layer by itself."""
+
+    @abstractmethod
+    def layer(self, layer: Layer, stats: LayerStats) -> Layer:
+        """The changed layer. stats holds what `wants` asks for. Keeps name, users and shape."""
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Format):
+        return parse_call(str(value))
+    if isinstance(value, dict):
+        return {key: _printable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(item) for item in value]
+    return value
+
+
+class Quantizing(Pass, ABC):
+    """Settings of passes that quantize weights: `format` in its own text; `bits` and `group_size` are shorthand."""
+
+    format: FormatField = IntGrid(4, group=128)
+    bits: int | None = None
+    group_size: int | None = None
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        resolved = self.resolved_format()
+        for name in _SHORTHANDS:
+            value = getattr(self, name)
+            if "format" in self.model_fields_set and self._shortened(self.format, {name: value}) != self.format:
+                raise UsageError(
+                    f"{self.name}: format={self.format} and {name}={value} contradict each other. Keep one of them, or "
+                    f"write format={resolved}."
+                )
+        return self
+
+    def _inherited(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What is given last counts: an override's format drops our shorthands, its shorthand changes our format."""
+        given = super()._inherited(settings)
+        short = {name: settings[name] for name in _SHORTHANDS if name in settings}
+        if "format" in settings or (short and "format" in given):
+            given = {name: value for name, value in given.items() if name not in _SHORTHANDS}
+        if short and "format" in given and "format" not in settings:
+            typed = self.build(short)  # checks the values before they reach the grid
+            given["format"] = self._shortened(self.format, {name: getattr(typed, name) for name in short})
+        return given
+
+    @property
+    def wants(self) -> frozenset[Stat]:
+        found = [self, *(self.with_settings(each) for each in self.overrides.values())]
+        shared = any(item.resolved_format().shares_peak for item in found)
+        return self.needs | ({Stat.SHARING} if shared else set())
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return replace(spec, format=self.resolved_format())
+
+    def resolved_format(self) -> Format:
+        """`format` with the shorthands applied."""
+        return self._shortened(self.format, {name: getattr(self, name) for name in _SHORTHANDS})
+
+    def _shortened(self, form: Format, short: Mapping[str, int | None]) -> Format:
+        changes: dict[str, Any] = {_SHORTHANDS[name]: value for name, value in short.items() if value is not None}
+        if changes and not isinstance(form, IntGrid):
+            raise UsageError(f"{self.name}: bits and group_size are shorthand for integer formats, not {form}.")
+        return replace(form, **changes) if isinstance(form, IntGrid) else form
+
+
+class QuantPass(Quantizing, LayerPass, ABC):
+    """A pass that quantizes each weight by itself."""

@@ -1,0 +1,220 @@
+"""Which pass touches which layer: patterns, counts, order checks, and tied weights that part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from compress.engine.layerpass import Pass
+from compress.errors import UsageError, nearest
+from compress.layer import LayerKind, LayerSpec
+from compress.models.skeleton import Structure
+
+KINDS = ("conv", "embedding", "expert", "head", "linear")
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The pipeline laid over a model.
+
+    structure: the model's, with tied weights parted where a pass treats users unlike; passes: per layer, in order,
+    (index in the pipeline, the pass with its overrides); matches: per pass, pattern → layers; skipped: per pass,
+    layer → reason; untied: layers that got a weight of their own.
+    """
+
+    structure: Structure
+    passes: dict[str, tuple[tuple[int, Pass], ...]]
+    matches: tuple[dict[str, int], ...]
+    skipped: tuple[dict[str, str], ...]
+    untied: tuple[str, ...]
+
+
+def matches(pattern: str, user: str, kind: str) -> bool:
+    """Whether a pattern names a module. Raises: UsageError for a bad expression or kind."""
+    if pattern.startswith("kind:"):
+        wanted = pattern.removeprefix("kind:")
+        if wanted not in KINDS:
+            raise UsageError(f"Unknown layer kind in '{pattern}'.{nearest(wanted, KINDS)}")
+        return kind == wanted
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern.removeprefix("re:"), user) is not None
+        except re.error as error:
+            raise UsageError(f"'{pattern}' is not a regular expression: {error}.") from error
+    return fnmatchcase(user, pattern)
+
+
+def resolve(passes: Sequence[Pass], structure: Structure) -> Resolution:
+    """Lay passes over a structure. Raises: UsageError for a pattern that matches nothing, or a part filled twice."""
+    structure, untied = _part_ties(passes, structure)
+    assigned: dict[str, list[tuple[int, Pass]]] = {name: [] for name in structure.layers}
+    counts, skipped = [], []
+    for index, item in enumerate(passes):
+        chosen, left_out, count = _select(item, structure)
+        for name in chosen:
+            _check_part(item, assigned[name], name)
+            assigned[name].append((index, _with_overrides(item, structure.layers[name], name, structure)))
+        counts.append(count)
+        skipped.append(left_out)
+    done = {name: tuple(items) for name, items in assigned.items()}
+    return Resolution(structure, done, tuple(counts), tuple(skipped), untied)
+
+
+def _hits(pattern: str, structure: Structure) -> dict[str, set[str]]:
+    """Layer → its users that a pattern names."""
+    hits: dict[str, set[str]] = {}
+    for name, spec in structure.layers.items():
+        users = {user for user in spec.users if matches(pattern, user, structure.user_kind(spec, user))}
+        if users:
+            hits[name] = users
+    return hits
+
+
+def _require(pattern: str, hits: dict[str, set[str]], item: Pass, where: str, structure: Structure) -> None:
+    if hits:
+        return
+    names = [user for spec in structure.layers.values() for user in spec.users]
+    raise UsageError(
+        f"{item.name}: the pattern '{pattern}' in {where} matches no layer of the model. Layers are named like "
+        f"'{names[len(names) // 2]}'; `compress plan` lists them all. "
+        f"{nearest(pattern.replace('*', ''), names).split(' Allowed')[0].strip()}".strip()
+    )
+
+
+def _part_ties(passes: Sequence[Pass], structure: Structure) -> tuple[Structure, tuple[str, ...]]:
+    """Give users of a tied weight that a pass treats unlike its first user a layer of their own."""
+    layers: dict[str, LayerSpec] = {}
+    untied: list[str] = []
+    for name, spec in structure.layers.items():
+        first, *apart = _alike(passes, spec, structure)  # the first user's group keeps the stored weight
+        layers[name] = replace(spec, users=first)
+        for users in apart:
+            layers[users[0]] = replace(spec, name=users[0], kind=LayerKind.LINEAR, users=users)
+            untied.append(users[0])
+    return (replace(structure, layers=layers), tuple(untied)) if untied else (structure, ())
+
+
+def _alike(passes: Sequence[Pass], spec: LayerSpec, structure: Structure) -> list[tuple[str, ...]]:
+    """The users of a layer in groups that every pass treats alike, the first user's group first."""
+    if len(spec.users) == 1 or any(item.whole for item in passes):
+        return [(user,) for user in spec.users]
+    treatments = [_treatments(item, spec, structure) for item in passes]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for user in spec.users:
+        groups.setdefault(tuple(texts[user] for texts in treatments), []).append(user)
+    return [tuple(users) for users in groups.values()]
+
+
+def _treatments(item: Pass, spec: LayerSpec, structure: Structure) -> dict[str, str]:
+    """User → the pass with this user's overrides as text, empty where it leaves the user alone."""
+    texts = {
+        user: str(_with_overrides(item, spec, user, structure)) if _chooses(item, spec, user, structure) else ""
+        for user in spec.users
+    }
+    # GPTQ on an embedding: the stored weight stays as it is, and so do the users that are not singled out
+    untreated = texts[spec.name] if spec.kind not in item.kinds else ""
+    return {user: "" if text == untreated else text for user, text in texts.items()}
+
+
+def _chooses(item: Pass, spec: LayerSpec, user: str, structure: Structure) -> bool:
+    """Whether targets or the default name this user, and ignore does not."""
+    is_target = _names(item.targets, spec, user, structure) if item.targets else item.whole or _is_default(spec)
+    return is_target and not _names(item.ignore, spec, user, structure)
+
+
+def _names(patterns: Iterable[str], spec: LayerSpec, user: str, structure: Structure) -> bool:
+    return any(matches(pattern, user, structure.user_kind(spec, user)) for pattern in patterns)
+
+
+def _select(item: Pass, structure: Structure) -> tuple[list[str], dict[str, str], dict[str, int]]:
+    counts: dict[str, int] = {}
+    for where, patterns in (("targets", item.targets), ("ignore", item.ignore)):
+        for pattern in patterns:
+            hits = _hits(pattern, structure)
+            _require(pattern, hits, item, where, structure)
+            counts[pattern if where == "targets" else f"ignore {pattern}"] = len(hits)
+    chosen: list[str] = []
+    skipped: dict[str, str] = {}
+    for name, spec in structure.layers.items():
+        if not any(_chooses(item, spec, user, structure) for user in spec.users):
+            skipped[name] = _reason(item, spec, structure)
+        elif spec.kind not in item.kinds:
+            skipped[name] = f"{item.name} does not treat {spec.kind} layers"
+        elif item.inside and spec.segment < 0:
+            skipped[name] = f"outside the blocks, inside which alone {item.name} works"
+        else:
+            chosen.append(name)
+    if not chosen:
+        raise UsageError(f"{item}: no layer is left for this pass. First reason: {next(iter(skipped.values()))}.")
+    for pattern in item.overrides:
+        counts[f"override {pattern}"] = _count_override(pattern, chosen, item, structure)
+    if not item.targets:
+        counts["default"] = len(chosen)
+    return chosen, skipped, counts
+
+
+def _count_override(pattern: str, chosen: list[str], item: Pass, structure: Structure) -> int:
+    """Chosen layers that an override names. Raises: UsageError for none, since it would do nothing."""
+    hits = _hits(pattern, structure)
+    _require(pattern, hits, item, "overrides", structure)
+    if not hits.keys() & set(chosen):
+        raise UsageError(
+            f"{item.name}: the pattern '{pattern}' in overrides names only layers that this pass leaves alone, such as "
+            f"'{next(iter(hits))}'. Name them in targets, or change the pattern."
+        )
+    return len(hits.keys() & set(chosen))
+
+
+def _is_default(spec: LayerSpec) -> bool:
+    """Every linear layer, convolution and expert inside the blocks, routers left out."""
+    return spec.segment >= 0 and not spec.routed
+
+
+def _reason(item: Pass, spec: LayerSpec, structure: Structure) -> str:
+    if any(_names(item.ignore, spec, user, structure) for user in spec.users):
+        return "named by ignore"
+    if item.targets:
+        return "not named by targets"
+    if spec.routed:
+        return "a router; only a pass that names it touches it"
+    return "outside the blocks; only a pass that names it touches it"
+
+
+def _with_overrides(item: Pass, spec: LayerSpec, user: str, structure: Structure) -> Pass:
+    """The pass for one user; of two overrides that name it, the later one counts."""
+    found = item.with_settings({})
+    for pattern, values in item.overrides.items():
+        if _names((pattern,), spec, user, structure):
+            found = found.with_settings(values)
+    return found
+
+
+WORDS = {"act": "input rounding", "weight": "weight format", "rounding": "learned rounding"}
+"""What a part of a layer is to a reader, where its name does not say it."""
+
+
+def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str) -> None:
+    lacking = item.after.difference(*(other.fills() for _, other in before))
+    if lacking:
+        raise UsageError(
+            f"{item.name} must come after a pass that sets the {_word(lacking)} of layer {name}, and there is none. "
+            "Add one before it, or leave the layer out with ignore."
+        )
+    for _, other in before:
+        early, twice = other.fills() & item.before, other.fills() & item.fills()
+        if early:
+            raise UsageError(
+                f"{item.name} must come before {other.name}, which sets the {_word(early)} of layer {name}. "
+                "Change the order of the passes."
+            )
+        if twice:
+            raise UsageError(
+                f"{item.name} and {other.name} both set the {_word(twice)} of layer {name}. Give them disjoint targets."
+            )
+
+
+def _word(parts: Iterable[str]) -> str:
+    first = min(parts)
+    return WORDS.get(first, first)

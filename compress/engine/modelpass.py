@@ -1,0 +1,101 @@
+"""Passes that need the whole model: rotations, tuning by the model's own loss. Each is a stage of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from compress.engine import store
+from compress.engine.applying import checked
+from compress.engine.collect import LayerStats
+from compress.engine.layerpass import Pass
+from compress.engine.originals import Sources
+from compress.inputs.data import Calibration
+from compress.layer import Layer
+from compress.models import skeleton
+from compress.models.model import Model
+from compress.progress import Progress
+from compress.records import LayerResult
+
+
+@dataclass
+class Stage:
+    """What a whole-model pass works on and writes to.
+
+    model: as the stage received it; original: the uncompressed source; chosen: the layers that the pass is for, each
+    with its settings; calibration: None where the pass needs no data; folder: where `write` puts the segments;
+    sources: the layers before any stage quantized them, against which errors are taken; config: changes of config.json
+    that go with the new weights.
+    """
+
+    item: Pass
+    model: Model
+    original: Model
+    chosen: Mapping[str, Pass]
+    calibration: Calibration | None
+    folder: Path
+    device: str
+    progress: Progress
+    sources: Sources
+    config: dict[str, Any] = field(default_factory=dict)
+    results: list[LayerResult] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)
+
+    def whole(self, model: Model | None = None) -> nn.Module:
+        """All weights of a model (by default the stage's) in memory, decoded to float32; for passes that declare it."""
+        model = model or self.model
+        module = model.skeleton()
+        for segment in model.structure.segments:
+            for layer in model.layers(segment).values():
+                skeleton.put_layer(module, layer)
+            skeleton.put_plain(module, model.plain(segment), model.structure.aliases)
+            model.release()  # of a file that is read as another type nothing stays
+        return module
+
+    def write(
+        self,
+        segment: int,
+        layers: Mapping[str, Layer],
+        plain: Mapping[str, Tensor],
+        seconds: float = 0.0,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write one segment, all of its layers and plain tensors.
+
+        Args: skipped: chosen layers that are as they were, with why.
+        Raises: InputError for values that are not finite.
+        """
+        done = {}
+        skipped = skipped or {}
+        for name, layer in layers.items():
+            if name not in self.chosen or name in skipped:
+                done[name] = layer
+                if name in skipped:
+                    self.results.append(_left(layer, str(self.item), skipped[name]))
+                continue
+            before = self.model.layer(self.model.structure.layers[name])
+            source = self.sources.of(before)
+            done[name], result = checked(self.item, before, layer, source, LayerStats(), str(self.item), seconds)
+            self.results.append(result)
+            self.sources.keep(segment, {name: done[name]}, {name: source})
+        store.write_segment(self.folder, segment, done, plain)
+        self.written.add(segment)
+
+
+def _left(layer: Layer, text: str, reason: str) -> LayerResult:
+    return LayerResult(layer=layer.name, users=layer.users, pass_text=text, changed=False, reason=reason)
+
+
+class ModelPass(Pass, ABC):
+    """A pass that works on the whole model at once."""
+
+    opaque: ClassVar[bool] = False
+
+    @abstractmethod
+    def apply(self, stage: Stage) -> None:
+        """Write every segment of the changed model through `stage.write`."""

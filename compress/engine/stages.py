@@ -1,0 +1,158 @@
+"""Cut a recipe into stages (design §3): neighbouring layer and block passes walk together, a whole-model pass alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress.engine import store
+from compress.engine.layerpass import Pass
+from compress.engine.matching import Resolution
+from compress.engine.modelpass import ModelPass, Stage
+from compress.engine.originals import Sources, folder_of
+from compress.engine.shared_stages import SharedStages, stage_key
+from compress.engine.walk import Found, Walk
+from compress.engine.workspace import Journal
+from compress.inputs.data import Calibration
+from compress.models.model import Model
+from compress.progress import Progress
+from compress.records import LayerResult
+
+DONE = "done"
+SHARED = "shared"
+"""The step of a stage that another recipe had finished; its data are the passes."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A stage's part of the journal: the steps of different stages have different names."""
+
+    journal: Journal
+    prefix: str
+
+    def __contains__(self, step: str) -> bool:
+        return self.prefix + step in self.journal
+
+    def get(self, step: str) -> Any:
+        """The data of a finished step, or None."""
+        return self.journal.get(self.prefix + step)
+
+    def add(self, step: str, data: Any = None) -> None:
+        """Note a step as finished."""
+        self.journal.add(self.prefix + step, data)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Runs the stages of one pipeline.
+
+    original: the source; resolution: the passes laid over it; folder: of the last stage's store, with the earlier ones'
+    beside the segments in `stage-0`, `stage-1` … until all is done, and what errors are taken against (Sources). A
+    store is removed only once the journal names the stage after it as done, so a run may be killed at any moment.
+    """
+
+    passes: tuple[Pass, ...]
+    original: Model
+    resolution: Resolution
+    calibration: Calibration | None
+    folder: Path
+    journal: Journal | None
+    device: str
+    progress: Progress
+    shared: SharedStages | None = None
+
+    def run(self) -> list[Found]:
+        """All stages in order; those that the journal names as done are taken as they are, and need not be there."""
+        groups = cut(self.passes)
+        found: list[Found] = []
+        for number, places in enumerate(groups):
+            is_last = number == len(groups) - 1
+            steps = Steps(self.journal, "" if is_last else f"stage-{number}/") if self.journal is not None else None
+            if steps is not None and DONE in steps:
+                found += [(place, LayerResult.model_validate(item)) for place, item in steps.get(DONE)]
+                continue
+            if is_last or self.shared is None:
+                results = self._stage(number, places, self.folder if is_last else self._folder(number), steps)
+            else:
+                results = self._taken(self.shared, number, places, steps)
+            if steps is not None:
+                steps.add(DONE, [[place, result.model_dump(mode="json")] for place, result in results])
+            found += results
+            if not is_last:  # only now does nothing read what this stage started from
+                self._remove(number - 1)
+        for number in range(len(groups)):
+            self._remove(number)
+            _remove(folder_of(self.folder, number))
+        return found
+
+    def _taken(self, shared: SharedStages, number: int, places: Sequence[int], steps: Steps | None) -> list[Found]:
+        """A stage that another recipe has finished, or its result for those that come after."""
+        passes = self.passes[: places[-1] + 1]
+        key = stage_key(self.original.digest, passes, self.resolution, self.calibration, self.device)
+        folders = [self._folder(number), folder_of(self.folder, number)]
+        known = shared.take(key, folders)
+        if known is not None:
+            if steps is not None:
+                steps.add(SHARED, ", ".join(map(str, passes)))
+            return [(place, LayerResult.model_validate(item)) for place, item in known]
+        results = self._stage(number, places, self._folder(number), steps)
+        shared.give(key, folders, [[place, result.model_dump(mode="json")] for place, result in results])
+        return results
+
+    def _folder(self, number: int) -> Path:
+        return self.folder / f"stage-{number}"
+
+    def _remove(self, last: int) -> None:
+        """Remove the stores of the stages up to `last`, with what a kill left of them."""
+        for number in range(last + 1):
+            _remove(self._folder(number))
+
+    def _stage(self, number: int, places: Sequence[int], folder: Path, steps: Steps | None) -> list[Found]:
+        original = replace(self.original, structure=self.resolution.structure)
+        model = store.open_store(self._folder(number - 1)) if number else original
+        later = {name for name, found in self.resolution.passes.items() if found and found[-1][0] > places[-1]}
+        sources = Sources(original, model, self.folder, number, later)
+        folder.mkdir(parents=True, exist_ok=True)
+        first = self.passes[places[0]]
+        config: dict[str, Any] = {}
+        if isinstance(first, ModelPass):
+            results, config = self._whole(first, places[0], model, folder, sources)
+        else:
+            chosen = {place: self.passes[place] for place in places}
+            calibration = self.calibration if any(item.needs_data for item in chosen.values()) else None
+            walk = Walk(chosen, model, self.resolution, calibration, folder, steps, self.device, sources)
+            results = walk.run(self.progress)
+        done = [str(item) for item in self.passes[: places[-1] + 1]]
+        store.write_structure(folder, model, done, self.original.digest, config)
+        return results
+
+    def _whole(
+        self, item: ModelPass, place: int, model: Model, folder: Path, sources: Sources
+    ) -> tuple[list[Found], dict[str, Any]]:
+        chosen = {name: one for name, passes in self.resolution.passes.items() for at, one in passes if at == place}
+        calibration = self.calibration if item.needs_data else None
+        stage = Stage(item, model, self.original, chosen, calibration, folder, self.device, self.progress, sources)
+        item.apply(stage)
+        missing = set(model.structure.segments) - stage.written
+        assert not missing, f"{item.name} left segment {min(missing)} out"
+        return [(place, result) for result in stage.results], stage.config
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def cut(passes: Sequence[Pass]) -> list[list[int]]:
+    """Places of the passes, stage by stage."""
+    groups: list[list[int]] = []
+    for place, item in enumerate(passes):
+        alone = isinstance(item, ModelPass)
+        if groups and not alone and not isinstance(passes[groups[-1][-1]], ModelPass):
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups

@@ -1,0 +1,283 @@
+"""The store of design §6: a compressed model as a folder, target-neutral, one safetensors file per block.
+
+`model/` holds config.json and the tokenizer's files as the source had them, `structure.json`, and for each segment
+`outer.safetensors` or `block-0000.safetensors`. A file's header carries, under the one key `compress`, JSON with the
+layers in it: name, kind, users, shape, format text (null: a plain weight), input grid text, transforms of the input.
+Tensor names are `<layer>.weight` (plain) or `<layer>.weight.<part>` (the format's tensors), `<layer>.bias`,
+`<layer>.act.<part>` (a static input grid), and the names of plain tensors. `open_store` gives a `Model` that reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import InputError, ResourceError
+from compress.files import sync_file, umask, whole_file, write_text
+from compress.formats import parse_format
+from compress.formats.base import QuantTensor
+from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.models.model import Model, load, reopen
+from compress.models.skeleton import OUTER, Structure
+from compress.models.weights import digest_files, open_file
+from compress.transforms import parse_transform
+
+SCHEMA = 1
+HEADER = "compress"
+
+
+def segment_file(segment: int) -> str:
+    """File name of a segment."""
+    return "outer.safetensors" if segment == OUTER else f"block-{segment:04d}.safetensors"
+
+
+def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
+    """Write one segment's file, complete or absent. Raises: OSError for a full disk and the like."""
+    tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
+    for layer in layers.values():
+        tensors |= _layer_tensors(layer)
+    _part_shared(tensors)
+    header = json.dumps({"schema": SCHEMA, "layers": [_describe(layer) for layer in layers.values()]}, sort_keys=True)
+    for stale in folder.glob(".tmp*"):  # the library's own scratch file, where a run was killed while it wrote
+        stale.unlink()
+    path = folder / segment_file(segment)
+    with whole_file(path) as beside, _disk_failures(path):
+        save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
+        beside.chmod(0o666 & ~umask())  # the library writes files that only their owner can read
+
+
+def _part_shared(tensors: dict[str, Tensor]) -> None:
+    """Give names that share a tensor one each, such as users of a tied weight that a later stage tells apart."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+
+
+@contextmanager
+def _disk_failures(path: Path) -> Iterator[None]:
+    """The library's errors while it writes, as the OSError that they hold only as text: 'I/O … (os error 28)'."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise ResourceError(f"{path} could not be written ({error}). Look at its disk, then repeat.") from error
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
+    if isinstance(layer.weight, QuantTensor):
+        tensors = {f"{layer.name}.weight.{part}": tensor for part, tensor in layer.weight.tensors.items()}
+    else:
+        tensors = {f"{layer.name}.weight": layer.weight.contiguous()}
+    if layer.bias is not None:
+        tensors[f"{layer.name}.bias"] = layer.bias.contiguous()
+    if layer.act is not None:
+        tensors |= {f"{layer.name}.act.{part}": tensor for part, tensor in (layer.act.params or {}).items()}
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _describe(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": str(layer.kind),
+        "users": list(layer.users),
+        "shape": list(layer.shape),
+        "format": str(layer.format) if layer.format else None,
+        "act": str(layer.act.format) if layer.act else None,
+        "act_static": sorted(layer.act.params or {}) if layer.act and layer.act.static else None,
+        "bias": layer.bias is not None,
+        **({"pre": [str(transform) for transform in layer.pre]} if layer.pre else {}),
+    }
+
+
+def write_structure(
+    folder: Path, model: Model, passes: Iterable[str], source_digest: str, config: Mapping[str, Any] | None = None
+) -> None:
+    """The files beside the segments: structure.json, config.json, tokenizer.
+
+    Args: model: whose files are taken along; config: what the passes change in config.json.
+    """
+    structure: dict[str, Any] = {
+        "schema": SCHEMA,
+        "source_digest": source_digest,
+        "blocks": len(model.structure.blocks),
+        "passes": list(passes),
+        "segments": [segment_file(segment) for segment in model.structure.segments],
+        "edits": [],
+    }
+    if model.image is not None:
+        structure["module"] = model.image.keep(folder)
+    beside = [*model.side_files()] if model.image is not None else [model.path / "config.json", *model.side_files()]
+    for path in beside:
+        with whole_file(folder / path.name) as copy:
+            shutil.copyfile(path, copy)
+    if config:
+        changed = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **config}
+        write_text(folder / "config.json", json.dumps(changed, indent=2) + "\n")
+    write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
+    sync_file(folder)
+
+
+@dataclass
+class StoreReader:
+    """Reads layers and plain tensors of a store. `keeper` holds a temporary folder alive while it is read."""
+
+    folder: Path
+    structure: Structure
+    keeper: object = None
+    _handles: dict[int, Any] = field(default_factory=dict, repr=False)
+
+    def _handle(self, segment: int) -> Any:
+        if segment not in self._handles:
+            self._handles[segment] = open_file(self.folder / segment_file(segment))
+        return self._handles[segment]
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        """One layer with its stored tensors."""
+        handle = self._handle(spec.segment)
+        bias = handle.get_tensor(f"{spec.name}.bias") if spec.has_bias else None
+        weight: Tensor | QuantTensor
+        if spec.format is None:
+            weight = handle.get_tensor(f"{spec.name}.weight")
+        else:
+            parts = spec.format.tensor_specs(spec.shape)
+            tensors = {part: handle.get_tensor(f"{spec.name}.weight.{part}") for part in parts}
+            weight = QuantTensor(spec.format, tensors, spec.shape)
+        act = self._act(handle, spec)
+        return Layer(spec.name, spec.kind, weight, bias, act, spec.users, spec.groups, pre=spec.pre)
+
+    def _act(self, handle: Any, spec: LayerSpec) -> ActSpec | None:
+        """The input grid; a static one with its tensors."""
+        if spec.act is None or not spec.act.static:
+            return spec.act
+        prefix = f"{spec.name}.act."
+        names = [name for name in handle.keys() if name.startswith(prefix)]  # noqa: SIM118 (a handle, not a dict)
+        params = {name.removeprefix(prefix): handle.get_tensor(name) for name in names}
+        return replace(spec.act, params=params)
+
+    def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors that are no layer's."""
+        home = {name: segment for segment, group in self.structure.plain.items() for name in group}
+        return {name: self._handle(home[name]).get_tensor(name) for name in names}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a plain tensor."""
+        tensor: Tensor = self.plain([name])[name]
+        return tensor.dtype
+
+    def release(self) -> None:
+        """Let go of the mapped files; tensors that were read stay valid."""
+        self._handles.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the segment files."""
+        return sum((self.folder / segment_file(s)).stat().st_size for s in self.structure.segments)
+
+
+def read_header(folder: Path, segment: int) -> list[dict[str, Any]]:
+    """The layer descriptions of a segment's file. Raises: InputError for a file that is no store."""
+    path = folder / segment_file(segment)
+    metadata = open_file(path).metadata() or {}
+    try:
+        header = json.loads(metadata[HEADER])
+        layers: list[dict[str, Any]] = header["layers"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a file of a compress store ({error!r}). Run `compress run` again.") from error
+    if header.get("schema") != SCHEMA:
+        raise InputError(f"{path} has store schema {header.get('schema')}; this version reads {SCHEMA}.")
+    return layers
+
+
+def read_segment(folder: Path, segment: int, structure: Structure) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """Layers and plain tensors of one written segment."""
+    items = read_header(folder, segment)
+    specs = {str(item["name"]): _read_spec(item, segment, structure, folder) for item in items}
+    reader = StoreReader(folder, structure)
+    return {name: reader.layer(spec) for name, spec in specs.items()}, reader.plain(structure.plain[segment])
+
+
+def open_store(folder: Path, keeper: object = None) -> Model:
+    """A store as a Model whose layers carry their formats. keeper: kept alive as long as the model.
+
+    Raises: InputError for a malformed store.
+    """
+    info_path = folder / "structure.json"
+    if not info_path.is_file():
+        raise InputError(f"{folder} has no structure.json: it is not the model/ folder of an artifact.")
+    try:
+        info = json.loads(info_path.read_text(encoding="utf8"))
+        source_digest = str(info["source_digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
+    model = reopen(info["module"], folder) if "module" in info else load(folder, weights=False)
+    layers = {}
+    for segment in model.structure.segments:
+        for item in read_header(folder, segment):
+            spec = _read_spec(item, segment, model.structure, folder)
+            layers[spec.name] = spec
+    order = {name: place for place, name in enumerate(model.structure.layers)}
+    ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
+    structure = replace(model.structure, layers=ordered)
+    digest = digest_files(folder / segment_file(segment) for segment in structure.segments)
+    return replace(
+        model,
+        structure=structure,
+        weights=StoreReader(folder, structure, keeper),
+        digest=digest,
+        source_digest=source_digest,
+    )
+
+
+def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder: Path) -> LayerSpec:
+    try:
+        name = str(item["name"])
+        base = structure.layers.get(name) or _untied(structure, name)
+        shape = (int(item["shape"][0]), int(item["shape"][1]))
+        form = parse_format(item["format"]) if item["format"] else None
+        act = ActSpec(parse_format(item["act"]), item.get("act_static") is not None) if item["act"] else None
+        pre = tuple(parse_transform(str(text)) for text in item.get("pre", []))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{folder / segment_file(segment)} describes a layer badly ({error!r}).") from error
+    if shape != base.shape:
+        raise InputError(f"{folder}: layer {name} is {shape} in the store, but {base.shape} by config.json.")
+    dtype = base.source_dtype
+    handle = open_file(folder / segment_file(segment))
+    if form is None:
+        dtype = handle.get_tensor(f"{name}.weight").dtype
+    return replace(
+        base,
+        name=name,
+        users=tuple(item["users"]),
+        format=form,
+        act=act,
+        pre=pre,
+        segment=segment,
+        source_dtype=dtype,
+        has_bias=bool(item["bias"]),
+        bias_dtype=handle.get_tensor(f"{name}.bias").dtype if item["bias"] else None,
+    )
+
+
+def _untied(structure: Structure, name: str) -> LayerSpec:
+    """The tied layer that a module left when a pass changed it alone."""
+    for spec in structure.layers.values():
+        if name in spec.users:
+            return replace(spec, kind=LayerKind.LINEAR)
+    raise KeyError(name)

@@ -1,0 +1,201 @@
+"""Calibration and quality data: files → token windows, split by document, with digests (design §7).
+
+An image classifier takes labelled images instead, which compress/inputs/images.py reads, and an ONNX graph of other
+inputs arrays or texts, which compress/inputs/arrays.py does.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.errors import InputError, UsageError
+from compress.inputs import images
+from compress.inputs.arrays import read_arrays
+from compress.inputs.documents import read_documents
+from compress.inputs.images import CALIBRATION_SAMPLES, Images
+from compress.inputs.windows import Windows, choose, cut_windows, join
+from compress.inputs.windows import check_disjoint as check_windows
+from compress.models.embedding import FEWEST_NEIGHBOURS
+from compress.models.model import Model, Task
+
+__all__ = ["Calibration", "Samples", "Windows", "calibrate", "check_disjoint", "choose", "cut_windows", "join"]
+__all__ += ["quality_windows", "read_documents", "split", "tokenize"]
+
+CALIBRATION_WINDOWS = 128
+
+Samples = Windows | Images
+"""What a model is calibrated or judged on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The windows or images that statistics are taken over, the seed that chose them, and the type that the model's
+    blocks compute in meanwhile (statistics are added up in float32 all the same)."""
+
+    windows: Samples
+    seed: int
+    source: str
+    dtype: torch.dtype = torch.float32
+
+    def batches(self) -> list[Tensor]:
+        """As `Windows.batches`."""
+        return self.windows.batches()
+
+    def summary(self) -> dict[str, str | int]:
+        """For the report and the manifest."""
+        return {
+            "source": self.source,
+            **self.windows.size(),
+            "seed": self.seed,
+            "digest": self.windows.digest,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def tokenize(documents: list[str] | list[list[int]], model: Model, source: str) -> list[list[int]]:
+    """Documents as ids; special tokens are added for an encoder, whose documents are sentences, and for no other.
+
+    Raises: UsageError for text without a tokenizer, InputError for ids outside the vocabulary.
+    """
+    if isinstance(documents[0], str):
+        tokenizer = model.tokenizer()
+        if tokenizer is None:
+            raise UsageError(
+                f"{source} holds text, but {model.source} has no tokenizer. Put tokenizer.json beside the weights, or "
+                "give token ids (.json lists, or .jsonl with 'ids')."
+            )
+        special = model.task is Task.ENCODER
+        documents = [tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for text in documents]
+    vocabulary = model.vocabulary
+    for place, ids in enumerate(documents):
+        worst = max((token for token in ids if isinstance(token, int)), default=0)
+        if worst >= vocabulary:
+            raise InputError(
+                f"{source}: document {place} holds token {worst}, but the vocabulary has {vocabulary}. "
+                "Was it tokenized for another model?"
+            )
+    return documents  # type: ignore[return-value]
+
+
+def _pieces(model: Model, documents: list[list[int]], length: int, source: str) -> Windows:
+    """Calibration windows: an encoder takes documents one by one, for all others they are joined first."""
+    if model.task is Task.ENCODER:
+        return cut_windows(documents, length, source, short=True)
+    return cut_windows(join(documents), length, source)
+
+
+def _read_rows(model: Model, source: str | Path, length: int) -> Images:
+    """All samples of a model that takes a row each."""
+    assert model.image is not None
+    if model.image.is_image:
+        return images.read_images(source, model.image)
+    return read_arrays(source, model.image, model.path, length)
+
+
+def calibrate(
+    model: Model, source: str | Path, *, samples: int | None = None, length: int = 512, seed: int = 0
+) -> Calibration:
+    """Calibration windows, or images, from a whole file. samples: None for 128 windows or 512 images."""
+    if model.image is not None:
+        chosen = images.choose(_read_rows(model, source, length), samples or CALIBRATION_SAMPLES, seed)
+        return Calibration(chosen, seed, Path(source).name)
+    documents = tokenize(read_documents(source), model, str(source))
+    windows = _pieces(model, documents, _fitting(model, length), str(source))
+    return Calibration(choose(windows, samples or CALIBRATION_WINDOWS, seed), seed, Path(source).name)
+
+
+def quality_windows(
+    model: Model, source: str | Path, *, samples: int | None = None, length: int = 512, seed: int = 0
+) -> Samples:
+    """Evaluation windows, or images, from a whole file.
+
+    Raises: UsageError where they are too few to judge the model by.
+    """
+    if model.image is not None:
+        return images.choose(_read_rows(model, source, length), samples, seed)
+    documents = tokenize(read_documents(source), model, str(source))
+    return _judging(model, documents, str(source), samples, length, seed)
+
+
+def _judging(
+    model: Model, documents: Sequence[list[int]], source: str, samples: int | None, length: int, seed: int
+) -> Windows:
+    windows = cut_windows(documents, _fitting(model, length), source, short=model.task is Task.ENCODER)
+    windows = windows if samples is None else choose(windows, samples, seed)
+    count, length = windows.ids.shape
+    if model.task is Task.ENCODER and count < FEWEST_NEIGHBOURS:
+        raise UsageError(
+            f"{source}: {count} quality window(s) of {length} tokens. An encoder is judged by nearest neighbours, "
+            f"which takes at least {FEWEST_NEIGHBOURS}. Give more text, more --quality-samples, or a smaller --length."
+        )
+    return windows
+
+
+def split(
+    model: Model,
+    source: str | Path,
+    *,
+    samples: int | None,
+    quality_samples: int | None,
+    length: int,
+    seed: int,
+    quality_length: int | None = None,
+) -> tuple[Calibration, Samples]:
+    """One file for both: documents, or images, are dealt 80/20 by seed; a single text is cut once, at 80 % of its
+    tokens.
+
+    Args: samples: as `calibrate`; quality_length: tokens per quality window, `length` where it is not given.
+    Raises: UsageError when a run of tokens, or an image, would be in both parts (`check_disjoint`).
+    """
+    if model.image is not None:
+        found, count = _read_rows(model, source, length), samples or CALIBRATION_SAMPLES
+        first, second = images.split(found, str(source), samples=count, quality_samples=quality_samples, seed=seed)
+        check_disjoint(first, second)
+        return Calibration(first, seed, Path(source).name), second
+    documents = tokenize(read_documents(source), model, str(source))
+    length = _fitting(model, length)
+    if len(documents) == 1:
+        cut = len(documents[0]) * 4 // 5 // length * length
+        _require_both(source, len(documents[0]), cut, length)
+        known, unseen = [documents[0][:cut]], [documents[0][cut:]]
+    else:
+        if model.task is Task.ENCODER:  # short documents repeat: each goes to one part
+            documents = list({tuple(ids): ids for ids in documents}.values())
+        order = list(range(len(documents)))
+        random.Random(seed).shuffle(order)
+        held = set(order[: max(1, len(order) // 5)])
+        known = [ids for place, ids in enumerate(documents) if place not in held]
+        unseen = [ids for place, ids in enumerate(documents) if place in held]
+    calibration = choose(_pieces(model, known, length, str(source)), samples or CALIBRATION_WINDOWS, seed)
+    quality = _judging(model, unseen, str(source), quality_samples, quality_length or length, seed)
+    check_disjoint(calibration, quality)
+    return Calibration(calibration, seed, Path(source).name), quality
+
+
+def _require_both(source: str | Path, found: int, cut: int, length: int) -> None:
+    """Raises: UsageError where one text is too short for a window in each part."""
+    if cut == 0 or found - cut < length:
+        raise UsageError(
+            f"{source}: its {found} tokens are one document, too short to be split 80/20 into windows of {length} "
+            "tokens with one in each part. Give more text, or a smaller --length."
+        )
+
+
+def check_disjoint(calibration: Samples, quality: Samples) -> None:
+    """Raises: UsageError when as many tokens in a row as the shorter window holds are in both, at whatever offset; or
+    an image is."""
+    if isinstance(calibration, Images) or isinstance(quality, Images):
+        assert isinstance(calibration, Images) and isinstance(quality, Images)
+        images.check_disjoint(calibration, quality)
+        return
+    check_windows(calibration, quality)
+
+
+def _fitting(model: Model, length: int) -> int:
+    return min(length, model.longest)

@@ -1,0 +1,222 @@
+"""Images for calibration and quality: files → pixels with labels, split by image, with digests (design §7)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.errors import InputError, UnsupportedError, UsageError
+from compress.models.image_source import ImageSource, Row
+from compress.models.user_module import Preprocess
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pixels = NDArray[Any]
+KINDS = ".npz (images, labels), or a folder with one folder of images per class"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+CALIBRATION_SAMPLES = 512
+# Images that go through a model at once: fixed, since an activation grid that is fitted per call sees all of them.
+BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images: pixels (N, channels, h, w), uint8 as stored or float32 as the model takes them; labels (N,)
+    int64; preprocess: what uint8 goes through."""
+
+    pixels: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    preprocess: Preprocess
+    digest: str
+    unit: ClassVar[str] = "image"
+
+    @classmethod
+    def of(cls, pixels: Tensor, labels: Tensor, preprocess: Preprocess) -> Images:
+        """With the digest of both."""
+        digest = hashlib.sha256(str(pixels.dtype).encode() + pixels.numpy().tobytes() + labels.numpy().tobytes())
+        return cls(pixels, labels, preprocess, digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def preprocessing(self) -> str:
+        """What turns the pixels into inputs, for the report."""
+        return self.preprocess.text if self.pixels.dtype == torch.uint8 else "none: stored as floats"
+
+    @property
+    def protocol(self) -> str:
+        """How they are judged."""
+        return f"top1/batch-{BATCH}, preprocessing {self.preprocessing}"
+
+    def batches(self) -> list[Tensor]:
+        """Inputs (n, channels, h, w) float32 in order."""
+        return [self.inputs(start) for start in range(0, len(self), BATCH)]
+
+    def inputs(self, start: int) -> Tensor:
+        """The batch that begins at an image, as the model takes it, float32."""
+        pixels = self.pixels[start : start + BATCH]
+        return self.preprocess(pixels) if pixels.dtype == torch.uint8 else pixels.float()
+
+    def size(self) -> dict[str, str | int]:
+        """For the report: how many, and their preprocessing."""
+        return {"images": len(self), "preprocessing": self.preprocessing}
+
+    def at(self, places: Sequence[int]) -> Images:
+        """Some of them."""
+        index = torch.tensor(list(places), dtype=torch.int64)
+        return Images.of(self.pixels[index], self.labels[index], self.preprocess)
+
+
+def read_images(source: str | Path, image: ImageSource) -> Images:
+    """All labelled images of a file or folder.
+
+    Raises: UsageError for what is not there or of another kind, InputError for a malformed file or images that do not
+    fit the model, UnsupportedError where a library is missing.
+    """
+    path = Path(source)
+    if path.is_dir():
+        pixels, labels = _read_folder(path, image.shape, image.labelled)
+        return _checked(path, pixels, labels, image)
+    if not path.is_file():
+        raise UsageError(f"No such data: {path}. Allowed for an image classifier: {KINDS}.")
+    if path.suffix != ".npz":
+        raise UsageError(f"{path}: data of this kind is not read for an image classifier. Allowed: {KINDS}.")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array without a name")
+            first = "images" if "images" in content else image.input
+            wanted = (first, "labels") if image.labelled else (first,)
+            missing = [name for name in wanted if name not in content]
+            if missing:
+                names = ", ".join(content) or "nothing"
+                raise InputError(f"{path} has no array '{missing[0]}'; it holds {names}. Wanted: {', '.join(wanted)}.")
+            images = content[first]
+            labels = content["labels"] if image.labelled else np.zeros(len(images), np.int64)
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as .npz without pickles ({error}). Use numpy.savez.") from error
+    return _checked(path, laid_out(path, images, image.shape), labels, image)
+
+
+def laid_out(path: Path, images: Pixels, shape: Row) -> Pixels:
+    """(N, channels, h, w), uint8 or float32, whichever way they are stored."""
+    channels, height, width = shape
+    if images.ndim == 3 and channels == 1:
+        images = images[:, None]
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise InputError(f"{path}: images are {images.dtype}. Give uint8 pixels, or floats as the model takes them.")
+    if images.ndim == 4 and images.shape[1:] != shape and images.shape[1:] == (height, width, channels):
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1:] != shape:
+        raise InputError(
+            f"{path}: images are {images.shape}, but the model takes (channels, h, w) = {shape}. Resize them, and "
+            "store them as (N, h, w, channels) or (N, channels, h, w)."
+        )
+    return np.ascontiguousarray(images if images.dtype == np.uint8 else images.astype(np.float32))
+
+
+def _checked(path: Path, pixels: Pixels, labels: Pixels, image: ImageSource) -> Images:
+    if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer) or not len(labels):
+        found = f"{labels.dtype} {labels.shape}"
+        raise InputError(f"{path}: {len(pixels)} images, but labels are {found}; one integer each is wanted.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= image.classes:
+        raise InputError(f"{path}: labels lie in {low} to {high}, but the model has {image.classes} classes (from 0).")
+    if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
+        raise InputError(f"{path}: images hold NaN or infinite values.")
+    return Images.of(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), image.preprocess)
+
+
+def _read_folder(folder: Path, shape: Row, labelled: bool) -> tuple[Pixels, Pixels]:
+    """Classes are the folders in order of name; without labels all images below the folder are taken."""
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{folder}: image files are read with Pillow, which is not installed. Install it: pip install pillow."
+        ) from error
+    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if labelled else [folder]
+    files = [(path, place) for place, each in enumerate(classes) for path in sorted(each.rglob("*"))]
+    files = [(path, place) for path, place in files if path.suffix.lower() in SUFFIXES]
+    if not files:
+        where = " in a folder per class" if labelled else ""
+        raise InputError(f"{folder} holds no images{where} ({', '.join(SUFFIXES)}).")
+    pixels = np.empty((len(files), *shape), np.uint8)
+    for row, (path, _) in enumerate(files):
+        try:
+            with PIL.Image.open(path) as picture:
+                pixels[row] = cropped(picture, shape)
+        except (OSError, PIL.Image.DecompressionBombError) as error:
+            raise InputError(f"{path} cannot be read as an image ({error}).") from error
+    return pixels, np.array([place for _, place in files], np.int64)
+
+
+def cropped(picture: Image, shape: Row) -> Pixels:
+    """(channels, h, w): the shorter side resized to fit (bilinear), the middle cut out."""
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise UnsupportedError(f"Image files give 1 or 3 channels; the model takes {channels}. Give an .npz.")
+    picture = picture.convert("L" if channels == 1 else "RGB")
+    scale = max(height / picture.height, width / picture.width)
+    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    picture = picture.resize(size, resample=2) if size != picture.size else picture  # 2: bilinear
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    pixels = np.asarray(picture.crop((left, top, left + width, top + height)))
+    return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def choose(images: Images, count: int | None, seed: int) -> Images:
+    """At most `count` images (None: all), drawn without replacement, in their order."""
+    if count is None or len(images) <= count:
+        return images
+    return images.at(sorted(random.Random(seed).sample(range(len(images)), count)))
+
+
+def split(
+    images: Images, source: str, *, samples: int, quality_samples: int | None, seed: int
+) -> tuple[Images, Images]:
+    """One source for both: distinct images are dealt 80/20 by seed, copies of an image to the same side.
+
+    Raises: UsageError where there are too few.
+    """
+    marks = fingerprints(images)
+    distinct = sorted(set(marks))
+    if len(distinct) < 5:
+        raise UsageError(
+            f"{source}: {len(distinct)} distinct {images.unit}(s) are too few to split 80/20. Give 5 or more."
+        )
+    random.Random(seed).shuffle(distinct)
+    held = set(distinct[: max(1, len(distinct) // 5)])
+    first = images.at([place for place, mark in enumerate(marks) if mark not in held])
+    second = images.at([place for place, mark in enumerate(marks) if mark in held])
+    return choose(first, samples, seed), choose(second, quality_samples, seed)
+
+
+def fingerprints(images: Images) -> list[bytes]:
+    """A hash of each image's pixels."""
+    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.pixels]
+
+
+def check_disjoint(calibration: Images, quality: Images) -> None:
+    """Raises: UsageError where an image is in both, pixel by pixel."""
+    known = set(fingerprints(calibration))
+    leaks = [place for place, mark in enumerate(fingerprints(quality)) if mark in known]
+    if leaks:
+        raise UsageError(
+            f"{len(leaks)} of {len(quality)} quality {quality.unit}s are in the calibration data too, which would "
+            f"flatter the result. First: quality {quality.unit} {leaks[0]}. Give different {quality.unit}s, or one "
+            "file, which is split."
+        )

@@ -1,0 +1,1 @@
+"""Shared maths: pure functions on tensors, each with a slow, obvious twin in the tests."""

@@ -1,0 +1,142 @@
+"""A model's folder: where it is, its config and tokenizer. Nothing in it is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.errors import InputError, UnsupportedError, UsageError
+
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def locate(source: str, revision: str | None, weights: bool = True) -> Path:
+    """A folder given by path, or fetched by hub id (weights=False: without its weights). Raises: UsageError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        if path.suffix == ".py":
+            raise UsageError(
+                f"{source} is a Python file. Name the function in it that makes the model: {source}:FUNCTION. "
+                "A language model is given as the folder that holds config.json and *.safetensors."
+            )
+        raise UsageError(f"{source} is a file. Give the folder that holds config.json and *.safetensors.")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise UsageError(f"No such folder: {source}. Give a folder that save_pretrained wrote, or a hub id 'org/name'.")
+    return _download(source, revision, weights)
+
+
+def _download(source: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["config.json", *SIDE_FILES]
+    patterns += ["*.safetensors", "model.safetensors.index.json"] if weights else []
+    try:  # a pattern's star also matches a slash; only files at the top count
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"'{source}' is no folder here, and could not be fetched from the hub ({first_line(error)}). "
+            "Check the name and the network, or give a local folder."
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises: InputError when it is missing, malformed or asks for code to be run."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} is not JSON ({error}). Fetch or save it again.") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file} holds a {type(raw).__name__}, not an object. Fetch or save it again.")
+    for where in _remote_code(raw):
+        raise InputError(
+            f"{file} asks for code of its own to be run ('{where}'). That is not done. Supported are the "
+            "architectures that transformers ships; remove the key if the model is one of them."
+        )
+    quantized = raw.get("quantization_config")
+    if quantized is not None:
+        method = str(quantized.get("quant_method", "unknown")) if isinstance(quantized, dict) else "unknown"
+        raise UnsupportedError(f"{path} is already quantized ({method}). Start from the uncompressed model.")
+    return raw
+
+
+def _remote_code(value: Any, path: str = "") -> list[str]:
+    if isinstance(value, Mapping):
+        found = [f"{path}{key}" for key in value if key in ("auto_map", "trust_remote_code", "custom_pipelines")]
+        return found + [hit for key, item in value.items() for hit in _remote_code(item, f"{path}{key}.")]
+    if isinstance(value, list):
+        return [hit for item in value for hit in _remote_code(item, path)]
+    return []
+
+
+def parse_config(path: Path, raw: dict[str, Any]) -> Any:
+    """transformers' config object. Raises: InputError for a model type that it does not know."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # config classes check their fields with errors of many kinds
+        kind = raw.get("model_type", "missing")
+        raise InputError(
+            f"{path / 'config.json'}: model_type '{kind}' cannot be built by this transformers "
+            f"({first_line(error)}). Check the file, or update transformers."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder, None where it has none. Raises: InputError for one that is broken or asks for code."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        return None
+    from transformers import AutoTokenizer
+
+    config = path / "tokenizer_config.json"
+    try:
+        raw = json.loads(config.read_text(encoding="utf8")) if config.is_file() else {}
+        if _remote_code(raw):
+            raise InputError(
+                f"{config} asks for code of its own to be run ('{_remote_code(raw)[0]}'). That is not done."
+            )
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizer libraries raise bare Exception
+        raise InputError(f"The tokenizer in {path} cannot be loaded ({error}). Fetch or save it again.") from error
+
+
+# their position ids begin after the padding token's id
+OFFSET_POSITIONS = {
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "longformer", "xmod"),
+    *("data2vec-text", "ibert", "lilt"),
+}
+
+
+def positions(config: Any) -> int:
+    """Tokens of the longest sequence by a text model's config; a million where it sets no limit."""
+    rows = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    if getattr(config, "model_type", "") not in OFFSET_POSITIONS:
+        return rows
+    padding = getattr(config, "pad_token_id", None)
+    return rows - (1 if padding is None else int(padding)) - 1

@@ -1,0 +1,1 @@
+"""Every quality figure: pure functions on scores, and the running of models that gives the scores."""

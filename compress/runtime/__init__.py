@@ -1,0 +1,1 @@
+"""An artifact in its runtime: what generates, classifies and encodes."""

@@ -1,0 +1,1 @@
+"""Interval estimates: pure functions on arrays, no torch, no clock, no random numbers."""

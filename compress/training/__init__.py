@@ -1,0 +1,1 @@
+"""The one training loop, and quantized weights as functions that take gradients."""

@@ -1,0 +1,1 @@
+"""How the parts of a block hang together, found by running it."""

@@ -1,0 +1,186 @@
+"""An engine on the GPU that it was built for, through the Python API that TensorRT 10, 11 and TensorRT-RTX share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.errors import InputError, ResourceError, UnsupportedError
+from compress.export.tensorrt import flavours, gpu
+from compress.export.tensorrt.builder import make_logger
+from compress.export.tensorrt.record import Record
+
+DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT8": torch.int8,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+}
+PAST, PRESENT = "past_key_values.", "present."
+
+
+def misfit(kept: Record) -> str:
+    """Why the engine of a folder does not run here; empty where it does. Engines are for one version of the library
+    and one kind of GPU."""
+    if not kept.engine:
+        return "No engine was built."
+    problem = flavours.lacking(kept.flavour, kept.sm)
+    if problem:
+        return problem
+    version = str(flavours.load_module(kept.flavour).__version__)
+    if version != kept.version:
+        return f"{kept.engine} is for {kept.builder}; {version} is installed here."
+    if kept.device and kept.device != gpu.name():
+        return f"{kept.engine} was built on {kept.device}; the GPU here is {gpu.name()}."
+    return ""
+
+
+def lacks(kept: Record) -> tuple[str, ...]:
+    """For the report, where a folder's engine does not run here: what this machine lacks for it."""
+    problem = misfit(kept) if kept.engine else flavours.lacking(flavours.FULL, kept.sm)
+    return (f"What this machine lacks for it: {problem}",) if problem else ()
+
+
+class EngineSession:
+    """See compress.target.Session: the engine itself, so that what agrees here is what will be deployed.
+
+    Inputs and outputs lie in the GPU's memory, the cache stays there between calls. Nothing is timed yet.
+    Raises: InputError where the engine does not load, ResourceError where the GPU has no room for it.
+    """
+
+    level = "ran"
+
+    def __init__(self, folder: Path, kept: Record) -> None:
+        self._log: list[str] = []
+        self._trt = trt = flavours.load_module(kept.flavour)
+        self._logger = make_logger(trt, self._log)  # TensorRT keeps no reference of its own
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine((folder / kept.engine).read_bytes())
+        if self._engine is None:
+            raise InputError(f"{kept.builder} cannot load {folder / kept.engine} ({self._reason()}). Build it again.")
+        if self._engine.streamable_weights_size:
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise ResourceError(f"{gpu.name()} has no room to run {folder / kept.engine} ({self._reason()}).")
+        self._buffers, self._profile = gpu.Buffers(), -1
+        self._spare = self._buffers.empty((256,), torch.uint8)
+        names = [self._engine.get_tensor_name(place) for place in range(self._engine.num_io_tensors)]
+        kinds = {name: self._engine.get_tensor_mode(name) for name in names}
+        self._inputs = [name for name in names if kinds[name] == trt.TensorIOMode.INPUT]
+        self._outputs = [name for name in names if kinds[name] == trt.TensorIOMode.OUTPUT]
+        self._cache = [name for name in self._inputs if name.startswith(PAST)]
+        # by profile: input → smallest and largest shape
+        self._ranges = [self._range(place) for place in range(self._engine.num_optimization_profiles)]
+        self._images = "images" in self._inputs
+        self._main = next(name for name in self._outputs if not name.startswith(PRESENT))
+        self.is_decoder = self._main == "logits" and not self._images
+        self.name = f"{kept.builder} on {gpu.name()}"
+        self.notes = (*kept.built, f"The engine ran on {gpu.name()}; its speed was not measured.")
+
+    def _reason(self) -> str:
+        return self._log[-1] if self._log else "it does not say why"
+
+    def _range(self, profile: int) -> dict[str, tuple[list[int], list[int]]]:
+        found = {}
+        for name in self._inputs:
+            low, _, high = self._engine.get_tensor_profile_shape(name, profile)
+            found[name] = list(low), list(high)
+        return found
+
+    def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
+        """See compress.target.Session. More rows than the engine takes at once go through it in turn."""
+        first = self._inputs[0]
+        most = max(ranges[first][1][0] for ranges in self._ranges)
+        parts = [ids[start : start + most] for start in range(0, len(ids), most)]
+        found = [self._run(self._feeds(part))[self._main].float().cpu().numpy() for part in parts]
+        return np.concatenate(found)
+
+    def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
+        """See compress.target.Session."""
+        feeds, tokens = self._feeds(np.asarray([list(prompt)], np.int64)), list[int]()
+        for _ in range(count):
+            found = self._run(feeds)
+            tokens.append(int(found[self._main][0, -1].argmax()))
+            if tokens[-1] in stop:
+                break
+            seen = feeds["attention_mask"].shape[1] + 1
+            feeds = self._put({"input_ids": np.asarray([tokens[-1:]], np.int64)})
+            feeds |= self._put({"attention_mask": np.ones((1, seen), np.int64)})
+            feeds |= {name: found[name.replace(PAST, PRESENT)] for name in self._cache}
+        return tokens
+
+    def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
+        """Raises: UnsupportedError; timing an engine was never tried."""
+        raise UnsupportedError(f"Timing engines ({self.name}) is not supported yet; NVIDIA's trtexec does it.")
+
+    def _put(self, values: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        return {name: self._buffers.put(np.ascontiguousarray(value)) for name, value in values.items()}
+
+    def _feeds(self, ids: NDArray[Any]) -> dict[str, Tensor]:
+        if self._images:
+            return self._put({"images": ids})
+        feeds = self._put({"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64)})
+        for name in self._cache:
+            _, heads, _, size = self._engine.get_tensor_shape(name)
+            feeds[name] = self._buffers.empty((len(ids), int(heads), 0, int(size)), self._dtype(name))
+        return feeds
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self._engine.get_tensor_dtype(name).name]
+
+    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One call: inputs → outputs, all on the GPU. Raises: UnsupportedError for shapes that the engine does not
+        take; ResourceError where it fails."""
+        self._select(feeds)
+        for name, value in feeds.items():
+            self._demand(self._context.set_input_shape(name, tuple(value.shape)), f"the shape of {name}")
+            self._demand(self._context.set_tensor_address(name, self._address(value)), f"the place of {name}")
+        unknown = self._context.infer_shapes()
+        self._demand(not unknown, f"what it was given: {', '.join(unknown)} lacks")
+        found = {}
+        for name in self._outputs:
+            shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
+            found[name] = self._buffers.empty(shape, self._dtype(name))
+            self._demand(self._context.set_tensor_address(name, self._address(found[name])), f"the place of {name}")
+        self._demand(self._context.execute_async_v3(self._buffers.stream), "the call")
+        self._buffers.wait()
+        return found
+
+    def _address(self, value: Tensor) -> int:
+        """Tensors without elements, as a cache of no tokens, have none; TensorRT wants one of each."""
+        return value.data_ptr() or self._spare.data_ptr()
+
+    def _select(self, feeds: Mapping[str, Tensor]) -> None:
+        """The optimization profile whose ranges hold the shapes."""
+        shapes = {name: tuple(value.shape) for name, value in feeds.items()}
+        fits = [place for place, ranges in enumerate(self._ranges) if _holds(ranges, shapes)]
+        if not fits:
+            told = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+            raise UnsupportedError(f"The engine has no range of shapes for {told}; tensorrt.json tells those it has.")
+        if self._profile not in fits:
+            self._demand(self._context.set_optimization_profile_async(fits[0], self._buffers.stream), "its ranges")
+            self._buffers.wait()
+            self._profile = fits[0]
+
+    def _demand(self, done: bool, what: str) -> None:
+        if not done:
+            raise ResourceError(f"{self.name} did not accept {what} ({self._reason()}).")
+
+
+def _holds(ranges: Mapping[str, tuple[list[int], list[int]]], shapes: Mapping[str, Sequence[int]]) -> bool:
+    for name, shape in shapes.items():
+        low, high = ranges[name]
+        if len(shape) != len(low) or any(not a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""What several test files make or run. Importable as `helpers` (pytest's `pythonpath`)."""
