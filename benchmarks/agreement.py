@@ -19,9 +19,9 @@ import compress
 from compress import hwprofiles, manifest
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
-from compress.inputs import data
+from compress.inputs import datasets
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import agreement
+from compress.quality.verification import agreement
 from compress.speed.measure import thread_count
 
 RESULT = Path(__file__).parent / "results" / "agreement.json"
@@ -47,7 +47,7 @@ def main() -> int:
     rows = []
     for name, (folder, text) in MODELS.items():
         model = compress.load(given.assets / folder)
-        windows = data.quality_windows(model, given.assets / text, samples=32, length=128)
+        windows = datasets.quality_windows(model, given.assets / text, samples=32, length=128)
         graph = target.capture(model, profile)
         for label, passes in RECIPES.items():
             made = Pipeline.parse(passes).run(model).model if passes else model

@@ -66,7 +66,7 @@ def main() -> int:
     folder: Path = arguments.folder
     model = compress.load(f"{folder / 'resnet_cifar.py'}:resnet20")
     assert model.image is not None
-    calibration = compress.inputs.data.calibrate(
+    calibration = compress.inputs.datasets.calibrate(
         model, folder / "cifar10_train_exact_7044.npz", samples=arguments.samples
     )
     tests = {name: images.read_images(folder / file, model.image) for name, file in SETS.items()}

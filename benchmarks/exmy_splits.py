@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 import compress
-from compress.inputs import data
+from compress.inputs import datasets
+from compress.inputs.windows import Windows
 from compress.pipeline import Pipeline
 from compress.quality.evaluate import stream_logits
-from compress.quality.sums import summarize
 from compress.quality.token_scores import WindowScore, score_window
+from compress.quality.token_summary import summarize
 from compress.stats.intervals import paired_difference
 
 RESULT = Path(__file__).parent / "results" / "exmy_splits.json"
@@ -52,9 +53,9 @@ class Bench:
 
     def __init__(self, folder: Path, windows: int, samples: int) -> None:
         self.model = compress.load(folder)
-        self.calibration = data.calibrate(self.model, folder / "text" / "calib.txt.gz", samples=samples)
-        whole = data.quality_windows(self.model, folder / "text" / "test.txt.gz")
-        self.windows = data.Windows(whole.ids[:windows], whole.documents[:windows], whole.protocol, whole.digest)
+        self.calibration = datasets.calibrate(self.model, folder / "text" / "calib.txt.gz", samples=samples)
+        whole = datasets.quality_windows(self.model, folder / "text" / "test.txt.gz")
+        self.windows = Windows(whole.ids[:windows], whole.documents[:windows], whole.protocol, whole.digest)
         self.reference = list(stream_logits(self.model, self.windows.ids))
 
     def scores(self, pipeline: str) -> tuple[list[WindowScore], dict[str, Any]]:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 import compress
-from compress.inputs import data
+from compress.inputs import datasets
+from compress.inputs.windows import Windows
 from compress.pipeline import Pipeline
 from compress.quality.evaluate import stream_logits
-from compress.quality.sums import summarize
 from compress.quality.token_scores import WindowScore, score_window
+from compress.quality.token_summary import summarize
 from compress.stats.intervals import paired_difference
 
 RESULT = Path(__file__).parent / "results" / "gptq_vs_rtn.json"
@@ -66,9 +67,9 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=48)
     given = parser.parse_args()
     model = compress.load(given.model)
-    calibration = data.calibrate(model, given.model / "text" / "calib.txt.gz", samples=128)
-    whole = data.quality_windows(model, given.model / "text" / "test.txt.gz")
-    windows = data.Windows(whole.ids[: given.windows], whole.documents[: given.windows], whole.protocol, whole.digest)
+    calibration = datasets.calibrate(model, given.model / "text" / "calib.txt.gz", samples=128)
+    whole = datasets.quality_windows(model, given.model / "text" / "test.txt.gz")
+    windows = Windows(whole.ids[: given.windows], whole.documents[: given.windows], whole.protocol, whole.digest)
     reference = list(stream_logits(model, windows.ids))
     rows = [row_of(bits, model, calibration, windows, reference) for bits in (4, 3, 2)]
     RESULT.parent.mkdir(exist_ok=True)

@@ -30,7 +30,8 @@ import sys
 from pathlib import Path
 import torch
 import compress
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.pipeline import Pipeline
 from compress.progress import Progress
 torch.set_num_threads({threads})

@@ -25,12 +25,12 @@ from compress import hwprofiles
 from compress.errors import CompressError
 from compress.export.tensorrt import record, target
 from compress.hwprofiles import Profile
-from compress.inputs.data import calibrate
+from compress.inputs.datasets import calibrate
 from compress.manifest import versions
 from compress.models.model import Model
 from compress.opening import load
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import read_inputs, verification_ids, verify_export
+from compress.quality.verification import read_inputs, verification_ids, verify_export
 
 FORMATS = ("int8(channel)", "int4(group=128)", "int4(channel)", "fp8_e4m3(channel)", "nvfp4")
 ROUNDED = (("int8(channel)", "int8(tensor)"), ("fp8_e4m3(channel)", "fp8_e4m3(tensor)"), ("nvfp4", "nvfp4"))

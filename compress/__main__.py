@@ -33,7 +33,7 @@ def _run(given: list[str]) -> int:
     import typer
 
     from compress.cli.main import app
-    from compress.errors import CompressError, Interrupted, ResourceError
+    from compress.errors import CompressError, Interrupted, ResourceError, exhausted
 
     try:
         result = app(given, standalone_mode=False)
@@ -61,9 +61,10 @@ def _run(given: list[str]) -> int:
         return _fail(given, "Interrupted", f"{error} To resume, repeat: {again}", 128 + error.signal_number)
     except CompressError as error:
         return _fail(given, type(error).__name__, str(error), error.exit_code)
-    except MemoryError:
-        return _fail(given, ResourceError.__name__, "Out of memory. `compress plan` predicts what a run needs.", 6)
-    except Exception as error:  # the last line of defence: a bug of ours
+    except Exception as error:  # the last line of defence: too small a machine, or a bug of ours
+        lacking = exhausted(error)
+        if lacking:
+            return _fail(given, ResourceError.__name__, lacking, ResourceError.exit_code)
         if _is_profile_error(error):
             return _fail(given, "UsageError", str(error), 2)
         text = f"{type(error).__name__}: {error}. This is a bug of compress; --debug shows where."

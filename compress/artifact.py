@@ -14,26 +14,39 @@ import torch
 from compress import hwprofiles, manifest
 from compress.completion import build_missing, complete_report
 from compress.engine import store
-from compress.engine.workspace import Workspace, disk_errors, require_space
+from compress.engine.disk import disk_errors, require_space
+from compress.engine.workspace import Workspace
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
-from compress.inputs import data
-from compress.models.image_source import fitting, timed_shape
-from compress.models.model import Model, load
+from compress.inputs import datasets
+from compress.models.loading import load
+from compress.models.model import Model
 from compress.pipeline import Result
 from compress.plan import check_storable
 from compress.profiles import as_profile
 from compress.progress import Progress
 from compress.quality.continuations import Amount
-from compress.quality.evaluate import MIN_POSITIONS, Evaluation, evaluate, read_inputs, runners_of, verify_export
+from compress.quality.evaluate import Evaluation, evaluate, runners_of
 from compress.quality.harness import Arm, TaskRequest, require_tasks, score_tasks
+from compress.quality.verification import MIN_POSITIONS, read_inputs, verify_export
 from compress.records import Bounds, Speed, Verification
 from compress.records.task import Tasks
 from compress.run import require_agreement
-from compress.speed.end_to_end import Material, measure_end_to_end, read_material, with_end_to_end
-from compress.speed.measure import BUDGET_S, check_processes, deployable_bytes, measure, thread_count
-from compress.target import Lowered, Session, Target, require_graphs, require_tools, timed_here, write_baseline
+from compress.speed.artifact_speed import measure_artifact
+from compress.speed.end_to_end import Material, read_material
+from compress.speed.footprint import deployable_bytes
+from compress.speed.measure import BUDGET_S, check_processes, thread_count
+from compress.target import (
+    Lowered,
+    Session,
+    Target,
+    misfit,
+    require_graphs,
+    require_tools,
+    timed_here,
+    write_baseline,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,10 @@ class Artifact:
     def target(self) -> Target:
         """What wrote it."""
         return find_target(self.profile.target)
+
+    def check(self, *more: str) -> None:
+        """Hold what the runtime loads, and `more`, against the manifest. Raises: InputError naming what differs."""
+        manifest.check_files(self.folder, keep=(self.target.FOLDER.split("/")[0], *more))
 
     def model(self) -> Model:
         """The compressed model in the store."""
@@ -94,19 +111,28 @@ def verify(folder: str | Path, *, timing_cache: str | Path | None = None) -> Ver
     """
     artifact = open_artifact(folder)
     manifest.check_files(artifact.folder)
-    kept = artifact.facts.get("verification") or {}
-    if "ids" not in kept:
-        raise InputError(f"{folder}: the manifest has no tokens to verify with. Export it again.")
+    kept, bounds = _kept(artifact)
     build_missing(artifact.folder, artifact.target, None if timing_cache is None else Path(timing_cache))
-    model, bounds = artifact.model(), Bounds(**kept["bounds"])
+    model = artifact.model()
     ids = read_inputs(model, kept["ids"])
     found = verify_export(model, artifact.deployable, artifact.profile, ids, bounds)
     notes = [complete_report(artifact.folder, artifact.target, found)]
-    if tuple(kept.get("greedy_tokens", ())) != found.greedy_tokens:
+    if kept.get("greedy_tokens", []) != list(found.greedy_tokens):
         notes += [
             "the greedy tokens differ from those recorded when the artifact was made (another machine or runtime?)"
         ]
     return found.model_copy(update={"notes": (*found.notes, *filter(None, notes))})
+
+
+def _kept(artifact: Artifact) -> tuple[Mapping[str, Any], Bounds]:
+    """What the manifest keeps of the first verification. Raises: InputError."""
+    kept = artifact.facts.get("verification")
+    if not isinstance(kept, Mapping) or "ids" not in kept:
+        raise InputError(f"{artifact.folder}: the manifest has no tokens to verify with. Export it again.")
+    try:
+        return kept, Bounds.model_validate(kept["bounds"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{artifact.folder}: the manifest has no bounds to verify by ({error}).") from error
 
 
 def export(
@@ -174,7 +200,8 @@ def _check(lowered: Lowered, model: Model, machine: Profile, facts: dict[str, An
 
 def _of(result: Result | Artifact) -> tuple[Model, dict[str, Any]]:
     if isinstance(result, Artifact):
-        drop = ("files", "schema_version", "versions", "metrics")  # measured on what was exported before
+        # what is of the files, or was measured on what was exported before
+        drop = ("files", manifest.ADDED, "schema_version", "versions", "metrics")
         return result.model(), {key: value for key, value in result.facts.items() if key not in drop}
     calibration = result.calibration
     facts = {
@@ -217,8 +244,9 @@ def evaluate_artifact(
 ) -> Evaluation:
     """Quality of an artifact in its runtime on other data, beside its uncompressed model."""
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    artifact.check("model")
     source = source_of(artifact, against)
-    windows = data.quality_windows(source, quality_data, samples=samples, length=length)
+    windows = datasets.quality_windows(source, quality_data, samples=samples, length=length)
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         baseline, session = baseline_session(source, artifact.profile, Path(scratch)), artifact.session()
         runners = runners_of(artifact.target, (baseline, Path(scratch)), (session, artifact.deployable))
@@ -238,7 +266,8 @@ def evaluate_tasks(
     Raises: as `compress.quality.harness.score_tasks`.
     """
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
-    require_tasks(str(artifact.facts.get("task", "")), artifact.target)
+    artifact.check()
+    require_tasks(str(artifact.facts.get("task", "")), artifact.target, request)
     source, machine = source_of(artifact, against), artifact.facts["profile"]
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         session = baseline_session(source, artifact.profile, Path(scratch))
@@ -264,10 +293,14 @@ def profile(
     """
     check_processes(processes)
     artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    artifact.check()
     if not timed_here(artifact.target, artifact.profile):
         raise UnsupportedError(
             f"{artifact.folder} was made for {artifact.profile.name}: its speed can be measured there only."
         )
+    unfit = misfit(artifact.target, artifact.deployable)
+    if unfit:
+        raise UnsupportedError(f"{artifact.folder} cannot be timed here: {unfit}")
     source = source_of(artifact, against)
     if inputs is not None:
         material = read_material(inputs, artifact.deployable, source.task)
@@ -276,20 +309,15 @@ def profile(
         material = Material(ids=tuple(kept[0]))
     with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
         find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
-        arms = Path(scratch), artifact.deployable
-        machine = fitting(artifact.profile, source.image)
-        speed = measure(
-            *arms,
-            machine,
-            vocabulary=source.vocabulary,
-            longest=source.longest,
-            image=timed_shape(source.image),
+        return measure_artifact(
+            Path(scratch),
+            artifact.deployable,
+            artifact.profile,
+            source,
+            material,
             budget_s=budget_s,
             processes=processes,
             progress=progress or Progress(quiet=True),
-        )
-        return with_end_to_end(
-            speed, lambda: measure_end_to_end(*arms, machine, source.task, material, budget_s=budget_s)
         )
 
 

@@ -136,7 +136,10 @@ def _call(probe: Probe, batch: int, threads: int) -> Callable[[], Any]:
 
 
 def _measured(entry: dict[str, Any], ratios: Ratios, told: str) -> None:
-    """Fill in one line of a profile's table, where all its widths were tried; a stored width may be wider."""
+    """Fill in one line of a profile's table, where all its widths were tried; a stored width may be wider. A line for
+    one format alone keeps what it says: it is another kernel that was tried."""
+    if entry.get("format"):
+        return
     widths = [entry["stored_bits"] or bits for bits in entry["bits"]]
     found = [ratios.get((entry["use"], bits)) for bits in widths]
     if not found or None in found:

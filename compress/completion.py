@@ -69,14 +69,16 @@ def _amended(folder: Path, target: Target, report: Report, found: Verification) 
         "verification": found,
     }
     verdict = reports.verdict_sentence(**sizes, **pieces)
-    files = manifest.digests(manifest.describe_files(folder, ("model", target.FOLDER.split("/")[0]), _known(folder)))
+    described = manifest.describe_files(folder, ("model", target.FOLDER.split("/")[0]), _known(folder))
+    added = manifest.read(folder).get(manifest.ADDED, ())
+    files = manifest.digests({name: facts for name, facts in described.items() if name not in added})
     return report.model_copy(update={**sizes, "verification": found, "verdict": verdict, "files": files})
 
 
 def _write(folder: Path, report: Report) -> None:
     write_text(folder / REPORT, report.model_dump_json(indent=1) + "\n")
-    write_text(folder / "report.md", reports.to_markdown(report))
-    write_text(folder / "report.html", reports.to_html(report))
+    write_text(folder / "report.md", reports.to_markdown(report, folder))
+    write_text(folder / "report.html", reports.to_html(report, folder))
     assert report.verification is not None
     tokens = list(report.verification.greedy_tokens)
     kept = manifest.read(folder).get("verification") or {}

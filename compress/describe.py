@@ -62,7 +62,7 @@ def describe_pass(cls: type[Pass]) -> str:
 
 def _needs(cls: type[Pass]) -> str:
     """The statistics that a pass always asks for, else with which switch it asks for data."""
-    from compress.engine.collect import Stat  # which loads torch, as a pass has already
+    from compress.engine.layer_stats import Stat  # which loads torch, as a pass has already
 
     if cls.needs - {Stat.SHARING}:
         return f"{', '.join(sorted(cls.needs))}, so calibration data"

@@ -6,6 +6,7 @@ allowed and what to do; the command prints it as one paragraph. Anything else th
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
@@ -62,3 +63,46 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def visible(text: str) -> str:
     """For a terminal: names out of files may hold escape sequences and direction marks, which are told, not obeyed."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def unread(error: Exception) -> str:
+    """Why a file's content could not be taken, by the error that met it."""
+    if isinstance(error, KeyError):
+        return f"it lacks '{error.args[0] if error.args else ''}'"
+    if isinstance(error, TypeError):
+        return "a value is of another kind than it should be"
+    return str(error) or type(error).__name__
+
+
+_NO_MEMORY: tuple[str, ...] = (
+    "can't allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "bad allocation",
+    "Failed to allocate memory",
+)
+_NO_MEMORY = (*_NO_MEMORY, "Cannot allocate memory", "can't start new thread")
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused, which libraries say in texts of their own."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    theirs = type(error).__module__.startswith(("onnxruntime", "safetensors", "torch"))
+    told = (theirs or isinstance(error, RuntimeError)) and any(text in str(error) for text in _NO_MEMORY)
+    return told or isinstance(error, MemoryError)
+
+
+def exhausted(error: BaseException) -> str:
+    """What this machine has too little of, or does not let us use; empty for any other error."""
+    if is_out_of_memory(error):
+        return "Out of memory. `compress plan` predicts what a run needs."
+    if not isinstance(error, OSError):
+        return ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"No space left{where}. Free some, or name another disk: TMPDIR for temporary files, -o for the output."
+    if error.errno in _REFUSED:
+        return f"{error.filename or 'A file'} cannot be used: {error.strerror}."
+    return ""

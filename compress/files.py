@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def sync_file(path: Path) -> None:
@@ -41,3 +43,16 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON that nobody vouches for. Raises: ValueError, also where it is nested deeper than a parser follows."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """A file of JSON in UTF-8. Raises: OSError, ValueError as `parse_json`."""
+    return parse_json(path.read_text(encoding="utf8"))

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError
-from compress.files import write_text
+from compress.files import read_json, write_text
 
 SCHEMA = 1
 NAME = "manifest.json"
+ADDED = "added"
+"""Key of the names of files that `note` took in: not what the artifact was made with, though listed in `files`."""
+PAGES = ("report.html", "report.md")
+"""Files of an artifact that may be made anew."""
 Facts = dict[str, str | int]
 """Size and sha256 of a file."""
 PACKAGES = ("compress", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -91,10 +95,11 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder} has no {NAME}: it is not an artifact of `compress run` (or the run did not finish)."
         )
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        content: dict[str, Any] = read_json(path)
         schema = content["schema_version"]
-        assert isinstance(content["files"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        if not isinstance(content["files"], dict):
+            raise TypeError("'files' is no object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is malformed ({error!r}). Run `compress run` again.") from error
     if schema != SCHEMA:
         raise InputError(f"{path} has schema {schema}; this version of compress reads {SCHEMA}.")
@@ -114,7 +119,57 @@ def check_files(folder: Path, keep: Collection[str] | None = None) -> dict[str, 
     extra = sorted(set(found) - set(stated))
     changed = sorted(name for name in set(stated) & set(found) if stated[name] != found[name])
     problems = [f"missing {name}" for name in missing] + [f"changed {name}" for name in changed]
-    problems += [f"not in the manifest: {name}" for name in extra]
+    problems += [f"not a regular file: {name}" for name in _odd(folder)]
     if problems:
+        problems += [f"not in the manifest: {name}" for name in extra]
         raise InputError(f"{folder} is not as it was written: {'; '.join(problems[:8])}. Copy or build it again.")
+    if extra:
+        more = f" and {len(extra) - 8} more" if len(extra) > 8 else ""
+        raise InputError(
+            f"{folder} holds what is not in the manifest: {', '.join(extra[:8])}{more}. The artifact itself is whole: "
+            "an extra file is harmless to delete. Delete or move it, then repeat the command."
+        )
     return content
+
+
+def _odd(folder: Path) -> list[str]:
+    """Pipes, devices and links to nowhere: whoever opens one may wait for ever."""
+    paths = (path for path in sorted(folder.rglob("*")) if not path.is_file() and not path.is_dir())
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def holding(path: Path) -> list[Path]:
+    """The folders of artifacts that a path lies in, the innermost first (a variant's, then its sweep's)."""
+    found = []
+    for folder in _real(path).parents:
+        try:
+            found += [folder] if (folder / NAME).is_file() and read(folder) else []
+        except (InputError, OSError):  # a manifest.json of something else
+            continue
+    return found
+
+
+def is_part(path: Path) -> bool:
+    """Whether a path is a file that an artifact was made with, other than its pages and what `note` took in."""
+    for folder in holding(path)[:1]:
+        content, name = read(folder), _real(path).relative_to(folder).as_posix()
+        return name == NAME or (name in content["files"] and name not in (*PAGES, *content.get(ADDED, ())))
+    return False
+
+
+def note(path: Path) -> None:
+    """Take a file that was written into an artifact's folder into its manifest, and that into a sweep's around it;
+    does nothing for a file elsewhere. Manifests are whole at any time: a kill on the way leaves an extra file."""
+    changed = [_real(path)]
+    for folder in holding(path):
+        content, names = read(folder), [each.relative_to(folder).as_posix() for each in changed]
+        content["files"] |= {name: _facts(folder / name) for name in names}
+        if len(changed) == 1 and names[0] not in PAGES:
+            content[ADDED] = sorted({*content.get(ADDED, ()), names[0]})
+        write_text(folder / NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        changed.append(folder / NAME)
+
+
+def _real(path: Path) -> Path:
+    """Absolute, its folder without links."""
+    return path.absolute().parent.resolve() / path.name

@@ -17,11 +17,11 @@ from compress.hwprofiles import Profile
 from compress.inputs.array_input import ArrayInput
 from compress.inputs.pictures import ImageInput
 from compress.inputs.prompts import read_reader
-from compress.models import model
+from compress.models import loading
 from compress.models.model import Model, Task
-from compress.runtime.session import Engine
+from compress.runtime.engine import Engine
 from compress.speed.measure import thread_count
-from compress.target import Runner, Session, Target
+from compress.target import Runner, Session, Target, misfit
 
 
 def load(
@@ -35,15 +35,15 @@ def load(
 ) -> Model | Engine:
     """A model to compress, from a folder, a hub id or `file.py:callable`; or an artifact to use, from its folder.
 
-    Args: revision, weights: of a model; see `compress.models.model.load`. engine, threads, anyway: of an artifact; see
-    `open_engine`. Raises: as these; UsageError for an argument of the other kind.
+    Args: revision, weights: of a model; see `compress.models.loading.load`. engine, threads, anyway: of an artifact;
+    see `open_engine`. Raises: as these; UsageError for an argument of the other kind.
     """
     if not is_artifact(source):
         if engine is not None or threads is not None or anyway:
             raise UsageError(
                 f"{source} is no artifact (it has no {manifest.NAME}): engine, threads and anyway are of one."
             )
-        return model.load(source, revision=revision, weights=weights)
+        return loading.load(source, revision=revision, weights=weights)
     if revision is not None or not weights:
         raise UsageError(f"{source} is an artifact of `compress run`: revision and weights=False are of models.")
     return open_engine(source, engine=engine, threads=threads, anyway=anyway)
@@ -113,12 +113,10 @@ def _opened(
 ) -> Engine:
     """Load one folder. Raises: UnsupportedError where it does not run here, InputError."""
     folder, notes = artifact.folder / target.FOLDER, [*refused]
-    misfit = _misfit(profile, target)
-    if misfit and not anyway:
-        raise UnsupportedError(
-            misfit + f" Export it for this one: compress export {artifact.folder} -o another-folder."
-        )
-    notes += [misfit] if misfit else []
+    unfit = _misfit(profile, target, folder)
+    if unfit and not anyway:
+        raise UnsupportedError(unfit + f" Export it for this one: compress export {artifact.folder} -o another-folder.")
+    notes += [unfit] if unfit else []
     runner_of: Callable[[Session, Path], Runner] | None = getattr(target, "runner", None)
     if runner_of is None:
         raise UnsupportedError(
@@ -129,7 +127,8 @@ def _opened(
     notes += getattr(session, "notes", ())
     runner = runner_of(session, folder)
     wanted = profile.runtimes[target.RUNTIME].provider if target.RUNTIME in profile.runtimes else ""
-    if not anyway and not runner.placement.provider.startswith(wanted.removesuffix("ExecutionProvider")):
+    provider = wanted.removesuffix("ExecutionProvider")
+    if not anyway and provider != wanted and not runner.placement.provider.startswith(provider):
         raise UnsupportedError(f"It runs on {runner.placement.provider} here, not on {wanted} as {profile.id} says.")
     is_image, is_array = task in (Task.IMAGE, Task.OUTPUTS), task in (Task.CLASSIFIER, Task.ARRAYS)
     return Engine(
@@ -144,9 +143,12 @@ def _opened(
     )
 
 
-def _misfit(profile: Profile, target: Target) -> str:
-    """Why this machine is not of the profile's kind; empty where it is, or where the profile does not say how this
-    target runs (torch decodes a checkpoint anywhere)."""
+def _misfit(profile: Profile, target: Target, folder: Path) -> str:
+    """Why a folder does not run here by what its target says, or why this machine is not of the profile's kind; empty
+    where it is, or where the profile does not say how this target runs (torch decodes a checkpoint anywhere)."""
+    problem = misfit(target, folder)
+    if problem:
+        return f"It was made for {profile.name}: {problem}"
     if target.RUNTIME not in profile.runtimes:
         return ""
     facts = hwprofiles.machine()

@@ -19,14 +19,15 @@ from pathlib import Path
 import torch
 
 from compress.engine import output_grids, store
+from compress.engine.disk import disk_errors
+from compress.engine.journal import Journal
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution, resolve
+from compress.engine.segment import Found
 from compress.engine.shared_stages import SharedStages
 from compress.engine.stages import Stages
-from compress.engine.walk import Found
-from compress.engine.workspace import Journal, disk_errors
 from compress.errors import UnsupportedError, UsageError
-from compress.inputs.data import Calibration, calibrate
+from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import LayerSpec
 from compress.models.model import Model
 from compress.passes import PASSES, find
@@ -114,9 +115,10 @@ class Pipeline:
     ) -> Result:
         """Compress a model.
 
-        Args: calibration: data (a file, see compress/inputs/data.py) for passes that need it; folder: where the store
-        is written (a temporary one by default); journal: finished blocks of an earlier try; device: where blocks run
-        while statistics are collected (passes compute on the CPU); shared: finished stages of recipes that begin alike.
+        Args: calibration: data (a file, see compress/inputs/datasets.py) for passes that need it; folder: where the
+        store is written (a temporary one by default); journal: finished blocks of an earlier try; device: where blocks
+        run while statistics are collected (passes compute on the CPU); shared: finished stages of recipes that begin
+        alike.
         Raises: UsageError, InputError, ResourceError, Interrupted.
         """
         if isinstance(calibration, str | Path):

@@ -13,8 +13,7 @@ from compress.engine.matching import Resolution
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
 from compress.export import TARGETS
 from compress.export import find as find_target
-from compress.formats.int_grid import IntGrid
-from compress.hwprofiles import Profile, ProfileError, Runtime
+from compress.hwprofiles import Profile, ProfileError
 from compress.layer import LayerKind, LayerSpec
 from compress.memory import allowed_memory
 from compress.models.model import Model, Task
@@ -87,15 +86,8 @@ def _latency(
         float_dtype=own.float_dtype,
         threads=thread_count(profile),
         decodes=model.task is Task.CAUSAL_LM,
-        rounded=[name for name, spec in specs.items() if runtime and _rounds_inputs(spec, runtime)],
+        rounded=[name for name, choice in choices.items() if not isinstance(choice, Refusal) and choice.rounds_inputs],
     )
-
-
-def _rounds_inputs(spec: LayerSpec, runtime: Runtime) -> bool:
-    """Whether the kernel of a weight-only layer rounds its inputs by itself (MatMulNBits at accuracy level 4)."""
-    if not isinstance(spec.format, IntGrid) or spec.act is not None:
-        return False
-    return runtime.support("weight_only", spec.format.bits).accuracy_level == 4
 
 
 def refusal(plan: Plan) -> CompressError | None:

@@ -216,7 +216,7 @@ def deployed_bytes(target: Any, specs: Iterable[LayerSpec], model: Model, profil
 
 def model_bytes(specs: Iterable[LayerSpec], model: Model) -> int:
     """Bytes of `model/`: the store and the files copied into it."""
-    total = model.plain_bytes + sum(path.stat().st_size for path in model.side_files())
+    total = model.plain_bytes + model.side_bytes
     for spec in specs:
         stored = spec.source_bytes if spec.format is None else spec.format.stored_bytes(spec.shape)
         total += stored + spec.bias_bytes + STORE_HEADER_BYTES

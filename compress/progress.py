@@ -68,8 +68,9 @@ class Progress:
             self._open_line = False
 
     @contextmanager
-    def catching_signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks for a stop at the next `tick`; the second stops at once.
+    def catching_signals(self, told: bool = True) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for a stop at the next `tick`; the second stops at once. told: say so, which
+        a process that passes a signal on has done already.
 
         Raises: Interrupted, with the second signal's number. Inside it is a KeyboardInterrupt, which no
         `except Exception` takes for a failure; it must not get out, for typer makes a plain exit code 130 of it.
@@ -80,7 +81,7 @@ class Progress:
                 raise KeyboardInterrupt(number)
             self.signal_number = number
             self._close()
-            if not self.quiet:
+            if told and not self.quiet:
                 print("Stopping after this step. Press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -92,3 +93,23 @@ class Progress:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Named(Progress):
+    """The progress of one of several things, whose name its stages begin with."""
+
+    def __init__(self, outer: Progress, name: str) -> None:
+        super().__init__(outer.quiet)
+        self._outer, self._name = outer, name
+
+    def tick(self, stage: str, done: int, total: int) -> None:
+        """See `Progress`."""
+        self._outer.tick(f"{self._name}: {stage}", done, total)
+
+    def check(self) -> None:
+        """See `Progress`."""
+        self._outer.check()
+
+    def note(self, text: str) -> None:
+        """See `Progress`."""
+        self._outer.note(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +13,13 @@ from pydantic import Field, ValidationError
 
 from compress.errors import UsageError, nearest
 from compress.export import TARGETS
+from compress.hwprofiles.strict_yaml import parse_yaml
 from compress.records import Record
 from compress.spec import Call, parse_call, parse_pipeline
+
+MAX_BYTES = 1 << 20
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 
 
 class CalibrationSettings(Record):
@@ -59,7 +65,7 @@ class Recipe(Record):
     calibration: CalibrationSettings = CalibrationSettings()
     quality: QualitySettings = QualitySettings()
     tasks: TaskSettings | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     summary: str = ""
 
     def for_target(self, target: str) -> Recipe:
@@ -87,8 +93,12 @@ def load(name_or_path: str) -> Recipe:
             )
         path = presets()[name_or_path]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path}: {path.stat().st_size} bytes; a recipe may have {MAX_BYTES} at most.")
+        content = parse_yaml(path.read_text(encoding="utf8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, Mapping):
         raise UsageError(f"{path}: a recipe is a mapping with 'passes', found {type(content).__name__}.")
@@ -113,7 +123,7 @@ def parse(content: Mapping[str, Any], name: str, where: str) -> Recipe:
     text = ", ".join(call.text() for call in _calls(content["passes"], where))
     also = content.get("also", {})
     if not isinstance(also, Mapping):
-        raise UsageError(f"{where}: 'also' maps export targets to passes, found {also!r}.")
+        raise UsageError(f"{where}: 'also' maps export targets to passes, found {_short.repr(also)}.")
     _check_keys(also, set(TARGETS), f"{where}, also")
     more = {str(target): ", ".join(call.text() for call in _calls(found, where)) for target, found in also.items()}
     try:
@@ -121,7 +131,7 @@ def parse(content: Mapping[str, Any], name: str, where: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{where}: {place}={first['input']!r}: {first['msg']}.") from error
+        raise UsageError(f"{where}: {place}={_short.repr(first['input'])}: {first['msg']}.") from error
 
 
 def _check_keys(content: Mapping[str, Any], allowed: set[str], where: str) -> None:
@@ -143,10 +153,10 @@ def _call(item: Any, where: str) -> Call:
     if isinstance(item, str):
         return parse_call(item)
     if not isinstance(item, Mapping) or len(item) != 1:
-        raise UsageError(f"{where}: each pass is a name or one name with its settings, found {item!r}.")
+        raise UsageError(f"{where}: each pass is a name or one name with its settings, found {_short.repr(item)}.")
     name, settings = next(iter(item.items()))
     if not isinstance(settings, Mapping | None):
-        raise UsageError(f"{where}: the settings of {name} are a mapping, found {settings!r}.")
+        raise UsageError(f"{where}: the settings of {name} are a mapping, found {_short.repr(settings)}.")
     values = dict(settings or {})
     if isinstance(values.get("format"), str):
         values["format"] = parse_call(values["format"])

@@ -10,26 +10,29 @@ from pathlib import Path
 import torch
 
 from compress import hwprofiles, manifest
-from compress.engine.workspace import Workspace, disk_errors, require_space
+from compress.engine.disk import disk_errors, require_space
+from compress.engine.workspace import Workspace
 from compress.errors import InputError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
-from compress.inputs import data
-from compress.inputs.data import Calibration, Samples
+from compress.inputs import datasets
+from compress.inputs.datasets import Calibration, Samples
 from compress.memory import peak_memory
-from compress.models.image_source import fitting, timed_shape
-from compress.models.model import Model, load
+from compress.models.loading import load
+from compress.models.model import Model
 from compress.pipeline import Pipeline, Result
 from compress.plan import make_plan, refusal
 from compress.progress import Progress
 from compress.quality.continuations import Amount
-from compress.quality.evaluate import Evaluation, evaluate, runners_of, verification_inputs, verify_export
-from compress.quality.harness import require_tasks, score_exported
+from compress.quality.evaluate import Evaluation, evaluate, runners_of
+from compress.quality.harness import request_of, require_tasks, score_exported
 from compress.quality.metrics import check_gates
+from compress.quality.verification import verification_inputs, verify_export
 from compress.records import Plan, Report, RunCost, Speed, Verification
 from compress.run_report import Found, Request, kept, write_report
-from compress.speed.end_to_end import material_of, measure_end_to_end, with_end_to_end
-from compress.speed.measure import measure, thread_count
+from compress.speed.artifact_speed import measure_artifact
+from compress.speed.end_to_end import material_of
+from compress.speed.measure import thread_count
 from compress.target import Lowered, require_tools, timed_here, write_baseline
 
 QUALITY_SAMPLES = 128
@@ -52,7 +55,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     refuse(plan)
     check_gates(request.recipe.quality.gates, model.task, generation=request.recipe.quality.generation > 0)
     if request.recipe.tasks is not None:
-        require_tasks(model.task, find_target(request.profile.target))
+        require_tasks(model.task, find_target(request.profile.target), request_of(request.recipe.tasks))
     calibration, windows = load_data(model, request)
     with Workspace(request.out, request.overwrite) as space:
         journal = space.open(fingerprint(model, request, calibration, windows))
@@ -118,7 +121,7 @@ def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samp
     samples = qual.samples or (QUALITY_SAMPLES if model.image is None else None)
     wanted = cal.samples if "samples" in cal.model_fields_set else None
     if request.data and not (cal.data or qual.data):
-        return data.split(
+        return datasets.split(
             model,
             request.data,
             samples=wanted,
@@ -130,11 +133,11 @@ def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samp
     calibration_file, quality_file = cal.data or request.data, qual.data or request.data
     if quality_file is None:
         raise UsageError("No data to judge the result by. Give --data FILE, or quality.data in the recipe.")
-    windows = data.quality_windows(model, quality_file, samples=samples, length=qual.length, seed=seed)
+    windows = datasets.quality_windows(model, quality_file, samples=samples, length=qual.length, seed=seed)
     if calibration_file is None:
         return None, windows
-    calibration = data.calibrate(model, calibration_file, samples=wanted, length=cal.length, seed=seed)
-    data.check_disjoint(calibration.windows, windows)
+    calibration = datasets.calibrate(model, calibration_file, samples=wanted, length=cal.length, seed=seed)
+    datasets.check_disjoint(calibration.windows, windows)
     return calibration, windows
 
 
@@ -186,19 +189,13 @@ def _measure(folder: Path, request: Request, model: Model, windows: Samples, pro
     """None where what is deployed does not run here: a time of anything else would be mistaken for its own."""
     if not timed_here(find_target(request.profile.target), request.profile):
         return None
-    arms = folder / "baseline", folder / find_target(request.profile.target).FOLDER
-    machine, seed, budget_s = fitting(request.profile, model.image), request.recipe.seed, request.budget_s
-    speed = measure(
-        *arms,
-        machine,
-        vocabulary=model.vocabulary,
-        longest=model.longest,
-        image=timed_shape(model.image),
-        seed=seed,
-        budget_s=budget_s,
+    return measure_artifact(
+        folder / "baseline",
+        folder / find_target(request.profile.target).FOLDER,
+        request.profile,
+        model,
+        material_of(windows, request.recipe.quality.data or request.data),
+        seed=request.recipe.seed,
+        budget_s=request.budget_s,
         progress=progress,
-    )
-    material = material_of(windows, request.recipe.quality.data or request.data)
-    return with_end_to_end(
-        speed, lambda: measure_end_to_end(*arms, machine, model.task, material, seed=seed, budget_s=budget_s)
     )

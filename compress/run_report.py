@@ -13,17 +13,19 @@ from compress import asked, manifest
 from compress.export import find as find_target
 from compress.files import write_text
 from compress.hwprofiles import Profile
-from compress.inputs.data import Samples
+from compress.inputs.datasets import Samples
 from compress.models.model import Model
 from compress.pipeline import Result
-from compress.quality.evaluate import Evaluation, kept_inputs
+from compress.quality.evaluate import Evaluation
 from compress.quality.harness import LOGS
 from compress.quality.metrics import gates_met, interval_notes
+from compress.quality.verification import kept_inputs
 from compress.recipe import Recipe
 from compress.records import Plan, Report, RunCost, Speed, Verification
 from compress.records.task import Tasks
 from compress.report import to_html, to_markdown, verdict_sentence
-from compress.speed.measure import BUDGET_S, deployable_bytes
+from compress.speed.footprint import deployable_bytes
+from compress.speed.measure import BUDGET_S
 from compress.target import Lowered
 
 KEPT = ("manifest.json", "model", "report.html", "report.json", "report.md")
@@ -71,7 +73,7 @@ def write_report(folder: Path, request: Request, model: Model, windows: Samples,
     folders = kept(request)
     files = manifest.describe_files(folder, ("model", folders[-1]))
     report = report.model_copy(update={"request": asked.record(request, model), "files": manifest.digests(files)})
-    _write(folder, report, _facts(request, model, found.result, windows, report), folders, files)
+    _write(folder, request.out, report, _facts(request, model, found.result, windows, report), folders, files)
     return report
 
 
@@ -148,12 +150,13 @@ def _metrics(report: Report) -> dict[str, Any]:
 
 def _write(
     folder: Path,
+    out: Path,
     report: Report,
     facts: Mapping[str, Any],
     kept: tuple[str, ...],
     files: Mapping[str, manifest.Facts],
 ) -> None:
     write_text(folder / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_text(folder / "report.md", to_markdown(report))
-    write_text(folder / "report.html", to_html(report))
+    write_text(folder / "report.md", to_markdown(report, out))
+    write_text(folder / "report.html", to_html(report, out))
     manifest.write(folder, facts, kept, files)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,10 @@ _TOKEN = re.compile(
 )
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$")
 _PLAIN = re.compile(r"[\w.*?:/-]+$")
+DEEPEST = 50
+"""Values inside each other."""
+SHOWN = 200
+"""Characters of a text in an error."""
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -47,9 +52,18 @@ def print_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(print_value(item) for item in value) + "]"
     if not isinstance(value, str):
-        return json.dumps(value)
+        return _print_other(value)
     is_plain = _PLAIN.match(value) and not value.endswith(":")
     return value if is_plain and value not in _CONSTANTS and not _NUMBER.match(value) else json.dumps(value)
+
+
+def _print_other(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError as error:  # YAML has dates, bytes and sets
+        raise UsageError(
+            f"{reprlib.repr(value)} is no value of a setting. Give a number, true, false, null, a text, list or map."
+        ) from error
 
 
 def parse_pipeline(text: str) -> tuple[Call, ...]:
@@ -77,16 +91,17 @@ class _Reader:
     """Recursive descent over the tokens of one line."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.tokens = self._scan(text)
+        self.text = text if len(text) <= SHOWN else text[:SHOWN] + "…"
+        self.tokens = self._scan(text.rstrip())
         self.position = 0
+        self.length, self.depth = len(text), 0
 
     def _scan(self, text: str) -> list[tuple[str, str, int]]:
         tokens, at = [], 0
-        while at < len(text) and text[at:].strip():
+        while at < len(text):
             match = _TOKEN.match(text, at)
             if match is None:
-                raise UsageError(f"Cannot read '{text}' at character {at + 1}: '{text[at : at + 12]}'.")
+                raise UsageError(f"Cannot read '{self.text}' at character {at + 1}: '{text[at : at + 12]}'.")
             kind = str(match.lastgroup)
             tokens.append((kind, match.group(kind), match.start(kind)))
             at = match.end()
@@ -107,8 +122,8 @@ class _Reader:
             raise self.error(f"'{mark}'")
 
     def error(self, wanted: str) -> UsageError:
-        at = self.tokens[self.position][2] if self.position < len(self.tokens) else len(self.text)
-        found = self.peek()[1] or "the end"
+        at = self.tokens[self.position][2] if self.position < len(self.tokens) else self.length
+        found = self.peek()[1][:SHOWN] or "the end"
         return UsageError(
             f"Cannot read '{self.text}': at character {at + 1} {wanted} was expected, found '{found}'. "
             "The form is name(setting=value, …), …"
@@ -150,6 +165,14 @@ class _Reader:
         kwargs[key] = self.value()
 
     def value(self) -> Any:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise UsageError(f"Cannot read '{self.text}': it is nested deeper than {DEEPEST} values.")
+        found = self.inner_value()
+        self.depth -= 1
+        return found
+
+    def inner_value(self) -> Any:
         if self.peek()[0] == "text":
             return self.literal('a text with escapes as in JSON (\\" \\\\ \\n \\u00e9)')
         if self.accept("["):

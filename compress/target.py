@@ -5,12 +5,14 @@ The engine knows targets through these names only, so a new target is its folder
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from compress.errors import UnsupportedError, UsageError
+from compress.honours import Honours
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +39,24 @@ def granted(found: Runtime | Refusal, target: str, profile: Profile) -> Runtime:
     return found
 
 
+Answer = TypeVar("Answer", bound="Choice")
+
+
+def accepted(answers: Mapping[str, Answer | Refusal], what: str) -> dict[str, Answer]:
+    """How each layer is stored, where a target takes them all.
+
+    Args: answers: of `plan_layer`, by layer; what: cannot be done with one that it refuses, as in "exported".
+    Raises: UsageError or UnsupportedError naming the first layer that is refused, with the reason.
+    """
+    found: dict[str, Answer] = {}
+    for name, answer in answers.items():
+        if isinstance(answer, Refusal):
+            kind = UsageError if answer.usage else UnsupportedError
+            raise kind(f"Layer {name} cannot be {what}: {answer.reason}.")
+        found[name] = answer
+    return found
+
+
 @dataclass(frozen=True)
 class Lowered:
     """What was written: layers per operator, layers left in float, and the loosest bounds of the lowerings used.
@@ -49,6 +69,20 @@ class Lowered:
     float_layers: tuple[str, ...]
     bounds: Bounds
     deployed_bytes: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        choices: Mapping[str, Choice],
+        specs: Mapping[str, LayerSpec],
+        bounds: Bounds,
+        deployed_bytes: int | None = None,
+    ) -> Lowered:
+        """What was written, by the choices made for all layers."""
+        operators = Counter(choice.operator for choice in choices.values())
+        plain = tuple(name for name, spec in specs.items() if spec.format is None)
+        return cls(folder, dict(sorted(operators.items())), plain, bounds, deployed_bytes)
 
 
 class Choice(Protocol):
@@ -72,6 +106,11 @@ class Choice(Protocol):
     @property
     def note(self) -> str:
         """What to know about it; empty where nothing."""
+        ...
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether its kernel rounds inputs to 8 bits by itself, where the layer leaves them in float."""
         ...
 
 
@@ -152,6 +191,7 @@ class Target(Protocol):
     (by layer) of what it does not take side by side,
     `profile_operators(folder, threads, bind)`, what the runtime's profiler tells (compress.speed.operators),
     `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,
+    `misfit(folder)`, why a folder does not run on this machine, `ON_GPU`, whether its sessions compute on one,
     `complete(folder, timing_cache)`, which adds what only this machine can build and says whether it did,
     `deployed_bytes(folder)`, of what the machine needs then,
     and `compare_graphs(session, exact, ids, limit, room)`, where a folder holds the model more than once: whether what
@@ -161,6 +201,11 @@ class Target(Protocol):
     @property
     def RUNTIME(self) -> str:  # noqa: N802 (a constant of the module)
         """The runtime's name in hardware profiles."""
+        ...
+
+    @property
+    def HONOURS(self) -> Honours:  # noqa: N802
+        """What of a layer it writes, by any of its ways; `plan_layers` refuses what is not declared."""
         ...
 
     @property
@@ -210,10 +255,17 @@ def write_baseline(target: Target, model: Model, profile: Profile, folder: Path,
 
 
 def timed_here(target: Target, profile: Profile) -> bool:
-    """Whether its sessions run what will be deployed, so that their speed means something: the target's `TIMED_HERE`,
-    or what its function `timed_here(profile)` says."""
+    """Whether its sessions run what will be deployed, so that their speed means something: what the target's function
+    of this name says, if it has one."""
     found: Callable[[Profile], bool] | None = getattr(target, "timed_here", None)
-    return found(profile) if found is not None else bool(getattr(target, "TIMED_HERE", True))
+    return found is None or found(profile)
+
+
+def misfit(target: Target, folder: Path) -> str:
+    """Why a written folder does not run on this machine, and what would help, by the target's function of this name;
+    empty where it does, or where the target has none."""
+    found: Callable[[Path], str] | None = getattr(target, "misfit", None)
+    return found(folder) if found is not None else ""
 
 
 def require_graphs(target: Target, model: Model, profile: Profile) -> None:
@@ -225,9 +277,17 @@ def require_graphs(target: Target, model: Model, profile: Profile) -> None:
         )
 
 
+def honoured(spec: LayerSpec, answer: Answer | Refusal, honours: Honours, who: str = "this target") -> Answer | Refusal:
+    """The answer, or the refusal of a layer that asks for what is not declared. who: would take it and drop that."""
+    lacking = "" if isinstance(answer, Refusal) else honours.lacking(spec)
+    if not lacking:
+        return answer
+    return Refusal(f"{who} does not write {lacking}; leave out the pass that sets it, or give another target")
+
+
 def plan_layers(target: Target, specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, Choice | Refusal]:
     """How a target would store each layer of a model, alone and beside the others."""
-    found = {name: target.plan_layer(spec, profile) for name, spec in specs.items()}
+    found = {name: honoured(spec, target.plan_layer(spec, profile), target.HONOURS) for name, spec in specs.items()}
     together: Callable[..., dict[str, Refusal]] | None = getattr(target, "plan_together", None)
     if together is None or any(isinstance(answer, Refusal) for answer in found.values()):
         return found

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from compress.hwprofiles.schema import Profile, ProfileError, nearest
+from compress.hwprofiles.strict_yaml import parse_yaml
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = FOLDER / "parts"
@@ -23,18 +24,6 @@ SHOWN_ERRORS = 5
 
 _short = reprlib.Repr()
 _short.maxlevel = 2
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here that is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 def names() -> tuple[str, ...]:
@@ -106,12 +95,14 @@ def _mapping(path: Path) -> dict[Any, Any]:
 
 def _parse(path: Path) -> object:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ProfileError(f"hardware profile {path}: it is no regular file")
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise ProfileError(f"hardware profile {path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ProfileError(f"hardware profile {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ProfileError):
             raise
         raise ProfileError(f"hardware profile {path} is not YAML: {' '.join(str(error).split())}") from error

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from difflib import get_close_matches
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 # weight_and_activation rounds inputs at each call; weight_and_static_activation to a grid fixed beforehand
 Use = Literal["weight_only", "weight_and_activation", "weight_and_static_activation", "lookup", "embedding", "float"]
@@ -18,6 +26,7 @@ Element = Literal["integer", "float"]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Bits = Annotated[int, Field(strict=True, ge=1, le=64)]
 Text = Annotated[str, Field(min_length=1)]
+Word = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Ident = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 # YAML reads a bare `no` as false.
 State = Annotated[Literal["fast", "works", "no"], BeforeValidator(lambda found: "no" if found is False else found)]
@@ -122,9 +131,13 @@ class FormatSupport(Lowering):
     """A lowering for some widths of code. `stored_bits` null: each code takes the bits that it has.
 
     element: what a code stands for, an integer or a small float (FP8, FP4).
+    format: the one format that the entry is for, named as recipes do without settings (`nf4`, `vptq`), where two of
+    the same width run on different kernels. It goes before an entry without one, which is for all others; its state
+    `no` refuses that format alone.
     """
 
     use: Use
+    format: Word | None = None
     element: Element = "integer"
     bits: tuple[Bits, ...] = Field(min_length=1)
     stored_bits: Bits | None = None
@@ -137,18 +150,29 @@ class FormatSupport(Lowering):
             raise ValueError(f"stored_bits {self.stored_bits} cannot hold codes of {max(self.bits)} bits")
         return self
 
+    @model_serializer(mode="wrap")
+    def _dumped(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `format` where there is none, so that digests are those of before the key."""
+        told: dict[str, Any] = dump(self)
+        if self.format is None:
+            told.pop("format", None)
+        return told
+
     def describe(self) -> str:
         """`weight_only 4 bit (MatMulNBits, block 16, 32)`."""
         bits = ", ".join(map(str, self.bits))
         blocks = ", block " + ", ".join(map(str, self.blocks)) if self.blocks else ""
         element = " float" if self.element == "float" else ""
-        return f"{self.use} {bits} bit{element} ({self.kernel}{blocks})"
+        form = f" {self.format}" if self.format else ""
+        return f"{self.use}{form} {bits} bit{element} ({self.kernel}{blocks})"
 
 
 class Support(Lowering):
-    """The answer for one use and width of code. `stored_bits`: the container that a code takes in the file."""
+    """The answer for one use and width of code. `stored_bits`: the container that a code takes in the file; format: of
+    the entry that answered."""
 
     use: Use
+    format: Word | None = None
     bits: int
     stored_bits: int
     element: Element = "integer"
@@ -167,21 +191,28 @@ class Runtime(Closed):
 
     @model_validator(mode="after")
     def _one_answer(self) -> Runtime:
-        count = Counter((entry.use, bits, entry.element) for entry in self.formats for bits in entry.bits)
-        twice = [f"{use} {bits} bit" for (use, bits, _), times in count.items() if times > 1]
+        count = Counter((entry.use, entry.format, bits, entry.element) for entry in self.formats for bits in entry.bits)
+        twice = [
+            f"{' '.join(filter(None, (use, form)))} {bits} bit"
+            for (use, form, bits, _), times in count.items()
+            if times > 1
+        ]
         if twice:
             raise ValueError(f"formats lists twice: {', '.join(twice)}")
         return self
 
-    def support(self, use: Use, bits: int, element: Element = "integer") -> Support:
-        """Which operator a weight of this use and width runs on; what is not listed is `no`, naming what is fast."""
-        for entry in self.formats:
-            if entry.use == use and bits in entry.bits and entry.element == element:
-                told = entry.model_dump(exclude={"bits", "stored_bits"})
-                return Support(**told, bits=bits, stored_bits=entry.stored_bits or bits)
+    def support(self, use: Use, bits: int, element: Element = "integer", format: str | None = None) -> Support:
+        """Which operator a weight of this use and width runs on: the entry for the format of that name, else the one
+        without a name. What is not listed is `no`, naming what is fast."""
+        for named in dict.fromkeys((format, None)):
+            for entry in self.formats:
+                if (entry.use, entry.element, entry.format) == (use, element, named) and bits in entry.bits:
+                    told = entry.model_dump(exclude={"bits", "stored_bits"})
+                    return Support(**told, bits=bits, stored_bits=entry.stored_bits or bits)
         what = f"{bits} bit{' float' if element == 'float' else ''}"
         return Support(
             use=use,
+            format=format,
             bits=bits,
             stored_bits=bits,
             element=element,

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 
-from compress.engine.collect import LayerStats, Stat
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.layerpass import FormatField, LayerPass
+from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.formats.base import ActivationFormat, Params
 from compress.formats.int_grid import IntGrid
@@ -38,8 +39,8 @@ class ActQuant(LayerPass):
 
     name: ClassVar[str] = "act_quant"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.CONV})
-    part: ClassVar[str] = "act"
-    before: ClassVar[frozenset[str]] = frozenset({"bias"})  # which then makes up for what rounding inputs shifts
+    part: ClassVar[Part] = Part.ACT
+    before: ClassVar[frozenset[Part]] = frozenset({Part.BIAS})  # which then makes up for what rounding inputs shifts
 
     format: FormatField = IntGrid(8, group="tensor", scheme="asymmetric")
     static: bool = False

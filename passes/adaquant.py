@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.engine.blockpass import Block, BlockPass, Changed, Runner
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
+from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.models import skeleton
+from compress.models import placing
 from compress.training import distill
 from compress.training.soft import SoftInput, SoftRounding
 from compress.training.trainable import lend, lending
@@ -39,9 +40,9 @@ class AdaQuant(BlockPass):
     name: ClassVar[str] = "adaquant"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.CONV})
-    part: ClassVar[str] = "rounding"
-    before: ClassVar[frozenset[str]] = frozenset({"tuning"})
-    after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    part: ClassVar[Part] = Part.ROUNDING
+    before: ClassVar[frozenset[Part]] = frozenset({Part.TUNING})
+    after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
     inside: ClassVar[bool] = True
 
     steps: int = Field(default=400, ge=1)
@@ -167,7 +168,7 @@ def _observe(runner: Runner, layers: Iterable[Layer], name: str, *, reference: b
     reference: on the inputs of the uncompressed prefix, not of the compressed one.
     """
     for layer in layers:
-        skeleton.put_layer(runner.root, layer)
+        placing.put_layer(runner.root, layer)
     seen: list[Tensor] = []
     pairs: Pairs = []
     child = runner.root.get_submodule(name)

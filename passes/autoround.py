@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.engine.blockpass import Block, BlockPass, Changed, Runner
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
+from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import LayerKind, LayerSpec
@@ -38,9 +39,9 @@ class AutoRound(BlockPass):
     name: ClassVar[str] = "autoround"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT, LayerKind.CONV})
-    part: ClassVar[str] = "rounding"
-    before: ClassVar[frozenset[str]] = frozenset({"tuning"})
-    after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    part: ClassVar[Part] = Part.ROUNDING
+    before: ClassVar[frozenset[Part]] = frozenset({Part.TUNING})
+    after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
     inside: ClassVar[bool] = True
     per_layer: ClassVar[bool] = False
 

@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.engine.blockpass import Block, BlockPass, Changed
-from compress.engine.collect import LayerStats, Stat
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.layerpass import Quantizing
+from compress.engine.part import Part
 from compress.formats.base import Format, Params
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths.hessian import weighted_error
+from compress.wiring.foldable import wire
 from compress.wiring.folding import NOT_A_NORM, Bench, Folding, agreed
-from compress.wiring.scales import wire
 
 SMALLEST = 1e-4
 """Added to mean weights, and the least scale before it is normalised (the paper's code)."""
@@ -82,8 +83,9 @@ class Awq(_Scaling):
     """
 
     name: ClassVar[str] = "awq"
-    part: ClassVar[str] = "weight"
-    before: ClassVar[frozenset[str]] = frozenset({"act"})
+    part: ClassVar[Part] = Part.WEIGHT
+    rescales: ClassVar[bool] = True
+    before: ClassVar[frozenset[Part]] = frozenset({Part.ACT})
 
     clip: bool = True
 
@@ -115,8 +117,9 @@ class AwqScale(_Scaling):
     """
 
     name: ClassVar[str] = "awq_scale"
-    part: ClassVar[str] = ""
-    before: ClassVar[frozenset[str]] = frozenset({"weight", "act"})
+    part: ClassVar[Part] = Part.NONE
+    rescales: ClassVar[bool] = True
+    before: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT, Part.ACT})
 
     def block(self, block: Block) -> Changed:
         bench, reasons = self._scaled(block)

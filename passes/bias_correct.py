@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.engine.blockpass import Block, BlockPass, Changed, Runner
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
+from compress.engine.part import Part
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.models import skeleton
+from compress.models import placing
 
 Means = dict[str, Tensor]
 
@@ -31,9 +32,9 @@ class BiasCorrect(BlockPass):
     name: ClassVar[str] = "bias_correct"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.CONV})
-    part: ClassVar[str] = "bias"
-    before: ClassVar[frozenset[str]] = frozenset({"tuning"})
-    after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    part: ClassVar[Part] = Part.BIAS
+    before: ClassVar[frozenset[Part]] = frozenset({Part.TUNING})
+    after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
     inside: ClassVar[bool] = True
     opaque: ClassVar[bool] = True
 
@@ -81,7 +82,7 @@ def _shifted(layer: Layer, shift: Tensor) -> Layer:
 
 def _put(runner: Runner, layers: Iterable[Layer]) -> None:
     for layer in layers:
-        skeleton.put_layer(runner.root, layer)
+        placing.put_layer(runner.root, layer)
 
 
 def _means(runner: Runner, layers: Iterable[Layer], names: list[str], *, reference: bool) -> Means:

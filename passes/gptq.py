@@ -13,7 +13,7 @@ from torch import Tensor
 from compress import solve
 from compress.engine import backward
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
-from compress.engine.collect import LayerStats, Stat
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.errors import UsageError
 from compress.formats.base import Format, Params, Rounder
 from compress.layer import Layer, LayerKind

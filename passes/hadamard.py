@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass
+from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths.rotation import power_of_two
@@ -28,9 +29,10 @@ class HadamardInputs(LayerPass):
 
     name: ClassVar[str] = "hadamard"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
-    part: ClassVar[str] = ""
-    also: ClassVar[frozenset[str]] = frozenset({"pre"})
-    before: ClassVar[frozenset[str]] = frozenset({"weight", "act"})
+    part: ClassVar[Part] = Part.NONE
+    rescales: ClassVar[bool] = True
+    also: ClassVar[frozenset[Part]] = frozenset({Part.PRE})
+    before: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT, Part.ACT})
 
     block: int = Field(default=128, ge=2)
     seed: int | None = 0

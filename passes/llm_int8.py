@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass
+from compress.engine.part import Part
 from compress.errors import InputError
 from compress.formats.int_grid import IntGrid
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
@@ -32,7 +33,7 @@ class LlmInt8(LayerPass):
 
     name: ClassVar[str] = "llm_int8"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
-    also: ClassVar[frozenset[str]] = frozenset({"act"})
+    also: ClassVar[frozenset[Part]] = frozenset({Part.ACT})
 
     threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
     library: bool = False

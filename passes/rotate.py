@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.engine.blockpass import Block
 from compress.engine.modelpass import ModelPass, Stage
+from compress.engine.part import Part
 from compress.engine.stream import BlockStream
 from compress.errors import UnsupportedError, UsageError
 from compress.layer import Layer, LayerKind, LayerSpec
@@ -20,7 +21,7 @@ from compress.maths.rotation import Kind, Rotation, rotation
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
 from compress.wiring.heads import find_heads, turned_heads
-from compress.wiring.residual import Overlay, Part, Residual, block_part, find_residual, tail_part
+from compress.wiring.residual import LoadedPart, Overlay, Residual, block_part, find_residual, tail_part
 
 TOLERANCE = 1e-4
 """Largest change of what a block adds to the stream, and of the logits, that counts as rounding in float32; plus
@@ -48,8 +49,9 @@ class Rotate(ModelPass):
 
     name: ClassVar[str] = "rotate"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT, LayerKind.EMBEDDING})
-    part: ClassVar[str] = ""
-    before: ClassVar[frozenset[str]] = frozenset({"weight", "act", "pre"})
+    part: ClassVar[Part] = Part.NONE
+    rescales: ClassVar[bool] = True
+    before: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT, Part.ACT, Part.PRE})
 
     r1: Literal["hadamard", "random", "none"] = "hadamard"
     r2: bool = True
@@ -180,7 +182,7 @@ class _Turning:
         self.stream.release(index)
         return done
 
-    def _turn_values(self, part: Part, index: int) -> tuple[dict[str, Layer], str]:
+    def _turn_values(self, part: LoadedPart, index: int) -> tuple[dict[str, Layer], str]:
         """Values and output layer rotated, or why they are not."""
         config = self.model.config.get_text_config()
         size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -194,7 +196,7 @@ class _Turning:
         turns = [rotation(size, kind, maker) for _ in range(heads.count)]
         return turned_heads(heads, turns, part.layers), ""
 
-    def _check_block(self, index: int, part: Part, done: _Turned, wanted: Tensor) -> None:
+    def _check_block(self, index: int, part: LoadedPart, done: _Turned, wanted: Tensor) -> None:
         """Raises: UnsupportedError unless the block now puts out what it did, turned."""
         self.stream.release(index)
         self.stream.load(index, done.layers, done.plain)

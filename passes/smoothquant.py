@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.engine.blockpass import Block, BlockPass, Changed
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
+from compress.engine.part import Part
 from compress.layer import LayerKind, LayerSpec
+from compress.wiring.foldable import wire
 from compress.wiring.folding import NOT_A_NORM, Bench, Folding, agreed
-from compress.wiring.scales import wire
 
 SMALLEST = 1e-5
 """Ranges below it count as it, and a scale stays between it and its inverse: a channel that is nearly off is not blown
@@ -33,8 +34,9 @@ class SmoothQuant(BlockPass):
     name: ClassVar[str] = "smoothquant"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.ABS_MAX})
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT})
-    part: ClassVar[str] = ""
-    before: ClassVar[frozenset[str]] = frozenset({"weight", "act"})
+    part: ClassVar[Part] = Part.NONE
+    rescales: ClassVar[bool] = True
+    before: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT, Part.ACT})
 
     alpha: float = Field(default=0.5, ge=0, le=1)
     folds: str = Field(default="norms", pattern="^(norms|all)$")

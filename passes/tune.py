@@ -9,18 +9,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
 from compress.engine.modelpass import ModelPass, Stage
+from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
 from compress.models.model import Model, Task
-from compress.models.skeleton import replace_input_rounding
+from compress.models.placing import replace_input_rounding
 from compress.training import distill
 from compress.training.soft import SoftInput, SoftRounding
 from compress.training.trainable import lend, lend_experts, lend_tensor
 
-Part = Literal["scales", "norms", "biases", "inputs"]
+Trained = Literal["scales", "norms", "biases", "inputs"]
 
 
 class Tune(ModelPass):
@@ -38,12 +39,12 @@ class Tune(ModelPass):
 
     name: ClassVar[str] = "tune"
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
-    part: ClassVar[str] = "tuning"
-    after: ClassVar[frozenset[str]] = frozenset({"weight"})
+    part: ClassVar[Part] = Part.TUNING
+    after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
     training: ClassVar[bool] = True
     per_layer: ClassVar[bool] = False
 
-    parts: tuple[Part, ...] = ("scales", "norms", "biases")
+    parts: tuple[Trained, ...] = ("scales", "norms", "biases")
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=1, ge=1)
     lr: float = Field(default=1e-3, gt=0, le=1)
@@ -85,7 +86,7 @@ class Tune(ModelPass):
 class _Student:
     """The compressed model in memory, with what is trained in place of what is stored."""
 
-    def __init__(self, stage: Stage, parts: frozenset[Part]) -> None:
+    def __init__(self, stage: Stage, parts: frozenset[Trained]) -> None:
         model = stage.model
         self.module = stage.whole()
         layers = {name: layer for s in model.structure.segments for name, layer in model.layers(s).items()}

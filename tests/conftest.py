@@ -261,7 +261,7 @@ def images_file(cnn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     import compress
-    from compress.engine.image_stream import whole_module
+    from compress.models.placing import whole_module
 
     maker = np.random.default_rng(0)
     pixels = maker.integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)

@@ -8,16 +8,16 @@ import torch
 import transformers
 
 import compress
-from compress.engine.collect import LayerStats
-from compress.engine.image_stream import whole_module
+from compress.engine.layer_stats import LayerStats
 from compress.engine.stream import BlockStream
 from compress.errors import UsageError
 from compress.formats import parse_format
 from compress.formats.int_grid import IntGrid
-from compress.inputs.data import Calibration, calibrate
+from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import ActSpec, Layer, LayerKind
 from compress.maths.histogram import Histogram
 from compress.models.model import Model
+from compress.models.placing import whole_module
 from compress.passes import ActQuant
 from compress.pipeline import Pipeline
 from compress.quality.evaluate import stream_logits

@@ -8,7 +8,7 @@ import torch
 import compress
 from compress.engine.image_stream import image_logits
 from compress.errors import UsageError
-from compress.inputs.data import Calibration, calibrate
+from compress.inputs.datasets import Calibration, calibrate
 from compress.models.model import Model
 from compress.pipeline import Pipeline, Result
 

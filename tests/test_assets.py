@@ -13,11 +13,11 @@ import compress
 from compress import hwprofiles
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
-from compress.inputs import data
+from compress.inputs import datasets
 from compress.pipeline import Pipeline
 from compress.quality.evaluate import stream_logits
-from compress.quality.sums import summarize
 from compress.quality.token_scores import score_window
+from compress.quality.token_summary import summarize
 from compress.stats.intervals import paired_difference
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
@@ -35,7 +35,7 @@ def test_stories260k_tells_its_golden_story_before_compression(assets: Path, tmp
 def test_pycoder_has_its_measured_perplexity(assets: Path) -> None:
     """README of the assets: 3.0642 nats per token over all 774 windows of the test text; here the first 48."""
     model = compress.load(assets / "pycoder")
-    windows = data.quality_windows(model, assets / "pycoder" / "text" / "test.txt.gz")
+    windows = datasets.quality_windows(model, assets / "pycoder" / "text" / "test.txt.gz")
     assert windows.ids.shape == (774, 512)
     scores = [
         score_window(None, logits[:-1], ids[1:])
@@ -53,8 +53,8 @@ def scores_of(model: compress.models.model.Model, ids: torch.Tensor, reference: 
 
 def test_gptq_is_closer_to_the_original_than_rounding_at_the_same_bits(assets: Path) -> None:
     model = compress.load(assets / "pycoder")
-    calibration = data.calibrate(model, assets / "pycoder" / "text" / "calib.txt.gz", samples=32)
-    ids = data.quality_windows(model, assets / "pycoder" / "text" / "test.txt.gz").ids[:16]
+    calibration = datasets.calibrate(model, assets / "pycoder" / "text" / "calib.txt.gz", samples=32)
+    ids = datasets.quality_windows(model, assets / "pycoder" / "text" / "test.txt.gz").ids[:16]
     reference = list(stream_logits(model, ids))
     solved = Pipeline.parse("gptq(format=int4(group=32))").run(model, calibration)
     rounded = Pipeline.parse("rtn(format=int4(group=32))").run(model)

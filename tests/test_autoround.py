@@ -8,10 +8,11 @@ import torch
 import transformers
 
 import compress
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import UsageError
 from compress.formats.base import QuantTensor
-from compress.inputs.data import Calibration, Windows, calibrate
+from compress.inputs.datasets import Calibration, calibrate
+from compress.inputs.windows import Windows
 from compress.layer import Layer, LayerKind
 from compress.models.model import Model
 from compress.passes import Rtn

@@ -11,7 +11,7 @@ import transformers
 
 import compress
 from compress.engine.blockpass import Block
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
 from compress.engine.stream import BlockStream
 from compress.errors import UsageError
 from compress.formats import parse_format
@@ -20,8 +20,8 @@ from compress.models.skeleton import OUTER
 from compress.passes.awq import AwqScale, _loss, balance, importances, relative
 from compress.pipeline import Pipeline, Result
 from compress.quality.evaluate import stream_logits
+from compress.wiring.foldable import wire
 from compress.wiring.folding import Bench
-from compress.wiring.scales import wire
 from helpers.models import SIZES, SPECIAL, calibration, tokens
 
 GROUPED = {**SIZES, **SPECIAL}

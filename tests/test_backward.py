@@ -12,13 +12,14 @@ import compress
 from compress import hwprofiles, plan, recipe
 from compress.engine import backward
 from compress.engine.backward import saliency
-from compress.engine.modelpass import Stage
-from compress.engine.workspace import Journal
+from compress.engine.journal import Journal
 from compress.errors import InputError, Interrupted, UnsupportedError
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.layer import LayerKind
 from compress.maths import activations
 from compress.models.model import Model
+from compress.models.placing import whole_module
 from compress.pipeline import Pipeline
 from compress.progress import Progress
 
@@ -37,7 +38,7 @@ def batches() -> list[Tensor]:
 
 def whole(model: Model, ids: Tensor) -> dict[str, Tensor]:
     """Gradients of the summed loss by the layers' outputs, by torch's own backward pass."""
-    module = Stage.whole(None, model)  # type: ignore[arg-type]
+    module = whole_module(model)
     outputs: dict[str, Tensor] = {}
     for name in NAMES:
         module.get_submodule(name).weight.requires_grad_(True)

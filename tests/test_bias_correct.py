@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import compress
-from compress.engine.image_stream import whole_module
 from compress.errors import UsageError
-from compress.inputs.data import Calibration, calibrate
-from compress.models import skeleton
+from compress.inputs.datasets import Calibration, calibrate
 from compress.models.model import Model
+from compress.models.placing import whole_module
 from compress.pipeline import Pipeline
 
 ROUNDED = "rtn(format=int3(channel)), act_quant(static=true, format=int4(tensor, asymmetric))"
@@ -70,13 +69,10 @@ def test_blocks_are_corrected_against_the_uncompressed_prefix(make_llama: Callab
     rows = {row.layer: row for row in made.passes[-1].layers}
     assert rows["model.layers.1.self_attn.q_proj"].changed
     assert rows["model.layers.1.mlp.up_proj"].reason == "it has no bias; add=true gives it one"
-    module, plain = source.skeleton(), Pipeline.parse("rtn(format=int3(channel))").run(source, data).model
+    plain = Pipeline.parse("rtn(format=int3(channel))").run(source, data).model
     errors = []
     for one in (source, plain, made.model):
-        for segment in one.structure.segments:
-            for layer in one.layers(segment).values():
-                skeleton.put_layer(module, layer)
-            skeleton.put_plain(module, one.plain(segment), one.structure.aliases)
+        module = whole_module(one)
         seen: list[torch.Tensor] = []
         child = module.get_submodule("model.layers.1.self_attn.o_proj")
         handle = child.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output))

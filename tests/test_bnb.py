@@ -8,7 +8,7 @@ import torch
 
 import compress
 from compress import export, hwprofiles
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import compress
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
 from compress.engine.stream import BlockStream
 from compress.errors import UsageError
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.maths.activations import allocate
 from compress.models.skeleton import OUTER
 from compress.pipeline import Pipeline

@@ -15,10 +15,11 @@ from safetensors import safe_open
 import compress
 from compress.errors import CompressError, UnsupportedError, UsageError
 from compress.export.checkpoint.target import COMPRESSED_TENSORS as TARGET
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.speed.measure import deployable_bytes
+from compress.speed.footprint import deployable_bytes
 from compress.target import Refusal
 from helpers.checkpoints import PROFILE, assert_same_weights, compressed, config_of, keys_of, verified
 from helpers.models import SIZES

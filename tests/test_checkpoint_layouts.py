@@ -18,8 +18,8 @@ from compress.export.checkpoint.target import AWQ, BITSANDBYTES, GPTQ, Checkpoin
 from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
-from compress.quality.evaluate import verify_export
-from compress.speed.measure import deployable_bytes
+from compress.quality.verification import verify_export
+from compress.speed.footprint import deployable_bytes
 from compress.target import plan_layers
 
 PROFILE = as_profile("cpu-x86-avx2")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from compress.export.checkpoint.packing import AWQ_ORDER, pack_awq, pack_words, unpack_awq, unpack_words
+from compress.export.checkpoint.packing import AWQ_ORDER, pack_awq, pack_words
 from compress.export.checkpoint.readback import awq_codes, stream_codes
 from compress.export.checkpoint.writer import INDEX, SINGLE, ShardWriter, header_bytes
 
@@ -27,7 +27,6 @@ def test_a_row_of_codes_is_one_stream_of_bits_in_words(bits: int, count: int) ->
     words = pack_words(codes, bits)
     assert words.dtype == torch.int32 and words.shape == (3, -(-count * bits // 32))
     assert torch.equal(stream_codes(words, bits, count), codes.long())
-    assert torch.equal(unpack_words(words, bits, count), codes)
     whole = sum(int(code) << (bits * place) for place, code in enumerate(codes[1].tolist()))
     assert [int(word) & 0xFFFFFFFF for word in words[1]] == [
         (whole >> (32 * place)) & 0xFFFFFFFF for place in range(words.shape[1])
@@ -49,7 +48,7 @@ def test_awq_words_hold_their_eight_columns_in_its_order() -> None:
     codes = codes_of(4, 24)
     words = pack_awq(codes)
     assert words.shape == (3, 3)
-    assert torch.equal(awq_codes(words), codes.long()) and torch.equal(unpack_awq(words), codes)
+    assert torch.equal(awq_codes(words), codes.long())
     first = int(words[0, 0]) & 0xFFFFFFFF
     assert [(first >> (4 * place)) & 15 for place in range(8)] == [int(codes[0, column]) for column in AWQ_ORDER]
 

@@ -16,7 +16,7 @@ from compress.__main__ import main
 from compress.export.onnx import target as onnx_target
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
-from compress.speed.measure import deployable_bytes
+from compress.speed.footprint import deployable_bytes
 
 
 class Said(NamedTuple):

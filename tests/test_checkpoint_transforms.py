@@ -21,9 +21,10 @@ from compress.layer import LayerKind
 from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
-from compress.quality.evaluate import stream_logits, verify_export
+from compress.quality.evaluate import stream_logits
+from compress.quality.verification import verify_export
 from compress.records import Verification
-from compress.speed.measure import deployable_bytes
+from compress.speed.footprint import deployable_bytes
 from compress.target import Refusal, plan_layers
 from compress.transforms import Hadamard
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.engine.collect import DRIFT_STEP, Collector, Stat, unfold
+from compress.engine.collect import DRIFT_STEP, Collector, unfold
+from compress.engine.layer_stats import Stat
 from compress.engine.stream import BlockStream
 from compress.layer import LayerKind, LayerSpec
 from compress.maths.histogram import BINS, Histogram

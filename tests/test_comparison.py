@@ -17,7 +17,7 @@ from compress.comparison.conditions import judge, parse
 from compress.comparison.figures import Figure, difference, ends, ratio
 from compress.comparison.page import comparison_page
 from compress.errors import UsageError
-from compress.records import Interval, Report
+from compress.records import Asked, Interval, Report
 from compress.report.markdown import page_markdown
 from compress.report.terminal import print_page
 from helpers.compared import change, failed, metric, metrics, quality, report, speed, timing
@@ -201,6 +201,7 @@ def test_units_are_those_of_the_figure() -> None:
         ("kl>1e999", "too large"),
         ("perplexitty>3", "neither report has 'perplexitty'. Did you mean 'perplexity'"),
         ("latency:encode>3", "neither report has 'latency:encode'"),
+        ("latency:dcode>+3%", "Did you mean 'latency:decode'"),
         ("kl>3ms", "has no unit 'ms'. Allowed: none but %"),
         ("size>3ms", "has no unit 'ms'. Allowed: B, kB, MB, GB"),
         ("latency>3%", "Put . or - before a change in percent"),
@@ -239,6 +240,27 @@ def test_a_figure_without_an_interval_is_said_to_have_none_and_no_verdict() -> N
     assert memory.word == "higher" and "no interval" in memory.note
     [judged] = judge(parse("peak_memory>+5%"), compare(a, b))
     assert judged.failed and judged.end == "value without an interval"
+
+
+def of_kind(task: str, **changes: Any) -> Report:
+    asked = Asked(task=task, is_local=True, recipe={}, profile={}, options={}, threads=1, code_digest="00")
+    return report(request=asked, source_digest=task, **changes)
+
+
+def test_models_of_two_kinds_are_compared_only_where_they_have_a_figure_in_common() -> None:
+    images = speed(timing(1.2, phase="infer"))
+    accuracy = quality("other data", accuracy=metric(0.9, 0.03, "fraction", "higher"))
+    with pytest.raises(UsageError, match="kind causal-lm, B of kind image-classifier"):
+        compare(of_kind("causal-lm"), of_kind("image-classifier", speed=images, artifact_quality=accuracy))
+    compare(of_kind("causal-lm"), of_kind("causal-lm", speed=images, artifact_quality=accuracy))
+    compare(of_kind("encoder"), of_kind("classifier"))
+
+
+def test_a_note_names_few_figures_and_parts_them_by_more_than_a_comma() -> None:
+    names = ("brier_change", "ece_change", "entropy_change", "kl_max", "kl_p90", "kl_p99")
+    many = quality("a", **{name: metric(0.1, 0.01) for name in names})
+    text = page(report(artifact_quality=many), report(artifact_quality=many.model_copy(update={"data_digest": "b"})))
+    assert "Brier score, change; calibration error, change; entropy, change; KL, largest and 2 more: other data" in text
 
 
 def page(before: Report, after: Report, *conditions: str) -> str:

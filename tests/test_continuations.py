@@ -14,7 +14,7 @@ import compress
 from compress import hwprofiles
 from compress.errors import InputError
 from compress.export import find as find_target
-from compress.inputs import data
+from compress.inputs import datasets
 from compress.pipeline import Pipeline
 from compress.progress import Progress
 from compress.quality.continuations import (
@@ -144,7 +144,7 @@ def test_what_cannot_be_continued_is_told_in_a_note() -> None:
 def test_a_model_that_puts_out_nan_keeps_its_other_figures() -> None:
     broken = Counting()
     broken.table[:] = np.nan
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="NaN"):
         compare_continuations(Counting(), broken, plan(), QUIET)
     _, artifact = with_continuations((bare("baseline"), bare("compressed")), (Counting(), broken), plan(), QUIET)
     assert "NaN" in artifact.notes[0] and not artifact.metrics
@@ -158,7 +158,7 @@ def small(make_llama: Callable[..., Path]) -> Path:
 def test_an_artifact_is_judged_by_every_figure_in_its_runtime(small: Path, text_file: Path, tmp_path: Path) -> None:
     model, profile = compress.load(small), hwprofiles.load("cpu-x86-avx512-vnni")
     changed = Pipeline.parse("rtn(format=int3(group=32))").run(model).model
-    target, windows = find_target("onnx"), data.quality_windows(model, text_file, samples=8, length=48)
+    target, windows = find_target("onnx"), datasets.quality_windows(model, text_file, samples=8, length=48)
     loaded = []
     for name, each in (("baseline", model), ("artifact", changed)):
         target.write(each, profile, tmp_path / name)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from compress import hwprofiles
-from compress.engine.image_stream import whole_module
 from compress.errors import UnsupportedError
 from compress.export import find
 from compress.export.onnx import conv
@@ -21,10 +20,12 @@ from compress.export.onnx.runtime import Session
 from compress.export.onnx.target import capture, plan_layer, write
 from compress.formats import parse_format
 from compress.layer import LayerKind, LayerSpec
-from compress.models.model import Model, load
+from compress.models.loading import load
+from compress.models.model import Model
+from compress.models.placing import whole_module
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import verify_export
 from compress.quality.image_evaluate import probe_images
+from compress.quality.verification import verify_export
 from compress.target import Refusal
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")

@@ -13,10 +13,12 @@ import torch
 
 from compress.errors import InputError, UsageError
 from compress.hwprofiles import load as load_profile
-from compress.inputs import data, leaks
-from compress.inputs.data import Windows, check_disjoint, choose, cut_windows, join
+from compress.inputs import datasets, leaks
+from compress.inputs.datasets import check_disjoint
+from compress.inputs.documents import read_documents
 from compress.inputs.leaks import Text, shared_runs
-from compress.models.model import load
+from compress.inputs.windows import Windows, choose, cut_windows, join
+from compress.models.loading import load
 from compress.recipe import CalibrationSettings, QualitySettings, Recipe
 from compress.run import load_data, run
 from compress.run_report import Request
@@ -109,11 +111,11 @@ def test_a_choice_of_windows_keeps_where_each_begins() -> None:
 def test_one_text_is_split_without_a_false_alarm_and_repeated_text_is_an_error(llama: Path, tmp_path: Path) -> None:
     model, text = load(llama), words(0, 4000)
     settings: dict[str, Any] = {"samples": 99, "quality_samples": 99, "length": 64, "seed": 0}
-    calibration, quality = data.split(model, ids_file(tmp_path / "a.json", text), **settings)
+    calibration, quality = datasets.split(model, ids_file(tmp_path / "a.json", text), **settings)
     assert (len(calibration.windows.ids), len(quality.ids)) == (50, 12)
     repeated = ids_file(tmp_path / "b.json", text[:3500] + text[100:600])
     with pytest.raises(UsageError, match="64 tokens in a row"):
-        data.split(model, repeated, **settings)
+        datasets.split(model, repeated, **settings)
 
 
 def test_one_file_gives_each_part_windows_of_its_own_length(llama: Path, tmp_path: Path) -> None:
@@ -135,19 +137,19 @@ def test_lines_of_jsonl_may_hold_every_character_that_json_allows(tmp_path: Path
     texts = ["a\u2028b", "c\x85d\u2029"]
     path = tmp_path / "a.jsonl"
     path.write_bytes("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode() + b"\n\n")
-    assert data.read_documents(path) == texts
+    assert read_documents(path) == texts
 
 
 def test_a_folder_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"is a folder; data are one file\. Allowed: \.txt"):
-        data.read_documents(tmp_path)
+        read_documents(tmp_path)
 
 
 def test_a_file_of_an_unknown_kind_is_refused_without_being_read(tmp_path: Path) -> None:
     path = tmp_path / "images.npz"
     path.write_bytes(b"PK\x03\x04\xff\xfe")
     with pytest.raises(UsageError, match=r"of this kind is not read\. Allowed: \.txt"):
-        data.read_documents(path)
+        read_documents(path)
 
 
 def test_an_encoder_with_too_few_windows_is_refused_before_the_work(
@@ -162,11 +164,11 @@ def test_an_encoder_with_too_few_windows_is_refused_before_the_work(
     model = load(save_random("bert-few", config, "AutoModel"))
     two = ids_file(tmp_path / "two.json", words(0, 16), words(1, 16))
     with pytest.raises(UsageError, match="2 quality window"):
-        data.quality_windows(model, two, length=16)
+        datasets.quality_windows(model, two, length=16)
     many = ids_file(tmp_path / "many.json", *(words(seed, 16) for seed in range(20)))
     with pytest.raises(UsageError, match=r"takes at least 3\. Give more"):
-        data.split(model, many, samples=9, quality_samples=2, length=16, seed=0)
-    assert len(data.quality_windows(model, many, samples=3, length=16).ids) == 3
+        datasets.split(model, many, samples=9, quality_samples=2, length=16, seed=0)
+    assert len(datasets.quality_windows(model, many, samples=3, length=16).ids) == 3
 
 
 def test_a_misspelt_gate_stops_a_run_before_its_data_are_read(llama: Path, tmp_path: Path) -> None:
@@ -181,4 +183,4 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "good"}\n\n{"text": bad}\n')
     with pytest.raises(InputError, match="line 3, is not JSON"):
-        data.read_documents(path)
+        read_documents(path)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from compress import hwprofiles
 from compress.describe import describe_pass, describe_profile, example_of, pass_settings
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass
 from compress.layer import Layer, LayerSpec
 from compress.passes import find, table

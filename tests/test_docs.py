@@ -9,6 +9,7 @@ import typer.main
 from compress import hwprofiles, recipe
 from compress.cli.main import app
 from compress.errors import CompressError
+from compress.formats import NAMES
 from compress.passes import table
 from compress.pipeline import Pipeline
 from compress.quality.metrics import METRICS
@@ -45,6 +46,16 @@ def test_every_pass_is_in_the_readme_with_its_summary(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(recipe.presets()))
 def test_every_preset_is_in_the_readme(name: str) -> None:
     assert f"| `{name}` | {recipe.load(name).summary} |" in README
+
+
+def test_every_format_is_in_the_readme() -> None:
+    rows = README.split("| format | settings |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    cells = [row.split(" | ")[0] for row in rows]
+    named = {text.partition("(")[0] for cell in cells for text in re.findall(r"`([^`]+)`", cell)}
+    for first, last in re.findall(r"`int(\d)` … `int(\d)`", "\n".join(cells)):
+        named |= {f"int{bits}" for bits in range(int(first), int(last) + 1)}
+    assert "fpN_eXmY" in named  # which stands for all of its kind
+    assert [name for name in NAMES if name not in named and not re.fullmatch(r"fp\d_e\dm\d", name)] == []
 
 
 def test_the_recipe_of_the_readme_parses() -> None:

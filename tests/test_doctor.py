@@ -154,3 +154,13 @@ def test_only_a_cpus_profile_can_be_calibrated() -> None:
 def test_a_measured_ratio_is_of_paired_rounds() -> None:
     plain, probe = PROBES[0], PROBES[4]
     assert 0 < calibrate.ratio(plain, probe, 1, 1) < np.inf
+
+
+def test_a_line_of_a_profile_for_one_format_keeps_what_it_says_of_its_own_kernel() -> None:
+    entry = hwprofiles.load("cpu-x86-avx2").runtime("onnxruntime").formats[2].model_dump(mode="json")
+    ratios = {(entry["use"], bits): {"decode": 3.0, "prefill": 3.0} for bits in entry["bits"]}
+    own = {**entry, "format": "int4"}
+    calibrate._measured(own, ratios, "here")
+    assert own == {**entry, "format": "int4"}
+    calibrate._measured(entry, ratios, "here")
+    assert entry["evidence"] == "measured"

@@ -26,10 +26,10 @@ from compress.speed.end_to_end import (
     measure_end_to_end,
     picture_of,
     read_material,
-    text_request,
     with_end_to_end,
 )
 from compress.speed.spans import AFTER, BEFORE, COMPUTE, NAMES, Request, Stopwatch, end_to_end_record, time_requests
+from compress.speed.timed_requests import text_request
 
 PARTS = {BEFORE: "reading", COMPUTE: "the model", AFTER: "writing"}
 

@@ -13,7 +13,7 @@ from compress import hwprofiles, manifest
 from compress.__main__ import main
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.models.model import Model
-from compress.runtime.session import Engine
+from compress.runtime.engine import Engine
 
 
 @pytest.fixture

@@ -1,24 +1,13 @@
-"""What every registered format owes. A new format is tested by being in the table and in `SAMPLES`."""
+"""What every registered format owes. A new one is tested by being in the table and in helpers/formats.py."""
 
 import re
 
 import pytest
 import torch
 
+from compress.errors import UsageError
 from compress.formats import FORMATS, NAMES, parse_format
-
-# at least one text per line of the table
-SAMPLES = [
-    *(f"int{bits}(channel)" for bits in range(2, 9)),
-    "int4(group=32)",
-    "int3(group=16, asymmetric)",
-    "int4(group=32, signed)",
-    *("fp8_e4m3(channel)", "fp8_e4m3(group=32)", "fp8_e5m2(tensor)", "fp6_e2m3(group=32)", "fp6_e3m2(channel)"),
-    *("fp4_e2m1(group=16, scale=float32)", "fp3_e1m1(channel, scale=e8m0)", "fp5_e2m2(group=24)", "fp7_e3m3(channel)"),
-    *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
-    *("nf4(block=64)", "nf4(block=64, double)", "fp4(block=32)", "table(bits=3, group=16)", "table(bits=5, block=64)"),
-    "int4(group=32, float_zero)",
-]
+from helpers.formats import SAMPLES, name_of
 
 
 def weight(rows: int = 5, columns: int = 70) -> torch.Tensor:
@@ -27,11 +16,16 @@ def weight(rows: int = 5, columns: int = 70) -> torch.Tensor:
 
 def test_every_line_of_the_table_has_a_sample() -> None:
     for pattern in FORMATS:
-        assert any(re.fullmatch(pattern, text.partition("(")[0]) for text in SAMPLES), pattern
+        assert any(re.fullmatch(pattern, name_of(text)) for text in SAMPLES), pattern
+
+
+def test_every_line_of_the_table_is_offered_to_a_user_by_some_name() -> None:
+    for pattern in FORMATS:
+        assert any(re.fullmatch(pattern, name) for name in NAMES), pattern
 
 
 def test_every_name_offered_to_a_user_has_a_sample() -> None:
-    assert set(NAMES) <= {text.partition("(")[0] for text in SAMPLES}
+    assert set(NAMES) <= set(map(name_of, SAMPLES))
 
 
 @pytest.mark.parametrize("text", SAMPLES)
@@ -46,6 +40,7 @@ def test_stored_tensors_have_the_planned_shapes_and_decode_to_the_chosen_values(
     form = parse_format(text)
     params = form.fit(weight())
     codes, values = form.quantize(weight(), params, torch.arange(70))
+    assert (codes.dtype, values.dtype) == (torch.uint8, torch.float32)
     stored = form.pack(codes, params, (5, 70))
     assert {n: (tuple(t.shape), t.dtype) for n, t in stored.tensors.items()} == form.tensor_specs((5, 70))
     assert stored.nbytes == form.stored_bytes((5, 70)) == round(stored.bits_per_weight * 350 / 8)
@@ -62,6 +57,18 @@ def test_a_peak_that_is_the_weights_own_changes_nothing_and_a_larger_one_only_wh
 
 
 @pytest.mark.parametrize("text", SAMPLES)
+def test_column_by_column_the_codes_and_values_are_those_of_the_whole(text: str) -> None:
+    form = parse_format(text)
+    params = form.fit(weight())
+    rounder = form.rounder(params, torch.arange(70))
+    pairs = [rounder(weight().T[at : at + form.step], at) for at in range(0, 70, form.step)]
+    codes, values = form.quantize(weight(), params, torch.arange(70))
+    assert torch.equal(torch.cat([each.reshape(-1, 5) for each, _ in pairs]).T, codes)
+    assert pairs[0][0].dtype == torch.uint8
+    assert torch.equal(torch.cat([each.reshape(-1, 5) for _, each in pairs]).T, values)
+
+
+@pytest.mark.parametrize("text", SAMPLES)
 def test_quantizing_what_was_decoded_changes_nothing(text: str) -> None:
     form = parse_format(text)
     params = form.fit(weight())
@@ -71,5 +78,5 @@ def test_quantizing_what_was_decoded_changes_nothing(text: str) -> None:
 
 @pytest.mark.parametrize("name", ["int", "int1", "int9", "fp3", "", "INT4"])
 def test_an_unknown_format_is_refused_with_those_that_exist(name: str) -> None:
-    with pytest.raises(Exception, match=r"Unknown format|Cannot read"):
+    with pytest.raises(UsageError, match=r"Unknown format|Cannot read"):
         parse_format(name)

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 import compress
-from compress.inputs.data import Calibration, calibrate
+from compress.engine.part import Part
+from compress.inputs.datasets import Calibration, calibrate
 from compress.models.model import Model
 from compress.models.skeleton import OUTER
 from compress.passes import find, table
 from compress.pipeline import Pipeline, Result, planned
 
-# settings that fit a layer 64 wide, where the defaults do not; what must come before a pass; few steps
+# every pass is run as the last of these texts (by default its bare name) on a Llama of three blocks, 64 wide, whose
+# head is its embedding: settings that fit it, where the defaults do not; what must come before a pass; few steps
 FITTING = {"gptq": "gptq(format=int4(group=32))", "rtn": "rtn(format=int4(group=32))"}
 FITTING |= {
     "adaquant": f"{FITTING['rtn']}, adaquant(steps=2)",
@@ -20,6 +22,8 @@ FITTING |= {
     "tune": f"{FITTING['rtn']}, tune(steps=2)",
     "bias_correct": f"{FITTING['rtn']}, bias_correct(add=true)",
 }
+LARGEST_ERROR = 0.2
+"""Relative squared error of a weight that a pass may make with those settings: more is a mistake, or needs others."""
 NAMES = sorted(table())
 
 
@@ -47,6 +51,15 @@ def test_a_pass_is_built_by_its_name_and_prints_back(name: str) -> None:
     assert find(name).name == name
     assert str(Pipeline.parse(text_of(name))) == text_of(name)
     assert (find(name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_says_in_the_words_there_are_what_it_fills_and_what_must_come_before_or_after(name: str) -> None:
+    item = find(name)
+    for parts in ({item.part}, item.also, item.before, item.after):
+        assert all(isinstance(part, Part) for part in parts)
+    assert item.fills() or item.rescales, "a pass that fills nothing rescales; any other says what it fills"
+    assert not item.fills() & item.precedes(), "it would have to come before itself"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,14 +95,15 @@ def test_layers_outside_the_blocks_are_untouched_unless_named(result: Result, mo
         assert [row.changed for row in skipped] == [False] and skipped[0].reason
 
 
-def test_every_layer_is_changed_or_left_with_a_reason(result: Result) -> None:
+def test_every_layer_is_changed_or_left_with_a_reason(result: Result, model: Model) -> None:
     """A pass that fills a part fills it everywhere; one that rescales may find no use for some layer."""
     item, rows = result.pipeline.passes[-1], result.passes[-1].layers
     changed = {row.layer for row in rows if row.changed}
-    wanted = 23 if item.whole else 21  # the embedding, and the head that parts
-    left = [row for row in rows if not row.changed and row.layer.startswith("model.layers.")]
+    laid = result.pipeline.resolve(model)
+    chosen = laid.structure.layers.keys() - laid.skipped[-1].keys()
     assert len({row.layer for row in rows}) == len(rows)
-    assert len(changed) == wanted or (changed and not item.part and len(changed) + len(left) == wanted)
+    assert changed and chosen <= {row.layer for row in rows}
+    assert not item.part or chosen <= changed
     assert all(row.reason for row in rows if not row.changed)
 
 
@@ -97,7 +111,7 @@ def test_every_changed_layer_reports_format_bits_and_error(result: Result) -> No
     for row in [row for row in result.passes[-1].layers if row.changed]:
         assert row.format and row.bits_per_weight
         assert row.error_before == 0.0 or len(result.passes) > 1
-        assert row.error_after is not None and 0 <= row.error_after < 0.2
+        assert row.error_after is not None and 0 <= row.error_after < LARGEST_ERROR
         assert row.seconds is not None
 
 

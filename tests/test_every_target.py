@@ -13,8 +13,8 @@ from compress.export import TARGETS, find
 from compress.hwprofiles import Profile
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
-from compress.quality.evaluate import verify_export
-from compress.speed.measure import deployable_bytes, footprint
+from compress.quality.verification import verify_export
+from compress.speed.footprint import deployable_bytes, footprint
 from compress.target import Refusal, Target, require_tools, timed_here
 
 # what the second model of each target is made with, where its runtime does not take int8 of everything
@@ -42,7 +42,7 @@ def profile(name: str) -> Profile:
 
 def test_a_target_offers_the_interface_and_takes_its_arguments(name: str, profile: Profile) -> None:
     target = find(name)
-    assert target.RUNTIME and Path(target.FOLDER).name == target.FOLDER
+    assert target.HONOURS.kinds and target.RUNTIME and Path(target.FOLDER).name == target.FOLDER
     assert name != "onnx" or profile.runtime(target.RUNTIME).opset
     assert {"plan_layer", "predict_bytes", "capture", "write", "session", "probe_command"} == set(FUNCTIONS)
     for function in FUNCTIONS:

@@ -13,7 +13,7 @@ import transformers
 
 import compress
 from compress import hwprofiles
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
 from compress.engine.matching import resolve
 from compress.engine.stream import BlockStream
 from compress.export.onnx import experts as lowering

@@ -23,24 +23,17 @@ from compress.errors import UnsupportedError
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
 from compress.hwprofiles import Profile
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.models.experts import is_experts
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
-from compress.quality.evaluate import agreement, stream_logits
+from compress.quality.evaluate import stream_logits
+from compress.quality.verification import agreement
+from helpers.models import SPECIAL, UNGROUPED
 
-VOCABULARY = 96
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+VOCABULARY = UNGROUPED["vocab_size"]
+SIZES = {**UNGROUPED, **SPECIAL}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 2}
 # two kinds of layers, so two masks and two rotary embeddings

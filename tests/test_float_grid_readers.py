@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import compress
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import UsageError
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor
-from compress.inputs.data import calibrate
+from compress.inputs.datasets import calibrate
 from compress.layer import Layer, LayerKind
 from compress.maths.hessian import accumulate, weighted_error
 from compress.passes.gptq import Gptq

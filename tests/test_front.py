@@ -89,6 +89,20 @@ def test_a_limit_is_held_against_the_worse_end_of_the_interval() -> None:
     assert choose([candidate], {}, [Limit("loss", 0.055, "0.055")]).recommended == "a"
 
 
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (Limit("size", 4e6, "40%"), "size may be up to 5 MB (limit 40%, 4 MB)"),
+        (Limit("size", 4e6, "4MB"), "size may be up to 5 MB (limit 4MB)"),
+        (Limit("latency", 0.4, "2ms"), "0.5x the baseline's time (limit 2ms, 0.4x the baseline's time)"),
+        (Limit("latency", 0.4, "0.4x"), "0.5x the baseline's time (limit 0.4x)"),
+        (Limit("loss", 0.01, "0.01"), "loss may be up to 0.02 (limit 0.01)"),
+    ],
+)
+def test_a_limit_is_told_in_the_unit_of_what_exceeds_it(limit: Limit, words: str) -> None:
+    assert words in choose([one("a", 0.02, 0.5, 5e6)], {}, [limit]).reasons["a"]
+
+
 def test_what_was_not_measured_meets_no_limit_and_is_not_better() -> None:
     candidate = Candidate("a", {"size": Estimate.of(10)})
     assert "latency was not measured" in choose([candidate], {}, [Limit("latency", 1.0, "1x")]).reasons["a"]

@@ -18,7 +18,7 @@ from compress.export.onnx import fusions, target
 from compress.export.onnx.runtime import Session
 from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import agreement
+from compress.quality.verification import agreement
 from compress.records import Bounds
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")

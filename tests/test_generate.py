@@ -18,9 +18,9 @@ from compress.__main__ import main
 from compress.errors import InputError, UsageError
 from compress.export import find
 from compress.inputs.prompts import Reader
+from compress.runtime.engine import Engine
 from compress.runtime.generation import continue_prompts
 from compress.runtime.sampling import Sampling
-from compress.runtime.session import Engine
 
 PROMPTS = ["the river", "a stone runs over the blue tree and sees", "x"]
 
@@ -235,6 +235,12 @@ def test_the_command_prints_prompt_and_text_and_says_where_it_ran_on_stderr(
     assert run(capsys, *given, "--no-echo", "-q") == (0, text + "\n", "")
     several = run(capsys, *given, "--prompt", "x", "-q")[1]
     assert several.startswith(f"the river{text}\n---\nx")
+
+
+def test_the_command_says_where_the_context_ended_a_text(lm_out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["generate", lm_out, "--prompt", "the river", "-n"]
+    assert "(ended by the model's context, which " in run(capsys, *given, 100_000)[2]
+    assert "(ended by length)" in run(capsys, *given, 4)[2]
 
 
 def test_the_command_writes_text_as_it_comes(lm_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from compress import solve
 from compress.engine.blockpass import Block
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import InputError
 from compress.formats import parse_format
 from compress.maths import hessian as hessian_maths

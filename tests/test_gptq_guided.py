@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import UsageError
 from compress.formats import parse_format
 from compress.maths.hessian import weighted_error

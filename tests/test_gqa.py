@@ -19,7 +19,7 @@ from compress.export.onnx.cache import Shared
 from compress.export.onnx.runtime import PORTABLE, REASON, SHARED, Session
 from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import verify_export
+from compress.quality.verification import verify_export
 from helpers import models
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")

@@ -14,7 +14,8 @@ import torch
 import compress
 from compress import hwprofiles
 from compress.engine.applying import describe
-from compress.engine.collect import Collector, Stat
+from compress.engine.collect import Collector
+from compress.engine.layer_stats import Stat
 from compress.engine.store import open_store
 from compress.errors import InputError, UsageError
 from compress.export import TARGETS
@@ -22,13 +23,15 @@ from compress.export import find as find_target
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
 from compress.formats import parse_format
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.layer import ActSpec
-from compress.models import skeleton
+from compress.models import placing
 from compress.models.model import Model
 from compress.passes import HadamardInputs
 from compress.pipeline import Pipeline, planned
-from compress.quality.evaluate import agreement, stream_logits
+from compress.quality.evaluate import stream_logits
+from compress.quality.verification import agreement
 from compress.transforms import Hadamard, parse_transform, transformed
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
@@ -110,14 +113,14 @@ def test_inputs_are_transformed_then_rounded_then_multiplied(model: Model) -> No
     layer = replace(model.layer(spec), pre=(Hadamard(32),), act=act)
     module = model.skeleton()
     for _ in range(2):  # a second time replaces the hooks of the first
-        skeleton.put_layer(module, layer)
+        placing.put_layer(module, layer)
     child = module.get_submodule(spec.name)
     values = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
     wanted = act.round(Hadamard(32)(values)) @ layer.float_weight().T
     assert close(child(values), wanted)
     assert describe(layer) == "float32 with hadamard(block=32, seed=0) then int4(token) inputs"
-    skeleton.release(module, "model.layers.0.mlp")
-    assert not child._forward_pre_hooks and skeleton.transforms(child) == ()
+    placing.release(module, "model.layers.0.mlp")
+    assert not child._forward_pre_hooks and placing.transforms(child) == ()
 
 
 def test_statistics_are_those_of_the_transformed_inputs_and_shared_only_where_alike(model: Model) -> None:
@@ -125,7 +128,7 @@ def test_statistics_are_those_of_the_transformed_inputs_and_shared_only_where_al
     specs = [model.structure.layers[name] for name in names]
     module, values = model.skeleton(), torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     for spec, pre in zip(specs, ((Hadamard(32),), (Hadamard(32),), ()), strict=True):
-        skeleton.put_layer(module, replace(model.layer(spec), pre=pre))
+        placing.put_layer(module, replace(model.layer(spec), pre=pre))
     collector = Collector(module, specs, {Stat.HESSIAN, Stat.SHARING})
     with collector.attached():
         for name in names:
@@ -165,7 +168,7 @@ def test_an_outlier_among_the_inputs_is_rounded_better(make_llama: Callable[...,
     ("recipe", "sentence"),
     [
         ("hadamard, rotate", "rotate must come before hadamard"),
-        ("hadamard, hadamard", "both set the pre"),
+        ("hadamard, hadamard", "both set the input transform"),
         ("rtn, hadamard", "hadamard must come before rtn"),
     ],
 )

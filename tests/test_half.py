@@ -22,7 +22,7 @@ from compress.export.onnx.runtime import PORTABLE, SHARED, Session
 from compress.hwprofiles import Profile
 from compress.models.model import Model
 from compress.profiles import as_profile
-from compress.quality.evaluate import read_inputs, verify_export
+from compress.quality.verification import read_inputs, verify_export
 from compress.target import Refusal
 
 PROFILE = as_profile(hwprofiles.load("nvidia-l4"), "onnx")

@@ -20,7 +20,8 @@ from compress.__main__ import main
 from compress.artifact import Artifact, evaluate_tasks
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.inputs.prompts import read_reader
-from compress.quality.harness import TaskRequest, answer_key, pair_logs
+from compress.quality.harness import TaskRequest, answer_key
+from compress.quality.harness_logs import pair_logs
 from compress.recipe import Recipe, TaskSettings
 from compress.records import Gate, Report
 from compress.records.task import Tasks
@@ -181,6 +182,19 @@ def test_a_recipe_may_name_tasks_which_are_then_in_the_report_and_its_gates(
     assert [gate.name for gate in report.gates if not gate.met] == ["loss of local_choice acc"]
     assert "local_choice" in (out / "report.html").read_text()
     assert len((out / "tasks" / "variant" / "local_choice.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_misspelt_task_of_a_recipe_is_found_before_any_work(
+    llama: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    monkeypatch.setattr("compress.run.load_data", None)  # the first of the work
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"passes": "rtn", "tasks": {"names": ["local_choise"], "folder": str(tasks)}}))
+    given = ["--recipe", recipe, "--data", tasks / "data.jsonl", "-o", tmp_path / "out", "--profile", "cpu-x86-avx2"]
+    assert main(["run", str(llama), *map(str, given)]) == 2
+    assert "Did you mean 'local_choice'" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_several_recipes_at_once_refuse_tasks_and_say_what_scores_them(

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import compress
 from compress.engine import collect
-from compress.inputs.data import Calibration, calibrate
+from compress.inputs.datasets import Calibration, calibrate
 from compress.maths import hessian
-from compress.models import skeleton
+from compress.models import placing
 from compress.models.model import Model
 from compress.pipeline import Pipeline, Result
 from compress.records import LayerResult, OutputReference, PassResult
@@ -69,11 +69,7 @@ def calibration(model: Model, text_file: Path) -> Calibration:
 
 def late_outputs(model: Model, batches: list[Tensor]) -> Tensor:
     """What the layer `LATE` puts out, by nothing but a forward pass of the whole model."""
-    module, seen = model.skeleton(), list[Tensor]()
-    for segment in model.structure.segments:
-        for layer in model.layers(segment).values():
-            skeleton.put_layer(module, layer)
-        skeleton.put_plain(module, model.plain(segment), model.structure.aliases)
+    module, seen = placing.whole_module(model), list[Tensor]()
     child = module.get_submodule(LATE)
     assert isinstance(child, nn.Linear)
     child.register_forward_hook(lambda _module, _inputs, output: seen.append(output.flatten(0, 1)))

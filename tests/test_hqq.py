@@ -4,13 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 import compress
 from compress import export, hwprofiles
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import UsageError
 from compress.export.onnx import target
 from compress.export.onnx.lowering import Choice, choose
@@ -21,8 +20,9 @@ from compress.models.model import Model
 from compress.passes.hqq import Hqq, shrink
 from compress.passes.rtn import Rtn
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import agreement
+from compress.quality.verification import agreement
 from compress.target import Refusal
+from helpers.stored import stored_bytes
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 RUNTIME = PROFILE.runtime("onnxruntime")
@@ -137,7 +137,7 @@ def test_bits_and_group_size_are_shorthand_here_too() -> None:
 
 
 def test_a_float_zero_does_not_round_activations() -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="float_zero"):
         parse_format("int8(tensor, float_zero)").round_activation(torch.ones(2, 3))
 
 
@@ -160,12 +160,7 @@ def test_the_graph_adds_float_zeros_beside_the_fast_kernel(
     made = Pipeline.parse(f"hqq(format={form})").run(model).model
     lowered = target.write(made, PROFILE, tmp_path, graph)
     assert lowered.operators == {"Gather": 1, "MatMulNBits": 14}
-    document = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False)
-    stored: dict[str, int] = {}
-    for tensor in document.graph.initializer:
-        owner = tensor.name.rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
-        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        stored[owner] = stored.get(owner, 0) + int(np.prod(tensor.dims)) * itemsize
+    stored = stored_bytes(tmp_path / "model.onnx")
     for name, spec in made.structure.layers.items():
         choice = choose(spec, RUNTIME)
         assert isinstance(choice, Choice) and stored[name] == choice.stored_bytes

@@ -107,6 +107,53 @@ def test_support_gives_the_exporter_what_it_writes() -> None:
     assert runtime.support("float", 32).state == "fast"
 
 
+def named(**changes: Any) -> dict[str, Any]:
+    entry = {"use": "lookup", "format": "nf4", "bits": [4], "kernel": "Other", "state": "fast"}
+    return {**entry, "evidence": "vendor", "source": "a test", **changes}
+
+
+def test_an_entry_for_one_format_goes_before_the_one_for_all_others(own: Callable[..., Path]) -> None:
+    def edit(data: dict[str, Any]) -> None:
+        data["runtimes"]["onnxruntime"]["formats"].append(named())
+
+    runtime = load(str(own(edit))).runtime("onnxruntime")
+    found = {form: runtime.support("lookup", 4, format=form).kernel for form in ("nf4", "fp4", None)}
+    assert found == {"nf4": "Other", "fp4": "MatMulBnb4", None: "MatMulBnb4"}
+    assert runtime.support("weight_only", 4, format="int4") == load(VNNI).runtime("onnxruntime").support(
+        "weight_only", 4
+    )
+    assert "lookup nf4 4 bit (Other)" in runtime.support("lookup", 8).note
+    assert runtime.support("lookup", 8, format="nf4").state == "no"  # of another width
+
+
+def test_an_entry_may_refuse_one_format_or_be_the_only_one_of_its_width(own: Callable[..., Path]) -> None:
+    def edit(data: dict[str, Any]) -> None:
+        entries = data["runtimes"]["onnxruntime"]["formats"]
+        entries.append(named(format="fp4", state="no", kernel="", note="never"))
+        entries.append(named(format="vptq", bits=[2]))
+
+    runtime = load(str(own(edit))).runtime("onnxruntime")
+    states = [runtime.support("lookup", 4, format=form).state for form in ("fp4", "nf4")]
+    assert states[0] == "no" and states[1] != "no"
+    assert [runtime.support("lookup", 2, format=form).state for form in ("vptq", "nf4", None)] == ["fast", "no", "no"]
+
+
+def test_one_format_has_one_entry_per_width(own: Callable[..., Path]) -> None:
+    def edit(data: dict[str, Any]) -> None:
+        data["runtimes"]["onnxruntime"]["formats"] += [named(), named(kernel="A third")]
+
+    with pytest.raises(ProfileError, match="lists twice: lookup nf4 4 bit"):
+        load(str(own(edit)))
+
+
+def test_the_key_changes_no_digest_of_a_profile_without_it(own: Callable[..., Path]) -> None:
+    said = load(VNNI).model_dump(mode="json")
+    assert all("format" not in entry for entry in said["runtimes"]["onnxruntime"]["formats"])
+    other = load(str(own(lambda data: data["runtimes"]["onnxruntime"]["formats"].append(named()))))
+    assert other.model_dump(mode="json")["runtimes"]["onnxruntime"]["formats"][-1]["format"] == "nf4"
+    assert digest(other) != digest(load(str(own())))
+
+
 def test_avx2_warns_of_saturation_and_offers_seven_bits() -> None:
     runtime = load(AVX2).runtime("onnxruntime")
     eight = runtime.support("weight_and_activation", 8)

@@ -12,8 +12,8 @@ import compress
 from compress.__main__ import main
 from compress.artifact import evaluate_artifact, export, open_artifact, verify
 from compress.errors import UsageError
-from compress.inputs.data import calibrate
-from compress.models.model import load
+from compress.inputs.datasets import calibrate
+from compress.models.loading import load
 from compress.pipeline import Pipeline
 from compress.records import Report
 from compress.report import load as load_report

@@ -10,9 +10,10 @@ import torch
 
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
 from compress.inputs import images
-from compress.inputs.data import calibrate, quality_windows, split
+from compress.inputs.datasets import calibrate, quality_windows, split
 from compress.inputs.images import BATCH, Images
-from compress.models.model import Model, load
+from compress.models.loading import load
+from compress.models.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,8 @@ def test_image_files_without_pillow_say_what_to_install(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "one.png").touch()
     with pytest.raises(UnsupportedError, match="pip install pillow"):
         quality_windows(model, tmp_path)
 

@@ -16,8 +16,8 @@ from compress.__main__ import main
 from compress.errors import InputError, UsageError
 from compress.inputs.prompts import Reader, read_texts
 from compress.models.embedding import pool_hidden
+from compress.runtime.engine import Engine
 from compress.runtime.sampling import softmax
-from compress.runtime.session import Engine
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], *given: object) -> tuple[int, str, s
 
 
 def test_logits_are_those_of_the_module_on_the_same_pixels(images_out: Path, cnn: str, pixels: Any) -> None:
-    from compress.engine.image_stream import whole_module
+    from compress.models.placing import whole_module
 
     model = compress.load(cnn)
     with torch.no_grad():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import recipe
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError
-from compress.inputs import data
-from compress.inputs.data import Calibration
-from compress.models.model import load
+from compress.inputs import datasets
+from compress.inputs.datasets import Calibration
+from compress.inputs.documents import read_documents
+from compress.models.loading import load
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -181,31 +181,31 @@ def write(path: Path, text: str) -> Path:
 def test_data_of_the_wrong_form_is_refused(
     tmp_path: Path, name: str, content: str, kind: type[CompressError], told: str
 ) -> None:
-    assert told in refusal(kind, lambda: data.read_documents(write(tmp_path / name, content)))
+    assert told in refusal(kind, lambda: read_documents(write(tmp_path / name, content)))
 
 
 def test_a_missing_data_file_is_named(tmp_path: Path) -> None:
-    assert "absent.txt" in refusal(UsageError, lambda: data.read_documents(tmp_path / "absent.txt"))
+    assert "absent.txt" in refusal(UsageError, lambda: read_documents(tmp_path / "absent.txt"))
 
 
 def test_text_needs_a_tokenizer(make_llama: Callable[..., Path], text_file: Path) -> None:
     model = load(make_llama("mute", tokenizer=False))
-    assert "has no tokenizer" in refusal(UsageError, lambda: data.calibrate(model, text_file))
+    assert "has no tokenizer" in refusal(UsageError, lambda: datasets.calibrate(model, text_file))
 
 
 def test_a_broken_tokenizer_is_an_input_error(copy: Path, text_file: Path) -> None:
     (copy / "tokenizer.json").write_text('{"model": 5}')
-    assert "tokenizer" in refusal(InputError, lambda: data.calibrate(load(copy), text_file))
+    assert "tokenizer" in refusal(InputError, lambda: datasets.calibrate(load(copy), text_file))
 
 
 def test_ids_outside_the_vocabulary_are_refused(llama: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "ids.json", json.dumps([[1, 2, 300]]))
-    assert "token 300" in refusal(InputError, lambda: data.calibrate(load(llama), path))
+    assert "token 300" in refusal(InputError, lambda: datasets.calibrate(load(llama), path))
 
 
 def test_data_shorter_than_a_window_says_how_long_it_is(llama: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "short.txt", "too short")
-    text = refusal(UsageError, lambda: data.calibrate(load(llama), path, length=64))
+    text = refusal(UsageError, lambda: datasets.calibrate(load(llama), path, length=64))
     assert "64 tokens" in text and "has 9" in text
 
 
@@ -215,14 +215,14 @@ def test_ids_and_text_in_every_container_are_the_same_documents(tmp_path: Path) 
     lines = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"ids": row}) for row in rows))
     packed = tmp_path / "b.jsonl.gz"
     packed.write_bytes(gzip.compress(lines.read_bytes()))
-    assert data.read_documents(plain) == data.read_documents(lines) == data.read_documents(packed) == rows
+    assert read_documents(plain) == read_documents(lines) == read_documents(packed) == rows
 
 
 def test_one_file_is_split_by_document_and_no_window_is_in_both_parts(llama: Path, tmp_path: Path) -> None:
     maker = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 256, (40,), generator=maker).tolist() for _ in range(20)]
     path = write(tmp_path / "ids.json", json.dumps(rows))
-    first, second = data.split(load(llama), path, samples=100, quality_samples=None, length=16, seed=3)
+    first, second = datasets.split(load(llama), path, samples=100, quality_samples=None, length=16, seed=3)
     held = {tuple(row) for row in second.ids.tolist()}
     owners = {
         place for place, row in enumerate(rows) for window in held if window in (tuple(row[:16]), tuple(row[16:32]))
@@ -231,76 +231,24 @@ def test_one_file_is_split_by_document_and_no_window_is_in_both_parts(llama: Pat
     seen = [token for row in first.windows.ids.tolist() for token in row]
     joined = [token for place, row in enumerate(rows) if place not in owners for token in row]
     assert seen == joined[: len(seen)]
-    again, _ = data.split(load(llama), path, samples=100, quality_samples=None, length=16, seed=3)
+    again, _ = datasets.split(load(llama), path, samples=100, quality_samples=None, length=16, seed=3)
     assert again.windows.digest == first.windows.digest
-    other, _ = data.split(load(llama), path, samples=100, quality_samples=None, length=16, seed=4)
+    other, _ = datasets.split(load(llama), path, samples=100, quality_samples=None, length=16, seed=4)
     assert other.windows.digest != first.windows.digest
 
 
 def test_a_window_in_both_parts_is_an_error(llama: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "ids.json", json.dumps([[7] * 32] * 10))
     text = refusal(
-        UsageError, lambda: data.split(load(llama), path, samples=9, quality_samples=None, length=16, seed=0)
+        UsageError, lambda: datasets.split(load(llama), path, samples=9, quality_samples=None, length=16, seed=0)
     )
     assert "both the calibration and the quality data" in text
 
 
 def test_calibration_draws_the_same_windows_for_the_same_seed(llama: Path, text_file: Path) -> None:
     def digest(seed: int) -> str:
-        made: Calibration = data.calibrate(load(llama), text_file, samples=5, length=32, seed=seed)
+        made: Calibration = datasets.calibrate(load(llama), text_file, samples=5, length=32, seed=seed)
         assert made.windows.ids.shape == (5, 32)
         return made.windows.digest
 
     assert digest(1) == digest(1) != digest(2)
-
-
-# recipes
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("passes: [rtn]\ncalibrashun: {}", "Did you mean 'calibration'"),
-        ("passes: [rtn]\ncalibration: {sample: 3}", "Did you mean 'samples'"),
-        ("passes: [rtn]\ncalibration: {samples: 0}", "calibration.samples"),
-        ("passes: []", "missing or empty"),
-        ("calibration: {}", "missing or empty"),
-        ("passes: {rtn: 1}", "a list or the one-line text"),
-        ("passes: [{rtn: {}, gptq: {}}]", "one name with its settings"),
-        ("passes: [{rtn: 4}]", "are a mapping"),
-        ("- rtn", "is a mapping with 'passes'"),
-        ("passes: [rtn", "is not YAML"),
-        ("passes: [rtn]\nalso: [rtn]", "'also' maps export targets to passes"),
-        ("passes: [rtn]\nalso: {onnxx: [rtn]}", "Did you mean 'onnx'"),
-        ("passes: [!!python/object/apply:os.system [echo]]", "is not YAML"),
-    ],
-)
-def test_a_recipe_with_a_mistake_names_the_place(tmp_path: Path, content: str, told: str) -> None:
-    assert told in refusal(UsageError, lambda: recipe.load(str(write(tmp_path / "r.yaml", content))))
-
-
-def test_an_unknown_preset_offers_the_nearest() -> None:
-    assert "Did you mean 'w4a16'" in refusal(UsageError, lambda: recipe.load("w4a61"))
-
-
-def test_every_preset_parses_and_says_what_it_is_for() -> None:
-    from compress.pipeline import Pipeline
-
-    for name in recipe.presets():
-        found = recipe.load(name)
-        assert found.summary
-        for target in ("", *found.also):
-            text = found.for_target(target).passes
-            assert str(Pipeline.parse(text)) == text
-
-
-def test_a_target_gets_the_passes_that_a_recipe_has_for_it(tmp_path: Path) -> None:
-    found = recipe.load(str(write(tmp_path / "r.yaml", "passes: [gptq]\nalso: {onnx: [act_quant, 'tune(steps=2)']}")))
-    assert found.for_target("checkpoint").passes == "gptq"
-    assert found.for_target("onnx").passes == "gptq, act_quant, tune(steps=2)"
-    assert found.for_target("onnx").for_target("onnx").passes == "gptq, act_quant, tune(steps=2)"
-
-
-def test_yaml_and_one_line_passes_are_the_same(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.yaml", "passes:\n - gptq: {format: 'int4(group=32)', damp: 0.02}\n - act_quant")
-    assert recipe.load(str(path)).passes == recipe.of_passes("gptq(format=int4(group=32), damp=0.02), act_quant").passes

@@ -5,14 +5,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 import torch
 
 import compress
 from compress import hwprofiles
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import UsageError
 from compress.export.onnx import target
 from compress.export.onnx.lowering import Choice, choose
@@ -26,8 +24,9 @@ from compress.models.model import Model
 from compress.passes.gptq import Gptq
 from compress.passes.rtn import Rtn
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import agreement
+from compress.quality.verification import agreement
 from compress.target import Refusal
+from helpers.stored import stored_bytes
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 RUNTIME = PROFILE.runtime("onnxruntime")
@@ -256,12 +255,7 @@ def test_the_graph_computes_what_the_model_in_memory_does(
     made = Pipeline.parse(f"rtn(format={form})").run(model).model
     lowered = target.write(made, PROFILE, tmp_path, graph)
     assert lowered.operators == {"Gather": 1, "MatMulBnb4": 14}
-    document = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False)
-    stored: dict[str, int] = {}
-    for tensor in document.graph.initializer:
-        layer = tensor.name.rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
-        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        stored[layer] = stored.get(layer, 0) + int(np.prod(tensor.dims)) * itemsize
+    stored = stored_bytes(tmp_path / "model.onnx")
     for name, spec in made.structure.layers.items():
         choice = choose(spec, RUNTIME)
         assert isinstance(choice, Choice) and stored[name] == choice.stored_bytes

@@ -20,9 +20,11 @@ from compress.formats import parse_format
 from compress.layer import ActSpec, LayerKind, LayerSpec
 from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import agreement, stream_logits, verification_ids, verify_export
+from compress.quality.evaluate import stream_logits
+from compress.quality.verification import agreement, verification_ids, verify_export
 from compress.records import Bounds
 from compress.target import Refusal
+from helpers.stored import stored_bytes
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 RUNTIME = PROFILE.runtime("onnxruntime")
@@ -95,12 +97,7 @@ def test_stored_bytes_of_the_plan_are_those_of_the_file(
         made = Pipeline.parse(passes).run(model).model
         folder = tmp_path / str(abs(hash(passes)))
         target.write(made, PROFILE, folder, graph)
-        document = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-        stored: dict[str, int] = {}
-        for tensor in document.graph.initializer:
-            layer = tensor.name.rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
-            itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            stored[layer] = stored.get(layer, 0) + int(np.prod(tensor.dims)) * itemsize
+        stored = stored_bytes(folder / "model.onnx")
         for name, spec in made.structure.layers.items():
             choice = choose(spec, RUNTIME)
             assert isinstance(choice, Choice)
@@ -189,7 +186,7 @@ def test_a_refusal_is_a_wrong_setting_where_another_would_do_and_unsupported_whe
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Pipeline.parse("rtn(format=int4(group=48))").run(model).model
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"Layer .* cannot be exported for profile cpu-x86-avx512-vnni: .*48"):
         target.write(made, PROFILE, tmp_path)
     formats = [entry for entry in RUNTIME.formats if 4 not in entry.bits]
     without = PROFILE.model_copy(update={"runtimes": {"onnxruntime": RUNTIME.model_copy(update={"formats": formats})}})

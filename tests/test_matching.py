@@ -120,6 +120,26 @@ def test_an_override_that_reaches_no_layer_of_its_pass_is_refused(text: str) -> 
         laid(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("adaquant, rtn", "rtn stands after it. Change the order"),
+        ("adaquant", "there is none. Add one before it"),
+        ("adaquant(targets=[*.up]), rtn(targets=[*.down])", "there is none. Add one before it"),
+    ],
+)
+def test_a_pass_before_the_one_it_needs_is_told_to_change_places_with_it(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        laid(text)
+
+
+def test_a_model_without_embeddings_says_what_it_has_and_what_suits_it() -> None:
+    inner = LayerSpec("up", LayerKind.LINEAR, (64, 64), ("up",), segment=0)
+    graph = Structure("h", ("h.0",), {"up": inner}, {}, {}, "")
+    with pytest.raises(UsageError, match=r"the model has linear layers only.*encoder-int8"):
+        resolve(Pipeline.parse("rtn(targets=[kind:embedding])").passes, graph)
+
+
 def test_overrides_are_counted_inside_the_pass_only() -> None:
     found = laid("rtn(format=int4(group=32), targets=[*.up], overrides={h.*: {bits: 8}})")
     assert found.matches == ({"*.up": 1, "override h.*": 1},)

@@ -16,7 +16,8 @@ from compress.hwprofiles import Profile
 from compress.profiles import as_profile
 from compress.progress import Progress
 from compress.records import Speed
-from compress.speed.measure import footprint, measure, settings_of
+from compress.speed.footprint import footprint
+from compress.speed.measure import measure, settings_of
 from compress.speed.timing_process import TimingRequest, last_line, time_in_process
 
 
@@ -104,7 +105,7 @@ def test_a_process_that_fails_or_does_not_end_is_named_with_its_reason(
 def test_an_arm_that_does_not_load_in_time_is_told_of(
     exported: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.speed.measure.PROBE_S", 0.01)
+    monkeypatch.setattr("compress.speed.footprint.PROBE_S", 0.01)
     with pytest.raises(InputError, match=r"could not be run in a process of its own: it did not end in 0 s"):
         footprint(target, exported, 1, 64)
 

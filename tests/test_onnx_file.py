@@ -259,5 +259,5 @@ def test_files_that_are_no_onnx_are_refused(tmp_path: Path) -> None:
     content = onnx_graphs.classifier().SerializeToString()
     for broken in (b"", b"not a model", np.random.default_rng(0).bytes(999), content[: len(content) // 2]):
         path.write_bytes(broken)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=r"model\.onnx"):
             open_file(path)

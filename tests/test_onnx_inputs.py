@@ -19,10 +19,11 @@ from compress import hwprofiles
 from compress.__main__ import main
 from compress.artifact import export, open_artifact, verify
 from compress.engine.image_stream import image_logits
-from compress.errors import CompressError, InputError, UsageError
-from compress.inputs import data as samples
+from compress.errors import InputError, UsageError
+from compress.inputs import datasets
 from compress.models.image_source import fitting
-from compress.models.model import Task, load
+from compress.models.loading import load
+from compress.models.model import Task
 from compress.models.onnx_interface import Feed, Interface
 from compress.quality.outputs import farthest
 from compress.report import load as load_report
@@ -189,7 +190,7 @@ def test_arrays_that_do_not_fit_are_named(
     source = onnx_graphs.save(onnx_graphs.table(), tmp_path / "model.onnx")
     np.savez(tmp_path / "data.npz", **arrays(**changes))
     with pytest.raises(InputError, match=said):
-        samples.calibrate(load(source), tmp_path / "data.npz")
+        datasets.calibrate(load(source), tmp_path / "data.npz")
     assert run(source, tmp_path / "none.npz", tmp_path / "out") == 2
     assert "an .npz with an array for each input (numbers, place, switches)" in capsys.readouterr().err
 
@@ -197,16 +198,16 @@ def test_arrays_that_do_not_fit_are_named(
 def test_tokens_alone_are_enough_and_are_checked(encoder: Path, tmp_path: Path) -> None:
     model = load(encoder)
     np.savez(tmp_path / "ids.npz", input_ids=np.full((6, 11), 7))
-    found: Any = samples.calibrate(model, tmp_path / "ids.npz").windows
+    found: Any = datasets.calibrate(model, tmp_path / "ids.npz").windows
     assert found.pixels.shape == (6, 22) and found.pixels[:, 11:].eq(1).all()
     np.savez(tmp_path / "ids.npz", input_ids=np.full((6, 11), 256))
     with pytest.raises(InputError, match="token 256, but the vocabulary has 256"):
-        samples.calibrate(model, tmp_path / "ids.npz")
+        datasets.calibrate(model, tmp_path / "ids.npz")
     (encoder / "tokenizer.json").rename(tmp_path / "away.json")
     try:
         (tmp_path / "texts.txt").write_text("a\nb\n")
         with pytest.raises(UsageError, match=r"Put tokenizer.json into its folder"):
-            samples.calibrate(model, tmp_path / "texts.txt")
+            datasets.calibrate(model, tmp_path / "texts.txt")
     finally:
         (tmp_path / "away.json").rename(encoder / "tokenizer.json")
 
@@ -224,7 +225,7 @@ def test_a_graph_of_one_length_takes_texts_of_that_length(tmp_path: Path) -> Non
     assert fitting(hwprofiles.load(PROFILE), model.image).grid.prefill == ((1, 8), (4, 8))
     bare = folder_of(onnx_graphs.encoder(mask=False), tmp_path / "bare")
     with pytest.raises(UsageError, match="has no attention_mask"):
-        samples.calibrate(load(bare), data)
+        datasets.calibrate(load(bare), data)
 
 
 def test_rows_are_told_apart_by_their_width() -> None:
@@ -255,5 +256,5 @@ def test_an_output_near_zero_is_held_against_what_is_usual() -> None:
 def test_every_error_is_one_that_a_user_can_act_on(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no model")
     for source in (tmp_path / "model.onnx", tmp_path):
-        with pytest.raises(CompressError):
+        with pytest.raises(InputError, match=r"model\.onnx"):
             load(source)

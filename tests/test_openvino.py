@@ -20,13 +20,13 @@ from compress.errors import InputError, UnsupportedError, UsageError
 from compress.export import find
 from compress.export.openvino import rules, runtime, target
 from compress.formats import parse_format
-from compress.inputs.data import Calibration, calibrate
+from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import ActSpec, LayerKind, LayerSpec
 from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
-from compress.quality.evaluate import verify_export
 from compress.quality.image_evaluate import probe_images
+from compress.quality.verification import verify_export
 from compress.target import Refusal
 
 PROFILE = as_profile(hwprofiles.load("cpu-x86-avx512-vnni"), "openvino")
@@ -62,7 +62,7 @@ def windows(model: Model) -> torch.Tensor:
 
 
 def rounded(model: Model, passes: str = STATIC) -> Model:
-    from compress.inputs.data import Windows
+    from compress.inputs.windows import Windows
 
     ids = windows(model)
     given = Calibration(Windows(ids, tuple(range(len(ids))), "random", "random"), 0, "random")

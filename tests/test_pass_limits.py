@@ -8,12 +8,16 @@ import torch
 
 import compress
 from compress.describe import describe_pass
+from compress.engine.layerpass import Quantizing
 from compress.errors import InputError, UnsupportedError, UsageError
-from compress.inputs.data import Calibration, Windows
+from compress.formats.int_grid import IntGrid
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
+from compress.layer import LayerKind, LayerSpec
 from compress.maths.histogram import Histogram
 from compress.models.model import Model
-from compress.passes import find
-from compress.pipeline import Pipeline, Result
+from compress.passes import Gptq, Rtn, find
+from compress.pipeline import Pipeline, Result, planned
 from compress.plan import make_plan
 from compress.profiles import as_profile
 from compress.recipe import of_passes
@@ -39,6 +43,24 @@ def test_what_learns_against_the_stages_own_input_must_come_before_tune(model: M
 def test_inputs_are_rounded_before_biases_make_up_for_it(model: Model) -> None:
     with pytest.raises(UsageError, match="act_quant must come before bias_correct"):
         Pipeline.parse("rtn(bits=4), bias_correct(add=true), act_quant").resolve(model)
+
+
+class Triples(IntGrid):
+    """A format that decides three columns together, as a codebook of vectors does."""
+
+    @property
+    def step(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("item", [Rtn, Gptq])
+def test_columns_that_a_format_cannot_take_together_are_refused_before_work_starts(
+    model: Model, item: type[Quantizing]
+) -> None:
+    with pytest.raises(UsageError, match=r"decides 3 input columns together, and model\..* has 64"):
+        planned(Pipeline(item(format=Triples())).resolve(model))
+    spec = LayerSpec("up", LayerKind.LINEAR, (64, 63), ("up",), segment=0)
+    assert item(format=Triples()).plan(spec).format == Triples()
 
 
 @pytest.mark.parametrize("name", ["autoround", "adaquant"])

@@ -15,7 +15,7 @@ from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.plan import make_plan, refusal
 from compress.records import Plan
-from compress.speed.measure import deployable_bytes
+from compress.speed.footprint import deployable_bytes
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 Capture = pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 MEASURE = """
 import sys
 import compress
-from compress.inputs.data import calibrate
+from compress.inputs.datasets import calibrate
 from compress.memory import peak_memory
 from compress.pipeline import Pipeline
 

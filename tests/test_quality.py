@@ -12,8 +12,8 @@ from compress.errors import UsageError
 from compress.quality import embedding_scores, metrics, token_scores
 from compress.quality.embedding_scores import score_embeddings
 from compress.quality.metrics import HEADLINE, METRICS, check_gates, gates_met, interval_notes
-from compress.quality.sums import summarize
 from compress.quality.token_scores import WindowScore, score_window
+from compress.quality.token_summary import summarize
 from compress.records import Interval, Metric, Quality
 
 

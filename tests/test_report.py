@@ -216,6 +216,23 @@ def test_the_parts_show_the_figures_of_the_report(width: int) -> None:
     assert timed.strip() in whole
 
 
+def test_the_two_sizes_of_the_original_are_told_apart() -> None:
+    found = report()
+    assert found.speed is not None
+    arm = found.speed.baseline.model_copy(update={"disk_bytes": 15_200_000})
+    apart = found.model_copy(update={"speed": found.speed.model_copy(update={"baseline": arm})})
+    text = to_markdown(apart)
+    assert "source's own files, 14.7 MB; exported for the runtime without compression the model takes 15.2 MB" in text
+    same = arm.model_copy(update={"disk_bytes": found.source_bytes})
+    alike = found.model_copy(update={"speed": found.speed.model_copy(update={"baseline": same})})
+    assert "source's own files" not in to_markdown(alike)
+
+
+def test_a_setting_of_images_is_told_without_a_prompt_on_a_narrow_terminal() -> None:
+    text = terminal(report(changes={"speed": speed(timing("infer"))}), 60)
+    assert "infer, batch 1\n" in text and "prompt -" not in text
+
+
 def test_the_speed_part_shows_the_warnings_of_its_settings() -> None:
     noisy = timing().model_copy(update={"warnings": ("the machine was busy",)})
     text = printed(lambda console: show_speed(speed(noisy), console))

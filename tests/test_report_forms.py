@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from compress import manifest as manifests
 from compress.__main__ import main
 from compress.errors import InputError
 from compress.provenance import statement
@@ -152,15 +154,17 @@ def test_a_manifest_that_names_no_file_by_its_digest_makes_no_statement(name: st
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    (tmp_path / "report.json").write_text(report().model_dump_json(), encoding="utf8")
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest()), encoding="utf8")
-    return tmp_path
+    folder = tmp_path / "my out"
+    folder.mkdir()
+    (folder / "report.json").write_text(report().model_dump_json(), encoding="utf8")
+    (folder / "manifest.json").write_text(json.dumps(manifest()), encoding="utf8")
+    return folder
 
 
 def test_every_form_is_printed_and_written(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forms = {
-        "--html": to_html(report()),
-        "--markdown": to_markdown(report()),
+        "--html": to_html(report(), out),
+        "--markdown": to_markdown(report(), out),
         "--json": report().model_dump_json(indent=1) + "\n",
         "--model-card": to_model_card(report()),
         "--in-toto": json.dumps(statement(manifest()), indent=1) + "\n",
@@ -168,7 +172,7 @@ def test_every_form_is_printed_and_written(out: Path, capsys: pytest.CaptureFixt
     for option, text in forms.items():
         assert main(["report", str(out), option]) == 0
         assert capsys.readouterr().out == text, option
-        path = out / f"made{option}"
+        path = out.parent / f"made{option}"
         assert main(["report", str(out / "report.json"), option, "-o", str(path)]) == 0
         assert path.read_text(encoding="utf8") == text, option
     assert main(["report", str(out)]) == 0
@@ -195,4 +199,45 @@ def test_a_wrong_use_is_one_paragraph(
 def test_a_page_is_replaced_where_that_is_asked_for(out: Path) -> None:
     assert main(["report", str(out), "--markdown", "-o", str(out / "report.md")]) == 0
     assert main(["report", str(out), "--html", "-o", str(out / "report.md"), "--overwrite"]) == 0
-    assert (out / "report.md").read_text(encoding="utf8") == to_html(report())
+    assert (out / "report.md").read_text(encoding="utf8") == to_html(report(), out)
+
+
+@pytest.fixture
+def nested(out: Path) -> Path:
+    """An artifact whose files are there, in a sweep."""
+    (out / "onnx").mkdir()
+    (out / "onnx" / "model.onnx").write_bytes(b"graph")
+    facts = {key: value for key, value in manifest().items() if key not in ("files", "versions", "schema_version")}
+    manifests.write(out, facts, ("onnx", "report.json"))
+    manifests.write(out.parent, {"kind": "sweep"}, (out.name,))
+    return out
+
+
+def test_a_card_beside_the_graph_is_in_every_manifest_and_in_the_statement(
+    nested: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = nested / "onnx" / "README.md"
+    for more in ([], ["--overwrite"]):
+        assert main(["report", str(nested), "--model-card", "-o", str(card), *more]) == 0
+        manifests.check_files(nested)
+        manifests.check_files(nested.parent)
+    assert main(["report", str(nested), "--in-toto"]) == 0
+    subjects = {each["name"]: each["digest"]["sha256"] for each in json.loads(capsys.readouterr().out)["subject"]}
+    assert subjects["onnx/README.md"] == hashlib.sha256(card.read_bytes()).hexdigest()
+    assert main(["report", str(nested), "--markdown", "-o", str(nested / "report.md")]) == 0
+    manifests.check_files(nested)
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "manifest.json", "report.json"])
+def test_no_page_takes_the_place_of_a_file_that_the_artifact_was_made_with(
+    nested: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(nested), "--model-card", "-o", str(nested / name), "--overwrite"]) == 2
+    assert "the artifact was made with" in capsys.readouterr().err
+    manifests.check_files(nested)
+
+
+def test_an_extra_file_is_said_to_be_harmless(nested: Path) -> None:
+    (nested / "onnx" / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match=r"onnx/notes\.txt.*harmless to delete"):
+        manifests.check_files(nested)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 from compress.records import Gate, Report, Verification
 from compress.report import to_html, to_markdown
 from compress.report.curve_chart import curve_chart
 from compress.report.front_chart import Point, front_chart
-from compress.report.next_steps import next_steps
+from compress.report.next_steps import argument, next_steps
 from compress.report.rows import build_page
 from helpers.chart_report import (
     HOSTILE,
@@ -92,6 +94,17 @@ def test_the_next_steps_follow_what_was_found() -> None:
     )  # fmt: skip
     assert next_steps(report(verification=broken))[0].startswith("Do not use this artifact")
     assert "What to do next" in printed(report()) and "## What to do next" in to_markdown(report())
+
+
+def test_commands_name_the_real_folder_as_a_shell_takes_it() -> None:
+    folder = Path("my out/<img src=x>'s")
+    quoted = shlex.quote(str(folder))
+    assert f"`compress verify {quoted}`" in next_steps(report(), folder)[-1]
+    assert shlex.split(build_page(report(), folder).blocks[-1].text.splitlines()[0])[-1] == str(folder)
+    assert "<img src=x>" not in to_html(report(), folder) and "&lt;img src=x&gt;" in to_html(report(), folder)
+    for hostile in ("a`b", "a\x1b[31m", "a\nb", "\u202egnp"):  # no line of code can show these
+        assert argument(Path(hostile)) == "OUT"
+    assert argument(Path("-o")) == "./-o" and argument(None) == "OUT"
 
 
 def test_the_short_page_shows_few_warnings_and_counts_the_others() -> None:

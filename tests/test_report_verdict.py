@@ -13,8 +13,8 @@ from helpers.full_report import pieces, report, speed, timing, verification
 def test_the_sentence_says_it_all() -> None:
     only_faster = pieces(speed=speed(timing()))
     assert verdict_sentence(**only_faster) == (
-        "decode batch 1 prompt 128 is 1.62x faster (95% 1.55 to 1.69), 3.13x smaller (4.7 MB from 14.7 MB), "
-        "KL 0.0052 nats/token (95% 0.0048 to 0.0056), perplexity 21.8 against 21.4; "
+        "decode batch 1 prompt 128 is 1.62x faster (95% 1.55 to 1.69), 3.13x smaller than the source (4.7 MB from "
+        "14.7 MB), KL 0.0052 nats/token (95% 0.0048 to 0.0056), perplexity 21.8 against 21.4; "
         "the artifact ran in onnxruntime and agreed."
     )
 
@@ -34,7 +34,7 @@ def test_slower_and_open_settings_are_named_beside_a_faster_headline() -> None:
     ("verdict", "ratio", "words"),
     [
         ("slower", 0.8, "is slower, 0.80x the baseline's speed (95% 0.77 to 0.83), no setting was faster"),
-        ("inconclusive", 1.03, "is inconclusive, 1.03x (95% 1.00 to 1.06), no setting was faster"),
+        ("inconclusive", 1.03, "128 is inconclusive (1.03x, 95% 1.00 to 1.06), no setting was faster"),
         ("same", 1.0, "is as fast as the baseline, 1.00x (95% 0.97 to 1.03), no setting was faster"),
     ],
 )
@@ -93,5 +93,7 @@ def test_parts_that_were_not_measured_are_said_in_the_sentence() -> None:
 
 
 def test_a_larger_artifact_is_called_larger() -> None:
-    assert "1.5x larger (15 MB from 10 MB)" in verdict_sentence(source_bytes=10_000_000, artifact_bytes=15_000_000)
-    assert "the same size (10 MB from 10 MB)" in verdict_sentence(source_bytes=10_000_000, artifact_bytes=10_010_000)
+    sentence = verdict_sentence(source_bytes=10_000_000, artifact_bytes=15_000_000)
+    assert "1.5x larger than the source (15 MB from 10 MB)" in sentence
+    alike = verdict_sentence(source_bytes=10_000_000, artifact_bytes=10_010_000)
+    assert "the same size as the source (10 MB from 10 MB)" in alike

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +11,19 @@ import torch
 
 import compress
 from compress import hwprofiles
+from compress.errors import UnsupportedError
+from compress.export.onnx import matmul_bnb4
+from compress.export.onnx.lowering import Choice
 from compress.formats import parse_format
+from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
+from compress.models.attention import attentions
 from compress.plan import make_plan
 from compress.profiles import as_profile
 from compress.recipe import of_passes
 from compress.records import PredictedLatency
 from compress.speed import roofline
+from compress.target import Refusal
 
 CONFIG = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, hidden_size=64, num_hidden_layers=0)
 
@@ -99,6 +106,37 @@ def test_a_plan_predicts_every_setting_of_the_profiles_grid(llama: Path) -> None
     wanted = len(profile.grid.prefill) + len(profile.grid.decode)
     assert len(plan.predicted_latency) == wanted
     assert all(0 < one.variant_s < one.baseline_s for one in plan.predicted_latency if one.phase == "decode")
+
+
+def test_a_kernel_that_rounds_inputs_is_predicted_so_whatever_format_it_reads(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who says so is the target's answer for a layer, not its format."""
+    model, profile = compress.load(llama), as_profile("cpu-x86-avx512-vnni")
+
+    def prefill(text: str) -> float:
+        plan = make_plan(model, of_passes(text), profile)
+        return max(one.variant_s for one in plan.predicted_latency if one.phase == "prefill")
+
+    integer, lookup = prefill("rtn(format=int8(channel))"), prefill("rtn(format=nf4)")
+    assert integer < lookup
+    plain = matmul_bnb4.choose
+
+    def rounding(layer: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
+        found = plain(layer, runtime)
+        return replace(found, rounds_inputs=True) if isinstance(found, Choice) else found
+
+    monkeypatch.setattr(matmul_bnb4, "choose", rounding)
+    assert prefill("rtn(format=nf4)") < lookup
+
+
+def test_reading_keys_and_values_takes_each_block_by_itself() -> None:
+    block = SimpleNamespace(num_attention_heads=8, num_key_value_heads=2, hidden_size=64, num_hidden_layers=3)
+    assert attentions(block) == ((8, 2, 8),) * 3
+    block.head_dim = 16
+    assert attentions(block)[0] == (8, 2, 16)
+    with pytest.raises(UnsupportedError, match="'mamba' has no attention heads"):
+        attentions(SimpleNamespace(model_type="mamba"))
 
 
 def test_a_chip_whose_engines_are_built_elsewhere_is_predicted_in_its_own_type(llama: Path) -> None:

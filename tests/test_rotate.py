@@ -14,9 +14,9 @@ import transformers
 import compress
 from compress import hwprofiles
 from compress.engine.blockpass import Block
+from compress.engine.journal import Journal
 from compress.engine.store import open_store
 from compress.engine.stream import BlockStream
-from compress.engine.workspace import Journal
 from compress.errors import Interrupted, UnsupportedError, UsageError
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
@@ -26,7 +26,8 @@ from compress.models.skeleton import OUTER
 from compress.passes import Rotate, Rtn
 from compress.pipeline import Pipeline
 from compress.plan import make_plan
-from compress.quality.evaluate import agreement, stream_logits
+from compress.quality.evaluate import stream_logits
+from compress.quality.verification import agreement
 from compress.recipe import of_passes
 from compress.wiring.heads import find_heads
 

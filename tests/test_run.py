@@ -15,9 +15,9 @@ import pytest
 import compress
 from compress import manifest
 from compress.__main__ import main
-from compress.artifact import export, verify
+from compress.artifact import evaluate_artifact, export, profile, verify
 from compress.errors import InputError
-from compress.inputs.data import calibrate
+from compress.inputs.datasets import calibrate
 from compress.report import load as load_report
 from helpers.runs import PROFILE, Done, arguments, deployed_bytes
 
@@ -81,6 +81,22 @@ def test_verify_accepts_the_artifact_and_names_every_damage(finished: tuple[Path
         verify(copy)
     for told in ("missing onnx/config.json", "changed onnx/model.onnx_data", "not in the manifest: onnx/extra.txt"):
         assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx_data", "model/outer.safetensors"])
+def test_a_damaged_artifact_is_neither_evaluated_nor_timed(
+    finished: tuple[Path, Done], text_file: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "copy")
+    path = tmp_path / "copy" / name
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"changed {name}"):
+        evaluate_artifact(tmp_path / "copy", text_file)
+    if name.startswith("onnx/"):  # of what is timed
+        with pytest.raises(InputError, match=f"changed {name}"):
+            profile(tmp_path / "copy")
 
 
 def test_a_damaged_model_is_not_exported_under_a_fresh_manifest(finished: tuple[Path, Done], tmp_path: Path) -> None:

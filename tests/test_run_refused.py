@@ -14,7 +14,7 @@ import pytest
 from compress import artifact, manifest
 from compress.__main__ import main
 from compress.artifact import export, open_artifact
-from compress.engine import workspace
+from compress.engine import disk
 from compress.errors import ResourceError, UsageError
 from compress.export import find
 from compress.quality.evaluate import Evaluation
@@ -169,6 +169,6 @@ def test_an_output_below_a_file_is_a_resource_error(
 def test_too_little_disk_is_known_before_the_run(
     two_blocks: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
     with pytest.raises(ResourceError, match="0 MB free; this run needs about 1 MB"):
-        workspace.require_space(tmp_path / "new", 1_000_000)
+        disk.require_space(tmp_path / "new", 1_000_000)

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import compress
-from compress.engine.collect import LayerStats, Stat
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.stream import BlockStream
 from compress.errors import UsageError
 from compress.models.model import Model

@@ -13,14 +13,15 @@ import torch
 
 import compress
 from compress.engine import store
-from compress.engine.collect import LayerStats
-from compress.engine.layerpass import Pass
+from compress.engine.journal import Journal
+from compress.engine.layer_stats import LayerStats
+from compress.engine.layerpass import LayerPass, Pass
 from compress.engine.modelpass import ModelPass, Stage
+from compress.engine.part import Part
 from compress.engine.stages import cut
-from compress.engine.workspace import Journal
-from compress.errors import Interrupted
-from compress.inputs.data import Calibration, calibrate
-from compress.layer import LayerSpec
+from compress.errors import Interrupted, UsageError
+from compress.inputs.datasets import Calibration, calibrate
+from compress.layer import Layer, LayerSpec
 from compress.models.model import Model
 from compress.passes import Gptq, HadamardInputs, Rtn
 from compress.pipeline import Pipeline, Result
@@ -30,7 +31,8 @@ class Double(ModelPass):
     """Doubles every chosen weight."""
 
     name: ClassVar[str] = "double"
-    part: ClassVar[str] = ""
+    part: ClassVar[Part] = Part.NONE
+    rescales: ClassVar[bool] = True
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return spec
@@ -49,7 +51,7 @@ class Look(ModelPass):
     """Takes quantized layers as they are."""
 
     name: ClassVar[str] = "look"
-    part: ClassVar[str] = "tuning"
+    part: ClassVar[Part] = Part.TUNING
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return spec
@@ -59,7 +61,40 @@ class Look(ModelPass):
             stage.write(segment, stage.model.layers(segment), stage.model.plain(segment))
 
 
-class Stop(Double):
+class Coarse(LayerPass):
+    """Loses something of each weight, and stores it as the plain tensor that it was."""
+
+    name: ClassVar[str] = "coarse"
+    part: ClassVar[Part] = Part.VALUES
+    before: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT, Part.ACT})
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return spec
+
+    def layer(self, layer: Layer, stats: LayerStats) -> Layer:
+        weight = layer.float_weight()
+        return layer.with_weight((weight * 8).round() / 8)
+
+
+class CoarseModel(ModelPass):
+    """The same as a stage of its own, which skips what projects queries."""
+
+    name: ClassVar[str] = "coarse_model"
+    part: ClassVar[Part] = Part.VALUES
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return spec
+
+    def apply(self, stage: Stage) -> None:
+        for segment in stage.model.structure.segments:
+            layers = stage.model.layers(segment)
+            skipped = {name: "a query" for name in layers if name.endswith("q_proj")}
+            for name in (layers.keys() & stage.chosen.keys()) - skipped.keys():
+                layers[name] = Coarse().layer(layers[name], LayerStats())
+            stage.write(segment, layers, stage.model.plain(segment), skipped=skipped)
+
+
+class Stop(Look):
     """Is interrupted before it does anything."""
 
     name: ClassVar[str] = "stop"
@@ -100,12 +135,12 @@ def test_a_stage_that_is_done_is_not_repeated_after_a_stop(
     model: Model, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gptq = Gptq(format="int4(group=32)")
-    clean = Pipeline(gptq, Double()).run(model, calibration, folder=tmp_path / "clean")
+    clean = Pipeline(gptq, Look()).run(model, calibration, folder=tmp_path / "clean")
     journal = Journal(tmp_path / "journal")
     with pytest.raises(Interrupted):
         Pipeline(gptq, Stop()).run(model, calibration, folder=tmp_path / "again", journal=journal)
     monkeypatch.setattr(Gptq, "layer", None)
-    resumed = Pipeline(gptq, Double())
+    resumed = Pipeline(gptq, Look())
     result = resumed.run(model, calibration, folder=tmp_path / "again", journal=Journal(tmp_path / "journal"))
     assert result.model.digest == clean.model.digest
     assert [len(item.layers) for item in result.passes] == [len(item.layers) for item in clean.passes]
@@ -190,6 +225,62 @@ def test_errors_are_those_against_the_last_weights_that_were_not_quantized(
         assert rounded[name].error_after == row.error_before == row.error_after
         assert row.error_after is not None and row.error_after > 0.05
     assert {path.name for path in (tmp_path / "model").iterdir() if path.is_dir()} == set()
+
+
+INT8 = Rtn(format="int8(group=32)")
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (Coarse(), INT8),
+        (Coarse(), Look(targets=("*.o_proj",)), INT8),
+        (Double(), Coarse(), INT8),
+        (Double(), Coarse(), Look(targets=("*.o_proj",)), INT8),
+        (Double(), CoarseModel(), INT8),
+        (HadamardInputs(block=16), Coarse(), Look(targets=("*.o_proj",)), INT8),
+    ],
+    ids=lambda passes: ", ".join(item.name for item in passes),
+)
+def test_what_a_pass_lost_is_still_lost_when_a_later_stage_takes_up_the_plain_weights(
+    model: Model, tmp_path: Path, passes: tuple[Pass, ...]
+) -> None:
+    found = Pipeline(*passes).run(model, folder=tmp_path / "model").passes
+    place = next(place for place, item in enumerate(passes) if item.part is Part.VALUES)
+    lost = {row.layer: row.error_after for row in found[place].layers if row.changed}
+    last = {row.layer: row for row in found[-1].layers if row.changed}
+    assert lost.keys() <= last.keys()
+    for name, row in last.items():
+        assert row.error_before == pytest.approx(lost.get(name, 0.0), rel=1e-6)
+        assert name not in lost or (row.error_before or 0.0) > 0.001
+    assert {path.name for path in (tmp_path / "model").iterdir() if path.is_dir()} == set()
+
+
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        ((Coarse(), Double(), INT8), "double must come before coarse, which sets the weight values"),
+        ((Coarse(), *Pipeline.parse("rotate").passes), "rotate must come before coarse, which sets the weight values"),
+        ((Coarse(), HadamardInputs(block=16)), "hadamard must come before coarse"),
+        ((Coarse(), *Pipeline.parse("awq(format=int4(group=32))").passes), "awq must come before coarse"),
+        (
+            (Coarse(targets=("*.k_proj",)), *Pipeline.parse("smoothquant(targets=[*.q_proj])").passes),
+            "smoothquant rescales the layers beside it",
+        ),
+        ((INT8, Double()), "double must come before rtn, which sets the weight format"),
+    ],
+    ids=lambda case: ", ".join(item.name for item in case) if isinstance(case, tuple) else "",
+)
+def test_what_rescales_comes_before_what_sets_the_values_even_of_layers_beside(
+    model: Model, passes: tuple[Pass, ...], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        Pipeline(*passes).resolve(model)
+
+
+def test_a_transform_of_other_layers_leaves_those_beside_alone(model: Model) -> None:
+    passes = Coarse(targets=("*.k_proj",)), HadamardInputs(block=16, targets=("*.q_proj",))
+    assert Pipeline(*passes).resolve(model).passes["model.layers.0.self_attn.q_proj"]
 
 
 def test_a_tied_weight_whose_head_a_later_stage_treats_alone_is_stored_twice(model: Model, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from compress.export.onnx import target
 from compress.export.onnx.lowering import Choice, choose
 from compress.export.onnx.runtime import Session
 from compress.formats import parse_format
-from compress.inputs.data import Calibration, calibrate
+from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import ActSpec, LayerKind, LayerSpec
 from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.quality.evaluate import agreement
+from compress.quality.verification import agreement
 from compress.target import Refusal
+from helpers.stored import stored_bytes
 
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 RUNTIME = PROFILE.runtime("onnxruntime")
@@ -104,12 +105,7 @@ def test_stored_bytes_of_the_plan_are_those_of_the_file(
 ) -> None:
     made = Pipeline.parse(PASSES).run(model, calibration).model
     target.write(made, profile, tmp_path, graph)
-    document = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False)
-    stored: Counter[str] = Counter()
-    for tensor in document.graph.initializer:
-        layer = tensor.name.rsplit(".weight", 1)[0].rsplit(".bias", 1)[0]
-        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        stored[layer] += int(np.prod(tensor.dims)) * itemsize
+    stored = stored_bytes(tmp_path / "model.onnx")
     for name, spec in made.structure.layers.items():
         choice = choose(spec, profile.runtime("onnxruntime"))
         assert isinstance(choice, Choice) and stored[name] == choice.stored_bytes, name

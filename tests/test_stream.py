@@ -11,7 +11,8 @@ import torch
 import compress
 from compress.engine.stream import BlockStream
 from compress.errors import InputError, UnsupportedError
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.maths import activations
 from compress.models.skeleton import OUTER
 from compress.models.stub import same_arguments

@@ -21,7 +21,7 @@ from compress.export.tensorrt import builder, record, target
 from compress.export.tensorrt.probe import choice_of, one_layer
 from compress.export.tensorrt.rules import EngineChoice
 from compress.formats import parse_format
-from compress.inputs.data import calibrate
+from compress.inputs.datasets import calibrate
 from compress.layer import ActSpec, LayerKind, LayerSpec
 from compress.report import load as load_report
 

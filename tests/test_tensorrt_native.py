@@ -6,82 +6,30 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import compress
 from compress import doctor, hwprofiles
 from compress.__main__ import main
 from compress.artifact import open_artifact, verify
 from compress.errors import InputError, UnsupportedError
-from compress.export.tensorrt import builder, building, engine, flavours, gpu, record, target, timing_cache
+from compress.export.tensorrt import building, engine, flavours, gpu, record, target, timing_cache
 from compress.export.tensorrt.flavours import FULL, RTX
 from compress.report import load as load_report
+from helpers.tensorrt_machine import CARD, VERSIONS, Machine, becoming
 
 HERE = Path(__file__).parent
 API = json.loads((HERE / "data" / "tensorrt_api.json").read_text())
-VERSIONS = ("10.16.1.11", "11.4.0.106")
-CARD = "NVIDIA H100 80GB HBM3"
-Machine = Callable[..., None]
-
-
-class HostBuffers:
-    """gpu.Buffers in this machine's memory."""
-
-    stream = 7
-
-    def put(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(values.copy())
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    def wait(self) -> None:
-        pass
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     """`machine(version, sm)`: from here on TensorRT of this version is installed beside this GPU."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    process = builder._run
-
-    def become(
-        version: str = VERSIONS[1], sm: int | None = 90, card: str = CARD, shift: float = 0, child: bool = False
-    ) -> None:
-        for name, value in (("TENSORRT", version), ("GPU", card if sm else ""), ("SHIFT", str(shift))):
-            monkeypatch.setenv(f"STUB_{name}", value)
-        monkeypatch.setenv("PYTHONPATH", str(HERE / "stubs"))
-        monkeypatch.setitem(sys.modules, "tensorrt", stand_in())
-        monkeypatch.setattr(gpu, "capability", lambda: sm)
-        monkeypatch.setattr(gpu, "name", lambda: card)
-        monkeypatch.setattr(gpu, "total_bytes", lambda: 80 * 10**9)
-        monkeypatch.setattr(gpu, "Buffers", HostBuffers)
-        monkeypatch.setattr(builder, "_run", process if child else in_this_process)
-
-    return become
-
-
-def stand_in() -> ModuleType:
-    """tests/stubs/tensorrt, as the environment says; not left among the imported modules."""
-    found = importlib.util.spec_from_file_location("tensorrt", HERE / "stubs" / "tensorrt" / "__init__.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-def in_this_process(request: dict[str, Any], *_: object) -> subprocess.CompletedProcess[str]:
-    """The builder without its process, which takes longer to start than all that it does here."""
-    return subprocess.CompletedProcess([], 0, json.dumps(builder.compile_engine(request)), "")
+    return becoming(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

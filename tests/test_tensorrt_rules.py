@@ -26,10 +26,10 @@ from compress.export.tensorrt.rules import EngineChoice, choose
 from compress.export.tensorrt.runtime import readable
 from compress.formats import parse_format
 from compress.hwprofiles import Profile
-from compress.inputs.data import calibrate
+from compress.inputs.datasets import calibrate
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
 from compress.profiles import as_profile
-from compress.quality.evaluate import read_inputs, verify_export
+from compress.quality.verification import read_inputs, verify_export
 from compress.target import Refusal
 
 ANSWERS = json.loads((Path(__file__).parent / "data" / "tensorrt_rtx.json").read_text())["built"]

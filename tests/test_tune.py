@@ -11,7 +11,8 @@ from torch import Tensor
 import compress
 from compress.errors import UsageError
 from compress.formats.base import QuantTensor
-from compress.inputs.data import Calibration, Windows, calibrate
+from compress.inputs.datasets import Calibration, calibrate
+from compress.inputs.windows import Windows
 from compress.layer import ActSpec
 from compress.models.model import Model
 from compress.passes.act_quant import ActQuant

@@ -12,30 +12,24 @@ import torch
 import transformers
 
 import compress
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
 from compress.engine.stream import BlockStream
 from compress.engine.turns import Turns
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.layer import Layer, LayerKind
 from compress.models.model import Model
 from compress.models.skeleton import OUTER
 from compress.passes.gptq import Gptq
 from compress.pipeline import Pipeline
+from helpers.models import UNGROUPED
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 GPT2: dict[str, Any] = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
-MIXTURE: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURE: dict[str, Any] = {**UNGROUPED, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "gemma2": transformers.Gemma2Config(**SIZES, head_dim=8),
-    "phi3": transformers.Phi3Config(**SIZES, pad_token_id=0),
+    "llama": transformers.LlamaConfig(**UNGROUPED),
+    "gemma2": transformers.Gemma2Config(**UNGROUPED, head_dim=8),
+    "phi3": transformers.Phi3Config(**UNGROUPED, pad_token_id=0),
     "gpt2": transformers.GPT2Config(**GPT2),
     "gptj": transformers.GPTJConfig(**GPT2, rotary_dim=8),
     "mixtral": transformers.MixtralConfig(**MIXTURE),

@@ -7,10 +7,10 @@ import pytest
 from torch import Tensor
 
 import compress
-from compress.engine.collect import Stat
 from compress.engine.image_stream import ImageStream
+from compress.engine.layer_stats import Stat
 from compress.engine.walk import Walk
-from compress.inputs.data import calibrate
+from compress.inputs.datasets import calibrate
 from compress.layer import Layer
 from compress.models.model import Model
 from compress.models.skeleton import OUTER

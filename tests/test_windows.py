@@ -10,9 +10,8 @@ import transformers
 
 import compress
 from compress.errors import UsageError
-from compress.inputs import data
-from compress.inputs.data import Windows
-from compress.inputs.windows import check_disjoint, choose, cut_windows
+from compress.inputs import datasets
+from compress.inputs.windows import Windows, check_disjoint, choose, cut_windows
 from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.quality.evaluate import stream_logits
@@ -69,7 +68,7 @@ def sentences(path: Path, count: int) -> Path:
 
 def test_an_encoder_is_calibrated_and_judged_sentence_by_sentence(encoder: Model, tmp_path: Path) -> None:
     source = sentences(tmp_path / "sentences.jsonl", 60)
-    calibration, held = data.split(encoder, source, samples=40, quality_samples=None, length=16, seed=0)
+    calibration, held = datasets.split(encoder, source, samples=40, quality_samples=None, length=16, seed=0)
     assert isinstance(calibration.windows, Windows) and isinstance(held, Windows)
     assert len(calibration.windows.ids) == 40 and len(held.ids) == 12  # a fifth of the 60 that differ
     assert set(calibration.windows.lengths) == set(range(3, 12))
@@ -83,13 +82,13 @@ def test_an_encoder_is_calibrated_and_judged_sentence_by_sentence(encoder: Model
 
 def test_padding_would_change_what_is_collected(encoder: Model, tmp_path: Path) -> None:
     source = sentences(tmp_path / "sentences.jsonl", 60)
-    calibration = data.calibrate(encoder, source, samples=40, length=16)
+    calibration = datasets.calibrate(encoder, source, samples=40, length=16)
     assert isinstance(calibration.windows, Windows)
     assert sum(batch.numel() for batch in calibration.batches()) == sum(calibration.windows.lengths)
 
 
 def test_a_language_model_still_takes_documents_joined(llama: Path, tmp_path: Path) -> None:
     source = sentences(tmp_path / "sentences.jsonl", 60)
-    calibration = data.calibrate(compress.load(llama), source, samples=8, length=16)
+    calibration = datasets.calibrate(compress.load(llama), source, samples=8, length=16)
     assert isinstance(calibration.windows, Windows)
     assert calibration.windows.ids.shape == (8, 16) and calibration.windows.lengths == ()

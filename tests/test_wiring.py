@@ -12,27 +12,17 @@ import transformers
 
 import compress
 from compress.engine.blockpass import Block
-from compress.engine.collect import Stat
+from compress.engine.layer_stats import Stat
 from compress.engine.stream import BlockStream
 from compress.models.model import Model
 from compress.models.skeleton import OUTER
 from compress.passes.smoothquant import SmoothQuant
+from compress.wiring.foldable import wire
 from compress.wiring.folding import Bench
-from compress.wiring.scales import wire
 from helpers.blocks import block_of
-from helpers.models import tokens
+from helpers.models import SPECIAL, UNGROUPED, tokens
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {**UNGROUPED, **SPECIAL, "num_hidden_layers": 1}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "eos_token_id": 2}
 LOCAL = {"local_attention": 8, "global_attn_every_n_layers": 1, "cls_token_id": 1, "sep_token_id": 2}

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from compress.engine.blockpass import Block
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.errors import UsageError
 from compress.formats import parse_format
 from compress.layer import ActSpec, Layer, LayerKind
 from compress.passes.rtn import Rtn
 from compress.passes.smoothquant import SmoothQuant
+from compress.wiring.foldable import Wiring, wire
 from compress.wiring.folding import Folding, agreed, fold, rescaled_stats
-from compress.wiring.scales import Wiring, wire
 from helpers.blocks import block_of
 
 

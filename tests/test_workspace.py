@@ -16,9 +16,10 @@ import pytest
 import compress
 from compress import manifest
 from compress.engine import workspace
-from compress.engine.workspace import MANIFEST, Workspace, disk_errors
+from compress.engine.disk import disk_errors
+from compress.engine.workspace import MANIFEST, Workspace
 from compress.errors import CompressError, InputError, Interrupted, ResourceError, UnsupportedError, UsageError
-from compress.progress import Progress
+from compress.progress import Named, Progress
 from helpers.workspaces import KEEP, begin, fill, names, whole
 
 
@@ -114,7 +115,7 @@ def test_a_kill_while_the_fingerprint_is_written_blocks_nothing(tmp_path: Path) 
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "fingerprint.json.tmp").write_text("{")
     with Workspace(tmp_path / "out") as space:
-        space.open({"model": "a"})
+        assert not space.open({"model": "a"}).steps
 
 
 def test_the_lock_is_held_until_the_output_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +224,9 @@ def test_too_little_disk_does_not_block_the_corrected_run(
     request = Request(
         str(llama), recipe, compress.hwprofiles.load("cpu-x86-avx512-vnni"), tmp_path / "out", str(text_file)
     )
-    with pytest.raises(ResourceError, match="MB free"):
+    with pytest.raises(ResourceError, match="MB free") as told:
         run(request)
+    assert "out.partial" not in str(told.value)
     assert not names(tmp_path)
 
 
@@ -257,6 +259,24 @@ def test_a_second_signal_stops_at_once_and_its_number_is_carried(numbers: tuple[
     assert 128 + caught.value.signal_number == code
 
 
+def test_a_worker_leaves_it_to_its_parent_to_tell_of_a_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    for told in (True, False):
+        progress = Progress()
+        with progress.catching_signals(told=told):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert progress.signal_number == signal.SIGINT
+        assert ("Stopping after this step" in capsys.readouterr().err) is told
+
+
+def test_the_progress_of_one_of_several_begins_with_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    outer = Progress()
+    Named(outer, "w4a16").tick("Comparing continuations", 0, 12)
+    assert "w4a16: Comparing continuations: 0/12" in capsys.readouterr().err
+    outer.signal_number = signal.SIGINT
+    with pytest.raises(Interrupted):
+        Named(outer, "w4a16").check()
+
+
 def test_the_command_that_a_second_sigterm_stops_exits_143() -> None:
     program = """
 import os, signal, sys
@@ -275,5 +295,6 @@ sys.exit(compress.__main__.main(["generate", "x", "--prompt", "y", "--json"]))
 
 
 def test_a_short_write_without_an_error_number_is_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match="No space left"), disk_errors(tmp_path):
+    with pytest.raises(ResourceError, match="No space left") as told, disk_errors(tmp_path / "out.partial" / "model"):
         raise OSError("1048576 requested and 0 written")
+    assert "out.partial" not in str(told.value)  # which is gone when the error is read

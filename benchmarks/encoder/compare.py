@@ -30,12 +30,13 @@ import compress
 from compress import hwprofiles
 from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
-from compress.inputs import data
+from compress.inputs import datasets
+from compress.inputs.windows import Windows
 from compress.pipeline import Pipeline
 from compress.quality import embedding_scores
 from compress.recipe import load as load_recipe
 from compress.speed.timing import pair
-from compress.stats import intervals as stats
+from compress.stats import intervals
 
 Vectors = NDArray[np.float64]
 
@@ -102,12 +103,12 @@ def latencies(
         samples = pair(arms, baseline="float32", seed=0, budget_s=budget_s)
         row: dict[str, Any] = {"float32_ms": 1e3 * float(np.median(samples.seconds["float32"]))}
         row["tokens"] = int(given["attention_mask"].sum())
-        row["control"] = stats.speedup(samples.control_log_ratios())[1].model_dump()
+        row["control"] = intervals.speedup(samples.control_log_ratios())[1].model_dump()
         for name in arms.keys() - {"float32"}:
-            ratio, interval = stats.speedup(samples.log_ratios(name))
+            ratio, interval = intervals.speedup(samples.log_ratios(name))
             row[name] = {"speedup": ratio, "interval": interval.model_dump()}
         for name in arms.keys() - {"float32", "ours"}:
-            ratio, interval = stats.speedup(samples.log_ratios("ours") - samples.log_ratios(name))
+            ratio, interval = intervals.speedup(samples.log_ratios("ours") - samples.log_ratios(name))
             row[f"ours over {name}"] = {"ratio": ratio, "interval": interval.model_dump()}
         found[f"batch {batch}"] = row
     return found
@@ -124,7 +125,7 @@ def judged(reference: Vectors, vectors: dict[str, Vectors]) -> dict[str, Any]:
     for name in scores.keys() - {"ours"}:
         for key in ("cosines", "agreed"):
             ours, theirs = (getattr(scores[arm], key).astype(float) for arm in ("ours", name))
-            value, interval = stats.paired_difference(ours, theirs, ones)
+            value, interval = intervals.paired_difference(ours, theirs, ones)
             found[f"ours minus {name}: {key}"] = {"value": value, "interval": interval and interval.model_dump()}
     return found
 
@@ -149,9 +150,9 @@ def main() -> None:
         (scratch / "quality.jsonl").write_text(
             "\n".join(json.dumps({"text": text}) for text in sentences(given.sts, "test"))
         )
-        calibration = data.calibrate(model, scratch / "calibration.jsonl", samples=300, length=128)
-        held = data.quality_windows(model, scratch / "quality.jsonl", length=128)
-        assert isinstance(held, data.Windows) and isinstance(calibration.windows, data.Windows)
+        calibration = datasets.calibrate(model, scratch / "calibration.jsonl", samples=300, length=128)
+        held = datasets.quality_windows(model, scratch / "quality.jsonl", length=128)
+        assert isinstance(held, Windows) and isinstance(calibration.windows, Windows)
         passes = Pipeline.parse(given.passes or load_recipe("encoder-int8").passes)
         made = passes.run(model, calibration)
         graph = target.capture(model, profile)

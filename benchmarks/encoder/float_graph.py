@@ -33,11 +33,12 @@ from compress.export.onnx import target
 from compress.export.onnx.runtime import Session
 from compress.export.openvino import target as openvino_target
 from compress.hwprofiles import Profile
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.speed.timing import pair
-from compress.stats import intervals as stats
+from compress.stats import intervals
 
 LENGTH = 128
 SHAPES = {  # layers, features, heads, inner features
@@ -140,9 +141,9 @@ def compare(arms: Mapping[str, Callable[[Any], object]], budget: float) -> dict[
         calls = {name: (lambda run=run, feeds=feeds: run(feeds)) for name, run in arms.items()}
         samples = pair(calls, baseline="ours", seed=0, budget_s=budget)
         row: dict[str, Any] = {"ours_ms": 1e3 * float(np.median(samples.seconds["ours"])), "rounds": samples.rounds}
-        row["control"] = stats.speedup(samples.control_log_ratios())[1].model_dump()
+        row["control"] = intervals.speedup(samples.control_log_ratios())[1].model_dump()
         for name in arms.keys() - {"ours"}:
-            ratio, interval = stats.speedup(-samples.log_ratios(name))
+            ratio, interval = intervals.speedup(-samples.log_ratios(name))
             row[name] = {"times ours": ratio, "interval": interval.model_dump()}
         found[f"batch {batch}"] = row
     return found

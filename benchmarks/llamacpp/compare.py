@@ -1,9 +1,9 @@
 """Decode speed of an INT4 Llama with random weights: our graphs in onnxruntime against llama.cpp with Q4_0.
 
-    python benchmarks/llamacpp/compare.py --python ENV/bin/python [--small] [--threads 2] [--json OUT]
+    python benchmarks/llamacpp/compare.py --python ENV/bin/python [--groups 32 128] [--small] [--threads 2] [--json OUT]
 
 ENV holds llamacpp.txt. The arms take turns, a round each: a prompt is read, then tokens are decoded one at a time. GB/s
-are bytes of weights that a token reads (all but the embedding table) by the median time of a token; where the machine
+are bytes of weights that a token reads as the kernel holds them, by the median time of a token; where the machine
 does other work too, the fastest round says more. Without --python only our own two graphs are measured. --work keeps
 the models, 3 GB of them, for the next time.
 """
@@ -40,18 +40,19 @@ LARGE = {
     "context": 512,
 }
 SMALL = {"hidden": 128, "inner": 256, "blocks": 2, "heads": 4, "kv_heads": 2, "vocabulary": 512, "context": 512}
-PASSES = "rtn(format=int4(group=32)), rtn(format=int4(group=32), targets=[kind:embedding, kind:head])"
+PASSES = "rtn(format=int4(group={group})), rtn(format=int4(group={group}), targets=[kind:embedding, kind:head])"
 CLIENT = Path(__file__).with_name("client.py")
 Arm = Callable[[int, int], tuple[float, float]]
 
 
-def export(shape: dict[str, int], folder: Path) -> Path:
-    """Our graphs of a random Llama of this shape, INT4 in groups of 32 throughout."""
+def export(shape: dict[str, int], folder: Path, group: int) -> Path:
+    """Our graphs of a random Llama of this shape, INT4 in groups of this size throughout."""
     import torch
     import transformers
 
-    if (folder / "onnx" / PORTABLE).is_file():
-        return folder / "onnx"
+    made_before = folder / f"onnx-g{group}"
+    if (made_before / PORTABLE).is_file():
+        return made_before
     config = transformers.LlamaConfig(
         hidden_size=shape["hidden"],
         intermediate_size=shape["inner"],
@@ -64,9 +65,19 @@ def export(shape: dict[str, int], folder: Path) -> Path:
     )
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "source")
-    made = Pipeline.parse(PASSES).run(compress.load(folder / "source"), folder=folder / "model").model
-    target.write(made, hwprofiles.load("cpu-x86-avx512-vnni"), folder / "onnx")
-    return folder / "onnx"
+    passes = PASSES.format(group=group)
+    made = Pipeline.parse(passes).run(compress.load(folder / "source"), folder=folder / f"model-g{group}").model
+    target.write(made, hwprofiles.load("cpu-x86-avx512-vnni"), made_before)
+    return made_before
+
+
+def bytes_read(shape: dict[str, int], group: int) -> int:
+    """Bytes of weights that a token reads as the kernel holds them: 4 bits, and for each group a float32 scale and a
+    float32 sum (MLAS's 8-bit compute); the embedding table is left out, of which a token reads one row."""
+    hidden, inner = shape["hidden"], shape["inner"]
+    attention = hidden * hidden * 2 + 2 * hidden * hidden * shape["kv_heads"] // shape["heads"]
+    weights = shape["blocks"] * (attention + 3 * hidden * inner) + shape["vocabulary"] * hidden
+    return weights // 2 + weights // group * 8
 
 
 def ours(folder: Path, graph: str, threads: int) -> Arm:
@@ -116,12 +127,14 @@ class Theirs:
 
 def compare(shape: dict[str, int], folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per arm: medians over the rounds."""
-    exported = export(shape, folder)
-    table = shape["vocabulary"] * shape["hidden"] * 18 // 32
-    read = (exported / target.DATA).stat().st_size - table
-    arms: dict[str, tuple[Arm, int]] = {
-        f"onnxruntime {graph}": (ours(exported, graph, given.threads), read) for graph in (PORTABLE, SHARED)
-    }
+    arms: dict[str, tuple[Arm, int]] = {}
+    for group in given.groups:
+        exported = export(shape, folder, group)
+        for graph in (PORTABLE, SHARED):
+            arms[f"onnxruntime {graph} group {group}"] = (
+                ours(exported, graph, given.threads),
+                bytes_read(shape, group),
+            )
     theirs = None
     if given.python:
         theirs = Theirs(given.python, shape, folder, given.threads)
@@ -159,6 +172,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--groups", type=int, nargs="*", default=[32, 128], help="sizes of our groups")
     parser.add_argument("--work", type=Path, help="where the models are made, and kept")
     parser.add_argument("--json", type=Path, help="where the result is written")
     given = parser.parse_args()
@@ -169,7 +183,7 @@ def main() -> int:
         rows = compare(shape, folder, given)
     for row in rows:
         print(
-            f"{row['arm']:<30} decode {row['decode_tokens_s']:7.1f} tokens/s, {row['decode_gb_s']:5.1f} GB/s; "
+            f"{row['arm']:<36} decode {row['decode_tokens_s']:7.1f} tokens/s, {row['decode_gb_s']:5.1f} GB/s; "
             f"fastest round {row['fastest_decode_tokens_s']:7.1f}; prefill {row['prefill_tokens_s']:7.1f} tokens/s"
         )
     if given.json:

@@ -9,7 +9,8 @@ import torch
 from client import Meter, finish, read_job
 
 import compress
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 from compress.pipeline import Pipeline
 
 

@@ -29,7 +29,7 @@ from client import ids_digest
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.inputs import data
+from compress.inputs import datasets
 from compress.pipeline import Pipeline
 from compress.quality.evaluate import stream_logits
 from compress.quality.token_scores import WindowScore, score_window
@@ -137,8 +137,8 @@ class Scorer:
     def __init__(self, folder: Path, work: Path, count: int) -> None:
         self.work, self.code = work, code_digest()
         self.model = compress.load(folder)
-        self.calibration = data.calibrate(self.model, folder / "text" / "calib.txt.gz", samples=128)
-        whole = data.quality_windows(self.model, folder / "text" / "test.txt.gz")
+        self.calibration = datasets.calibrate(self.model, folder / "text" / "calib.txt.gz", samples=128)
+        whole = datasets.quality_windows(self.model, folder / "text" / "test.txt.gz")
         self.ids = whole.ids[:count]
         self.digest = f"{self.model.source_digest} {whole.digest} {count}"
         self.reference = list(stream_logits(self.model, self.ids))

@@ -16,8 +16,9 @@ from compress.cli.options import ArtifactArg, DebugOpt, JsonOpt, OverwriteOpt, Q
 from compress.errors import InputError, UsageError, visible
 
 if TYPE_CHECKING:
+    from compress.runtime.engine import Engine, Generated
+    from compress.runtime.generation import Continuation
     from compress.runtime.predictions import Rows
-    from compress.runtime.session import Engine, Generated
 
 EngineOpt = Annotated[
     str | None, typer.Option("--engine", help="Folder of the artifact to load: onnx, checkpoint [default: what fits].")
@@ -76,7 +77,7 @@ def generate(
     else:
         _finish(made, shown)
     if not quiet:
-        print(_summary(made), file=sys.stderr)
+        print(_summary(made, tokens), file=sys.stderr)
     return 0
 
 
@@ -230,12 +231,19 @@ def _as_object(made: Generated, prompts: list[str]) -> dict[str, Any]:
     return {**rows[0], **shared} if len(rows) == 1 else {"rows": rows, **shared}
 
 
-def _summary(made: Generated) -> str:
+def _summary(made: Generated, wanted: int) -> str:
     read = sum(len(row.prompt_tokens) for row in made.rows)
     new, pace = sum(len(row.tokens) for row in made.rows), made.pace
     rate = "" if pace.tokens_per_s is None else f", {pace.tokens_per_s:.1f} tokens/s"
-    reasons = ", ".join(sorted({row.finish for row in made.rows}))
+    reasons = ", ".join(sorted({_ended(row, wanted) for row in made.rows}))
     return (
         f"{where(made)}; {read} prompt tokens in {pace.prompt_s:.2f} s, {new} new in {pace.decode_s:.2f} s{rate} "
         f"(ended by {reasons})"
     )
+
+
+def _ended(row: Continuation, wanted: int) -> str:
+    """Of what a text ended by: a length below the wanted one is that of the model's context."""
+    if row.finish == "length" and len(row.tokens) < wanted:
+        return f"the model's context, which {len(row.prompt_tokens) + len(row.tokens)} tokens fill"
+    return row.finish

@@ -41,7 +41,7 @@ from compress.progress import Progress
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
-    from compress.records import Report
+    from compress.run_report import Request
 
 app = typer.Typer(
     add_completion=False,
@@ -102,33 +102,16 @@ def run(
     given += [(None, text) for text in passes or ()]
     limits = cli_sweep.limits_of(max_loss, max_latency, max_size, prefer, several=len(given) > 1)
     chosen = [_recipe(*each, samples, quality_samples, length, seed, dtype) for each in given or [(None, None)]]
-    machine, budget_s = as_profile(profile, target), budget or BUDGET_S
-    command = "compress " + shlex.join(sys.argv[1:])
+    machine, command = as_profile(profile, target), "compress " + shlex.join(sys.argv[1:])
+    asked = (machine, out, data, _device(device), overwrite, command, budget or BUDGET_S)
     if len(chosen) > 1:
         from compress.sweep.setup import SweepRequest
 
-        asked = SweepRequest(
-            model, tuple(chosen), machine, out, data, _device(device), overwrite, command, budget_s, limits
-        )
-        return cli_sweep.run_sweep(asked, workers, executor, quiet, as_json)
-    from compress.run import run as run_request
+        sweep = SweepRequest(model, tuple(chosen), *asked, limits)
+        return cli_sweep.run_sweep(sweep, workers, executor, quiet, as_json)
     from compress.run_report import Request
 
-    request = Request(
-        model,
-        chosen[0],
-        machine,
-        out,
-        data=data,
-        device=_device(device),
-        overwrite=overwrite,
-        command=command,
-        budget_s=budget_s,
-    )
-    progress = Progress(quiet)
-    with progress.catching_signals():
-        report = run_request(request, progress)
-    return _finish(report, out, as_json)
+    return _run(Request(model, chosen[0], *asked), quiet, as_json)
 
 
 @app.command()
@@ -142,12 +125,8 @@ def quickstart(
 ) -> int:
     """Compress the small code model that ships with this package; needs no network."""
     from compress.quickstart import request
-    from compress.run import run as run_request
 
-    progress = Progress(quiet)
-    with progress.catching_signals():
-        report = run_request(request(out, recipe, overwrite), progress)
-    return _finish(report, out, as_json)
+    return _run(request(out, recipe, overwrite), quiet, as_json)
 
 
 @app.command()
@@ -165,7 +144,7 @@ def plan(
     debug: DebugOpt = False,
 ) -> int:
     """What a run would touch, store and cost; reads config.json only, so the weights need not be there."""
-    from compress.models.model import load
+    from compress.models.loading import load
     from compress.plan import make_plan, refusal
     from compress.profiles import as_profile
     from compress.report.plan_table import show_plan
@@ -256,14 +235,18 @@ def _device(name: str) -> str:
     return name
 
 
-def _finish(report: Report, out: Path, as_json: bool) -> int:
-    """Print a report; 3 where a gate was not met."""
+def _run(request: Request, quiet: bool, as_json: bool) -> int:
+    """Carry it out and print its report; 3 where a gate was not met."""
     from compress.export import find
     from compress.report import to_terminal
+    from compress.run import run as run_request
 
+    progress, out = Progress(quiet), request.out
+    with progress.catching_signals():
+        report = run_request(request, progress)
     if as_json:
         print(report.model_dump_json(indent=1))
     else:
-        to_terminal(report, console())
+        to_terminal(report, console(), folder=out)
         print(f"\n{out / 'report.html'} has the whole report; {out / find(report.target).FOLDER} is the artifact.")
     return 0 if all(gate.met for gate in report.gates) else 3

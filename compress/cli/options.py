@@ -44,7 +44,7 @@ DtypeOpt = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option("--calibration-dtype", help="What calibration computes in [default: float32]."),
 ]
-SeedOpt = Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.")]
+SeedOpt = Annotated[int | None, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Seed of every random choice.")]
 BudgetOpt = Annotated[float | None, typer.Option("--budget", min=0.1, help="Seconds of timing per setting.")]
 ProcessesOpt = Annotated[
     int,

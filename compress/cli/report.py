@@ -60,7 +60,7 @@ def report(
     if not names:
         from compress.report import load, to_terminal
 
-        to_terminal(load(artifact), console(), full=True)
+        to_terminal(load(artifact), console(), full=True, folder=_folder(artifact))
         return 0
     _put(_MAKERS[names[0]](artifact), out, overwrite)
     return 0
@@ -169,13 +169,13 @@ def _told(made: Reproduction) -> list[str]:
 def _html(artifact: Path) -> str:
     from compress.report import load, to_html
 
-    return to_html(load(artifact))
+    return to_html(load(artifact), _folder(artifact))
 
 
 def _markdown(artifact: Path) -> str:
     from compress.report import load, to_markdown
 
-    return to_markdown(load(artifact))
+    return to_markdown(load(artifact), _folder(artifact))
 
 
 def _json(artifact: Path) -> str:
@@ -195,8 +195,12 @@ def _statement(artifact: Path) -> str:
     from compress import manifest
     from compress.provenance import statement
 
-    folder = artifact if artifact.is_dir() else artifact.parent
-    return json.dumps(statement(manifest.read(folder)), indent=1) + "\n"
+    return json.dumps(statement(manifest.read(_folder(artifact))), indent=1) + "\n"
+
+
+def _folder(artifact: Path) -> Path:
+    """That of a report, which may be given itself."""
+    return artifact if artifact.is_dir() else artifact.parent
 
 
 _MAKERS: dict[str, Callable[[Path], str]] = {
@@ -209,19 +213,26 @@ _MAKERS: dict[str, Callable[[Path], str]] = {
 
 
 def _put(text: str, out: Path | None, overwrite: bool) -> None:
-    """To stdout, or into a file, complete or absent. Raises: UsageError where it is there already; ResourceError."""
+    """To stdout, or into a file, complete or absent; in an artifact's folder its manifest takes it in.
+
+    Raises: UsageError where it is there already, or is a file of the artifact; ResourceError.
+    """
     if out is None:
         _print(text)
         return
-    from compress.engine.workspace import disk_errors
+    from compress import manifest
+    from compress.engine.disk import disk_errors
     from compress.files import write_text
 
     if out.is_dir() or (out.exists() and not overwrite):
         raise UsageError(f"{out} exists. Name another file{'' if out.is_dir() else ', or add --overwrite'}.")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"{out}: there is no folder {out.parent}. Make it first.")
+    if manifest.is_part(out):
+        raise UsageError(f"{out} is a file that the artifact was made with. Name another file.")
     with disk_errors(out):
         write_text(out, text)
+        manifest.note(out)
 
 
 def _print(text: str) -> None:

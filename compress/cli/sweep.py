@@ -93,7 +93,7 @@ def worker(as_json: JsonOpt = False, quiet: QuietOpt = False, debug: DebugOpt = 
     task = read_task()
     os.chdir(task["directory"])  # Ray starts its workers elsewhere
     progress = Progress(quiet)
-    with progress.catching_signals():
+    with progress.catching_signals(told=False):
         answer = work(task, progress)
     print(json.dumps(answer))
     return 0

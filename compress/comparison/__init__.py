@@ -7,14 +7,15 @@ windows, a busy machine) cancels. All other figures are combined as independent 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from compress.comparison.changes import Named, without_intervals
 from compress.comparison.quality import quality_changes, same_bytes
-from compress.comparison.records import Comparison, Side
+from compress.comparison.records import Change, Comparison, Side
 from compress.comparison.speed import drift, speed_changes, unlike
 from compress.errors import UsageError
 from compress.records import Report
+from compress.report.format import clean
 
 __all__ = ["Comparison", "compare", "same_bytes"]
 
@@ -36,8 +37,21 @@ def compare(before: Report, after: Report, *, allow_cross_machine: bool = False)
         *quality_changes(before, after),
         *speed_changes(before, after, bool(apart)),
     ]
+    _require_comparable(before, after, changes)
     notes = tuple(_notes(before, after, apart))
     return Comparison(before=_side(before), after=_side(after), changes=tuple(changes), notes=notes)
+
+
+def _require_comparable(before: Report, after: Report, changes: Sequence[Change]) -> None:
+    """Raises: UsageError for models of two kinds that have no figure of quality or speed in common."""
+    kinds = [report.request.task if report.request else "" for report in (before, after)]
+    found = [change for change in changes if change.kind in ("quality", "latency", "speedup")]
+    if all(kinds) and kinds[0] != kinds[1] and all(change.word == "not compared" for change in found):
+        raise UsageError(
+            f"These reports have nothing to compare: A is of a model of kind {clean(kinds[0])}, B of kind "
+            f"{clean(kinds[1])}, without a figure of quality or a timed setting in common. Give two reports of one "
+            "kind of model."
+        )
 
 
 def _side(report: Report) -> Side:

@@ -80,6 +80,7 @@ def judge(condition: Condition, comparison: Comparison) -> tuple[Judged, ...]:
     meant = [change for change in comparison.changes if condition.names(change)]
     if not meant:
         known = {clean(change.name) for change in comparison.changes} | {"latency", "speedup"}
+        known |= {name.partition(" ")[0] for name in known}  # latency:decode, of every setting that begins so
         given = f"{condition.name}:{condition.setting}" if condition.setting else condition.name
         raise _error(condition, f"neither report has '{clean(given)}'.{nearest(given, known)}")
     usable = [change for change in meant if _figure(condition, change) is not None]

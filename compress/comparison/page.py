@@ -17,6 +17,7 @@ _TITLES: tuple[tuple[str, str, tuple[Kind, ...]], ...] = (
     ("speed", "Latency and speed-up", ("latency", "speedup")),
 )
 _COLUMNS = ("figure", "A", "B", "change", "verdict")
+_MOST_NAMED = 4
 _NAMES = {"size": "artifact size", "peak_memory": "peak memory", "load_time": "load time", "speedup": "speed-up"}
 _NOTE = (
     "Intervals in brackets are 95% unless they name another level; that of a change follows from those of A and B. "
@@ -117,7 +118,9 @@ def _ways(changes: list[Change]) -> Iterable[str]:
         if change.note:
             grouped.setdefault(clean(change.note), {})[_named(name)] = None
     for note, names in grouped.items():
-        yield f"{fmt.listing(list(names), limit=12)}: {note}."
+        shown, more = list(names)[:_MOST_NAMED], len(names) - _MOST_NAMED
+        # names have commas in them
+        yield f"{'; '.join(shown)}{f' and {more} more' if more > 0 else ''}: {note}."
 
 
 def _base(change: Change) -> str:

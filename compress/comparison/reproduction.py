@@ -24,8 +24,9 @@ from compress.comparison.records import Change
 from compress.comparison.speed import STABLE
 from compress.errors import InputError, UsageError
 from compress.hwprofiles import Profile
-from compress.inputs.data import Samples
-from compress.models.model import Model, load
+from compress.inputs.datasets import Samples
+from compress.models.loading import load
+from compress.models.model import Model
 from compress.models.user_module import is_reference
 from compress.progress import Progress
 from compress.records import Asked, Report

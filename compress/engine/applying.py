@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.engine.blockpass import Block, BlockPass
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass, Pass
 from compress.errors import InputError
 from compress.layer import Layer, LayerSpec

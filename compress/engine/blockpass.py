@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass, Quantizing
 from compress.layer import Layer
 
@@ -49,8 +49,8 @@ class Runner(Protocol):
 class Block:
     """One block as a pass sees it.
 
-    name: module path; layers: all of its layers as they now are; source: the same before any pass quantized them
-    (rescaled as they are now); chosen: those that the pass is for, each with the
+    name: module path; layers: all of its layers as they now are; source: the same before any pass lost something of
+    them (rescaled as they are now); chosen: those that the pass is for, each with the
     pass's settings for it (overrides applied); plain: its other stored tensors by name (norm weights and the like);
     stats: of the chosen layers; runner: None where the pass needs no data.
     """

@@ -4,65 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.layer import LayerKind, LayerSpec
 from compress.maths import hessian
 from compress.maths.histogram import Histogram
-from compress.models import experts, skeleton
+from compress.models import experts, placing
 from compress.transforms import transformed
-
-
-class Stat(StrEnum):
-    """Statistics that a pass may need; the engine collects them with the block as it then is.
-
-    The last four are the engine's: `sharing` which layers are fed the same tensor, `reference` the stream of the model
-    as the stage received it (targets of block passes), `cross` the mismatch between both streams, `guided` second
-    moments by groups of output rows, weighed by how much the loss feels these (`Pass.row_groups`).
-    """
-
-    HESSIAN = "hessian"
-    ABS_MEAN = "abs_mean"
-    ABS_MAX = "abs_max"
-    HISTOGRAM = "histogram"
-    OUTPUTS = "outputs"
-    SHARING = "sharing"
-    REFERENCE = "reference"
-    CROSS = "cross"
-    GUIDED = "guided"
-
-
-@dataclass
-class LayerStats:
-    """What a pass may ask for about a layer's input x (in,), over all tokens.
-
-    hessian: (in, in) float32, mean of x xᵀ (a convolution's x is an unfolded patch); abs_mean, abs_max: (in,) float32;
-    histogram: of all entries; cross: (in, in) float32, mean of (x_ref − x) xᵀ, x_ref being what the uncompressed prefix
-    would put in, and drift: (in, in) float32, that of (x_ref − x)(x_ref − x)ᵀ over one token in `DRIFT_STEP`; tokens:
-    rows seen; sharing: the layers that are fed the same tensor, itself
-    included; peak: largest |w| among those layers; outputs: histogram of what a convolution puts out, of which integer
-    kernels need the range too (of other layers None); guided: (groups, in, in) float32, mean of s x xᵀ for each run of
-    output rows (as `Tensor.tensor_split` cuts them), s being the squared gradient of the loss by these rows, 1 in the
-    mean over tokens; None for a layer that has no such gradient (compress/engine/backward.py).
-    """
-
-    hessian: Tensor | None = None
-    abs_mean: Tensor | None = None
-    abs_max: Tensor | None = None
-    histogram: Histogram | None = None
-    cross: Tensor | None = None
-    drift: Tensor | None = None
-    tokens: int = 0
-    sharing: tuple[str, ...] = ()
-    peak: float | None = None
-    outputs: Histogram | None = None
-    guided: Tensor | None = None
-
 
 DRIFT_STEP = 8
 """The report's errors alone need the drift, which one token in so many shows well enough at a small cost."""
@@ -220,14 +173,14 @@ class Collector:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             values = inputs[0]
-            way = (*_unfolding(module), *skeleton.transforms(module))
+            way = (*_unfolding(module), *placing.transforms(module))
             for tensor, other, owner in self._seen:
                 if tensor is values and other == way:
                     self.leader[name] = owner
                     self._guide(name, self._rows.get(owner))
                     return
             self._seen.append((values, way, name))
-            values = transformed(skeleton.transforms(module), values)
+            values = transformed(placing.transforms(module), values)
             self._add(name, unfold(module, values), values)
 
         return add

@@ -6,14 +6,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.engine.collect import LayerStats, Stat
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.stream import BlockRunner, BlockStream, collected
 from compress.errors import InputError
 from compress.layer import Layer
-from compress.models import skeleton
+from compress.models import placing
 from compress.models.model import Model
+from compress.models.placing import whole_module
 
 
 class ImageStream:
@@ -29,7 +30,6 @@ class ImageStream:
         batches: Sequence[Tensor],
         *,
         device: str = "cpu",
-        spill: Path | None = None,
         reference: bool = False,
     ) -> None:
         self.model = model
@@ -46,19 +46,19 @@ class ImageStream:
     def load(self, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
         """Put the weights in place."""
         for layer in layers.values():
-            skeleton.put_layer(self.module, layer)
-        skeleton.put_plain(self.module, plain, self.model.structure.aliases)
+            placing.put_layer(self.module, layer)
+        placing.put_plain(self.module, plain, self.model.structure.aliases)
         self.module.to(self.device)
 
     def put(self, layer: Layer) -> None:
         """Replace one layer."""
-        skeleton.put_layer(self.module, layer)
+        placing.put_layer(self.module, layer)
         for user in layer.users:
             self.module.get_submodule(user).to(self.device)
 
     def release(self, index: int) -> None:
         """Give the memory back."""
-        skeleton.release(self.module, self.model.structure.blocks[index])
+        placing.release(self.module, self.model.structure.blocks[index])
 
     @property
     def reference(self) -> list[Tensor]:
@@ -123,7 +123,7 @@ def open_stream(
 ) -> Stream:
     """The stream for a model's kind. Args: see `BlockStream`; for an image classifier batches of images."""
     if model.image is not None:
-        return ImageStream(model, batches, device=device, spill=spill, reference=reference)
+        return ImageStream(model, batches, device=device, reference=reference)
     return BlockStream(model, batches, device=device, spill=spill, reference=reference, dtype=dtype)
 
 
@@ -132,16 +132,6 @@ def wiring_batch(model: Model) -> Tensor:
     if model.image is not None:
         return torch.zeros(1, *model.image.shape)
     return torch.zeros(1, 2, dtype=torch.int64)
-
-
-def whole_module(model: Model) -> nn.Module:
-    """An image classifier with all its weights, decoded to float32."""
-    module = model.skeleton()
-    for segment in model.structure.segments:
-        for layer in model.layers(segment).values():
-            skeleton.put_layer(module, layer)
-        skeleton.put_plain(module, model.plain(segment), model.structure.aliases)
-    return module
 
 
 def image_logits(model: Model, batches: Iterable[Tensor]) -> Iterator[Tensor]:

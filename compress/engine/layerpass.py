@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from compress.engine.collect import LayerStats, Stat
+from compress.engine.layer_stats import LayerStats, Stat
+from compress.engine.part import LOSSY, Part
 from compress.errors import UsageError, nearest
 from compress.formats import parse_format
 from compress.formats.base import Format
@@ -40,11 +41,12 @@ class Pass(BaseModel, ABC):
     `ignore` patterns to leave out; `overrides` {pattern: {setting: value}} for some layers.
     Class attributes: `name`; `needs` statistics (see also `wants`); `kinds` it can treat; `part` of the layer that it
     fills, which may be filled only once; `before` parts that may not be filled yet when it comes, `after` parts that
-    must be; `also` further parts that it fills; `any_dtype` whether blocks may compute in another type than float32
-    meanwhile; `inside` whether it treats layers inside the blocks only; `per_layer` whether overrides can hold, because
-    its settings are taken layer by layer; `training` whether it has the original and the compressed model in memory,
-    with gradients (see also `trained_copies`); `opaque` whether it can treat a model that can be run but not traced or
-    differentiated (an ONNX graph).
+    must be; `also` further parts that it fills; `rescales` whether it multiplies or mixes rows or columns of weights,
+    which it then does before any pass that sets their values; `any_dtype` whether blocks may compute in another type
+    than float32 meanwhile; `inside` whether it treats layers inside the blocks only; `per_layer` whether overrides can
+    hold, because its settings are taken layer by layer; `training` whether it has the original and the compressed model
+    in memory, with gradients (see also `trained_copies`); `opaque` whether it can treat a model that can be run but not
+    traced or differentiated (an ONNX graph).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -52,10 +54,11 @@ class Pass(BaseModel, ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[Stat]] = frozenset()
     kinds: ClassVar[frozenset[LayerKind]] = frozenset(LayerKind)
-    part: ClassVar[str] = "weight"
-    also: ClassVar[frozenset[str]] = frozenset()
-    before: ClassVar[frozenset[str]] = frozenset()
-    after: ClassVar[frozenset[str]] = frozenset()
+    part: ClassVar[Part] = Part.WEIGHT
+    also: ClassVar[frozenset[Part]] = frozenset()
+    before: ClassVar[frozenset[Part]] = frozenset()
+    after: ClassVar[frozenset[Part]] = frozenset()
+    rescales: ClassVar[bool] = False
     any_dtype: ClassVar[bool] = True
     inside: ClassVar[bool] = False
     per_layer: ClassVar[bool] = True
@@ -122,9 +125,17 @@ class Pass(BaseModel, ABC):
         return 0
 
     @classmethod
-    def fills(cls) -> frozenset[str]:
+    def fills(cls) -> frozenset[Part]:
         """All parts of the layer that it fills."""
-        return cls.also | ({cls.part} if cls.part else set())
+        return (cls.also | {cls.part}) - {Part.NONE}
+
+    @classmethod
+    def precedes(cls) -> frozenset[Part]:
+        """All parts that may not be filled yet when it comes: `before`, and what rescaling would change. A pass that
+        fills nothing comes before any that loses something, since errors are taken against what it makes."""
+        if not cls.part:
+            return cls.before | LOSSY
+        return cls.before | ({Part.VALUES} if cls.rescales else frozenset())
 
     @property
     def fits_outputs(self) -> bool:
@@ -229,7 +240,13 @@ class Quantizing(Pass, ABC):
         return self.needs | ({Stat.SHARING} if shared else set())
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
-        return replace(spec, format=self.resolved_format())
+        form, columns = self.resolved_format(), spec.shape[1]
+        if columns % form.step:
+            raise UsageError(
+                f"{self.name}: {form} decides {form.step} input columns together, and {spec.name} has {columns}, which "
+                f"is no multiple of it. Choose another format, or leave the layer out (ignore=[{spec.name}])."
+            )
+        return replace(spec, format=form)
 
     def resolved_format(self) -> Format:
         """`format` with the shorthands applied."""

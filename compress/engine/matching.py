@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from compress.engine.layerpass import Pass
+import regex  # with a time limit, which re has not
+
+from compress.engine.layerpass import LayerPass, Pass
+from compress.engine.part import WORDS, Part
 from compress.errors import UsageError, nearest
 from compress.layer import LayerKind, LayerSpec
 from compress.models.skeleton import Structure
 
 KINDS = ("conv", "embedding", "expert", "head", "linear")
+LONGEST_S = 1.0
+"""Of comparing one name with a `re:` pattern."""
+MOST_REPEATS = 10_000
+"""That the counts in a pattern may multiply to: the library writes them all out before its time limit begins."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,22 @@ def matches(pattern: str, user: str, kind: str) -> bool:
             raise UsageError(f"Unknown layer kind in '{pattern}'.{nearest(wanted, KINDS)}")
         return kind == wanted
     if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern.removeprefix("re:"), user) is not None
-        except re.error as error:
-            raise UsageError(f"'{pattern}' is not a regular expression: {error}.") from error
+        return _fits(pattern, user)
     return fnmatchcase(user, pattern)
+
+
+def _fits(pattern: str, user: str) -> bool:
+    counts = regex.findall(r"[{,](\d+)(?=[,}])", pattern)
+    if math.prod(max(1, int(count)) if len(count) < 6 else MOST_REPEATS + 1 for count in counts) > MOST_REPEATS:
+        raise UsageError(f"'{pattern}' repeats its parts more than {MOST_REPEATS} times. Give smaller counts.")
+    try:
+        return regex.fullmatch(pattern.removeprefix("re:"), user, timeout=LONGEST_S) is not None
+    except regex.error as error:
+        raise UsageError(f"'{pattern}' is not a regular expression: {error}.") from error
+    except TimeoutError as error:
+        raise UsageError(
+            f"'{pattern}' takes too long to compare with '{user}' (over {LONGEST_S:g} s). Repeat no group that repeats."
+        ) from error
 
 
 def resolve(passes: Sequence[Pass], structure: Structure) -> Resolution:
@@ -54,8 +72,10 @@ def resolve(passes: Sequence[Pass], structure: Structure) -> Resolution:
     for index, item in enumerate(passes):
         chosen, left_out, count = _select(item, structure)
         for name in chosen:
-            _check_part(item, assigned[name], name)
+            _check_part(item, assigned[name], name, _later(passes[index + 1 :], structure.layers[name], structure))
             assigned[name].append((index, _with_overrides(item, structure.layers[name], name, structure)))
+        if item.rescales:
+            _check_reach(item, chosen, assigned, structure)
         counts.append(count)
         skipped.append(left_out)
     done = {name: tuple(items) for name, items in assigned.items()}
@@ -75,11 +95,26 @@ def _hits(pattern: str, structure: Structure) -> dict[str, set[str]]:
 def _require(pattern: str, hits: dict[str, set[str]], item: Pass, where: str, structure: Structure) -> None:
     if hits:
         return
+    if pattern.startswith("kind:"):
+        raise UsageError(_no_such_kind(pattern, item, where, structure))
     names = [user for spec in structure.layers.values() for user in spec.users]
     raise UsageError(
         f"{item.name}: the pattern '{pattern}' in {where} matches no layer of the model. Layers are named like "
         f"'{names[len(names) // 2]}'; `compress plan` lists them all. "
         f"{nearest(pattern.replace('*', ''), names).split(' Allowed')[0].strip()}".strip()
+    )
+
+
+def _no_such_kind(pattern: str, item: Pass, where: str, structure: Structure) -> str:
+    kinds = {structure.user_kind(spec, user) for spec in structure.layers.values() for user in spec.users}
+    told = (
+        f"{item.name}: '{pattern}' in {where} matches no layer: the model has {', '.join(sorted(kinds))} layers only."
+    )
+    if pattern not in ("kind:embedding", "kind:head"):
+        return told
+    return (
+        f"{told} Recipes for language models name embeddings and heads. For an ONNX file or an image model take passes "
+        "that name none, such as --recipe encoder-int8 or --passes 'rtn(format=int8(channel)), act_quant'."
     )
 
 
@@ -191,19 +226,25 @@ def _with_overrides(item: Pass, spec: LayerSpec, user: str, structure: Structure
     return found
 
 
-WORDS = {"act": "input rounding", "weight": "weight format", "rounding": "learned rounding"}
-"""What a part of a layer is to a reader, where its name does not say it."""
+def _later(passes: Sequence[Pass], spec: LayerSpec, structure: Structure) -> list[Pass]:
+    """Those of the passes that treat a layer."""
+    return [
+        item
+        for item in passes
+        if spec.kind in item.kinds and any(_chooses(item, spec, user, structure) for user in spec.users)
+    ]
 
 
-def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str) -> None:
+def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str, later: Sequence[Pass]) -> None:
     lacking = item.after.difference(*(other.fills() for _, other in before))
     if lacking:
-        raise UsageError(
-            f"{item.name} must come after a pass that sets the {_word(lacking)} of layer {name}, and there is none. "
-            "Add one before it, or leave the layer out with ignore."
-        )
+        found = next((other for other in later if lacking & other.fills()), None)
+        told = "there is none. Add one before it, or leave the layer out with ignore."
+        if found is not None:
+            told = f"{found.name} stands after it. Change the order of the passes."
+        raise UsageError(f"{item.name} must come after a pass that sets the {_word(lacking)} of layer {name}; {told}")
     for _, other in before:
-        early, twice = other.fills() & item.before, other.fills() & item.fills()
+        early, twice = other.fills() & item.precedes(), other.fills() & item.fills()
         if early:
             raise UsageError(
                 f"{item.name} must come before {other.name}, which sets the {_word(early)} of layer {name}. "
@@ -215,6 +256,24 @@ def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str) -> None:
             )
 
 
-def _word(parts: Iterable[str]) -> str:
+def _check_reach(
+    item: Pass, chosen: Iterable[str], before: dict[str, list[tuple[int, Pass]]], structure: Structure
+) -> None:
+    """Raises: UsageError where rescaling would change values that a pass has set in a layer beside the chosen ones:
+    what one layer puts out is scaled along with what reads it."""
+    if isinstance(item, LayerPass):  # which changes its own layers alone
+        return
+    segments = {structure.layers[name].segment for name in chosen}
+    for name, spec in structure.layers.items():
+        setter = next((other for _, other in before[name] if Part.VALUES in other.fills()), None)
+        if setter is not None and spec.segment in segments:
+            raise UsageError(
+                f"{item.name} must come before {setter.name}, which sets the {WORDS[Part.VALUES]} of layer {name}: "
+                f"{item.name} rescales the layers beside it, and may rescale it with them. Change the order of the "
+                "passes."
+            )
+
+
+def _word(parts: Iterable[Part]) -> str:
     first = min(parts)
     return WORDS.get(first, first)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from compress.engine import store
 from compress.engine.applying import checked
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass
 from compress.engine.originals import Sources
-from compress.inputs.data import Calibration
+from compress.inputs.datasets import Calibration
 from compress.layer import Layer
-from compress.models import skeleton
+from compress.models import placing
 from compress.models.model import Model
 from compress.progress import Progress
 from compress.records import LayerResult
@@ -29,8 +29,8 @@ class Stage:
 
     model: as the stage received it; original: the uncompressed source; chosen: the layers that the pass is for, each
     with its settings; calibration: None where the pass needs no data; folder: where `write` puts the segments;
-    sources: the layers before any stage quantized them, against which errors are taken; config: changes of config.json
-    that go with the new weights.
+    sources: the layers before any stage lost something of them, against which errors are taken; config: changes of
+    config.json that go with the new weights.
     """
 
     item: Pass
@@ -48,14 +48,7 @@ class Stage:
 
     def whole(self, model: Model | None = None) -> nn.Module:
         """All weights of a model (by default the stage's) in memory, decoded to float32; for passes that declare it."""
-        model = model or self.model
-        module = model.skeleton()
-        for segment in model.structure.segments:
-            for layer in model.layers(segment).values():
-                skeleton.put_layer(module, layer)
-            skeleton.put_plain(module, model.plain(segment), model.structure.aliases)
-            model.release()  # of a file that is read as another type nothing stays
-        return module
+        return placing.whole_module(model or self.model)
 
     def write(
         self,
@@ -77,6 +70,7 @@ class Stage:
                 done[name] = layer
                 if name in skipped:
                     self.results.append(_left(layer, str(self.item), skipped[name]))
+                    self.sources.keep(segment, {name: layer}, {name: self.sources.of(layer)})
                 continue
             before = self.model.layer(self.model.structure.layers[name])
             source = self.sources.of(before)

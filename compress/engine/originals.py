@@ -1,4 +1,4 @@
-"""The last unquantized weights of a model that several stages treat: what the report's errors are taken against."""
+"""The last weights of a model of which no pass had lost anything: what the report's errors are taken against."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from compress.models.model import Model
 
 @dataclass
 class Sources:
-    """What each layer was before it was quantized, as one stage asks for it.
+    """What each layer was before any pass lost something of it, as one stage asks for it.
 
-    A layer that is not quantized when the stage begins is its own source. That of any other is the original's, unless a
-    pass rescaled or turned the weight before it was rounded: such a weight is nowhere else, so the stage that rounds it
-    keeps it in `source-N/`, in files like the store's, for the stages after.
+    A layer that no lossy pass (`LOSSY`) has treated when the stage begins is its own source. That of any other is the
+    original's, unless a pass rescaled or turned the weight before: such a weight is nowhere else, so the stage that
+    first loses something of it keeps it in `source-N/`, in files like the store's, for the stages after.
 
-    original: the source model, laid out as the recipe treats it; model: as the stage received it; folder: where
-    `source-N/` are; number: of the stage; later: layers that stages after this one treat.
+    original: the source model, laid out as the recipe treats it; folder: where `source-N/` are; number: of the stage;
+    before, now, later: layers that lossy passes of earlier stages, those of this one, any passes of later ones treat.
     """
 
     original: Model
-    model: Model
     folder: Path
     number: int
+    before: Collection[str]
+    now: Collection[str]
     later: Collection[str]
     _read: tuple[int, dict[str, Layer]] | None = field(default=None, repr=False)
 
     def of(self, layer: Layer) -> Layer:
-        """A layer as the stage received it → the same before it was quantized."""
-        if layer.format is None:
+        """A layer as the stage received it → the same before any pass lost something of it."""
+        if layer.name not in self.before:
             return layer
         spec = self.original.structure.layers[layer.name]
         kept = self._earlier(spec.segment)
@@ -43,21 +44,20 @@ class Sources:
     def keep(self, segment: int, done: Mapping[str, Layer], sources: Mapping[str, Layer]) -> None:
         """Keep what later stages cannot read elsewhere. Comes before the segment is noted as finished.
 
-        Args: done: layers as the stage leaves them; sources: the same before they were quantized.
+        Args: done: layers as the stage leaves them; sources: the same before any pass lost something of them.
         """
-        kept = {name: sources[name] for name, layer in done.items() if self._is_lost(layer, sources[name])}
+        kept = {name: sources[name] for name in done if self._is_lost(name, sources[name])}
         if kept:
             target = folder_of(self.folder, self.number)
             target.mkdir(exist_ok=True)
             # the layers outside the blocks come in two parts
             store.write_segment(target, segment, self._kept(self.number, segment) | kept, {})
 
-    def _is_lost(self, layer: Layer, source: Layer) -> bool:
-        """Whether a layer that this stage quantized was not the original's before."""
-        is_new = layer.format is not None and self.model.structure.layers[layer.name].format is None
-        if not is_new or layer.name not in self.later:
+    def _is_lost(self, name: str, source: Layer) -> bool:
+        """Whether a layer that this stage is the first to lose something of was not the original's before."""
+        if name not in self.now or name in self.before or name not in self.later:
             return False
-        first = self.original.layer(self.original.structure.layers[layer.name])
+        first = self.original.layer(self.original.structure.layers[name])
         return not torch.equal(first.float_weight(), source.float_weight())
 
     def _earlier(self, segment: int) -> dict[str, Layer]:

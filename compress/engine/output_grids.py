@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from compress.engine import store
-from compress.engine.collect import Stat
 from compress.engine.image_stream import Stream, open_stream
+from compress.engine.layer_stats import Stat
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
-from compress.inputs.data import Calibration
+from compress.inputs.datasets import Calibration
 from compress.layer import Layer, LayerKind
 from compress.maths import products
 from compress.models.skeleton import OUTER

@@ -18,7 +18,7 @@ from typing import Any
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.files import write_text
-from compress.inputs.data import Calibration
+from compress.inputs.datasets import Calibration
 
 RESULTS = "results.json"
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.engine import store
+from compress.engine.journal import Journal, Steps
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.originals import Sources, folder_of
+from compress.engine.part import LOSSY
+from compress.engine.segment import Found
 from compress.engine.shared_stages import SharedStages, stage_key
-from compress.engine.walk import Found, Walk
-from compress.engine.workspace import Journal
-from compress.inputs.data import Calibration
+from compress.engine.walk import Walk
+from compress.inputs.datasets import Calibration
 from compress.models.model import Model
 from compress.progress import Progress
 from compress.records import LayerResult
@@ -24,25 +26,6 @@ from compress.records import LayerResult
 DONE = "done"
 SHARED = "shared"
 """The step of a stage that another recipe had finished; its data are the passes."""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A stage's part of the journal: the steps of different stages have different names."""
-
-    journal: Journal
-    prefix: str
-
-    def __contains__(self, step: str) -> bool:
-        return self.prefix + step in self.journal
-
-    def get(self, step: str) -> Any:
-        """The data of a finished step, or None."""
-        return self.journal.get(self.prefix + step)
-
-    def add(self, step: str, data: Any = None) -> None:
-        """Note a step as finished."""
-        self.journal.add(self.prefix + step, data)
 
 
 @dataclass(frozen=True)
@@ -114,7 +97,8 @@ class Stages:
         original = replace(self.original, structure=self.resolution.structure)
         model = store.open_store(self._folder(number - 1)) if number else original
         later = {name for name, found in self.resolution.passes.items() if found and found[-1][0] > places[-1]}
-        sources = Sources(original, model, self.folder, number, later)
+        before, now = self._lossy(range(places[0])), self._lossy(places)
+        sources = Sources(original, self.folder, number, before, now, later)
         folder.mkdir(parents=True, exist_ok=True)
         first = self.passes[places[0]]
         config: dict[str, Any] = {}
@@ -128,6 +112,11 @@ class Stages:
         done = [str(item) for item in self.passes[: places[-1] + 1]]
         store.write_structure(folder, model, done, self.original.digest, config)
         return results
+
+    def _lossy(self, places: Container[int]) -> set[str]:
+        """Layers that passes at some places lose something of."""
+        resolved = self.resolution.passes.items()
+        return {name for name, found in resolved if any(at in places and LOSSY & one.fills() for at, one in found)}
 
     def _whole(
         self, item: ModelPass, place: int, model: Model, folder: Path, sources: Sources

@@ -24,14 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.errors import InputError, ResourceError
-from compress.files import sync_file, umask, whole_file, write_text
+from compress.errors import InputError, ResourceError, UsageError
+from compress.files import parse_json, read_json, sync_file, umask, whole_file, write_text
 from compress.formats import parse_format
-from compress.formats.base import QuantTensor
+from compress.formats.base import QuantTensor, TensorSpec
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
-from compress.models.model import Model, load, reopen
+from compress.models.loading import load, reopen
+from compress.models.model import Model
 from compress.models.skeleton import OUTER, Structure
-from compress.models.weights import digest_files, open_file
+from compress.models.weights import digest_files, open_file, read_tensor
 from compress.transforms import parse_transform
 
 SCHEMA = 1
@@ -151,16 +152,30 @@ class StoreReader:
     def layer(self, spec: LayerSpec) -> Layer:
         """One layer with its stored tensors."""
         handle = self._handle(spec.segment)
-        bias = handle.get_tensor(f"{spec.name}.bias") if spec.has_bias else None
+        bias = self._tensor(spec.segment, f"{spec.name}.bias") if spec.has_bias else None
         weight: Tensor | QuantTensor
         if spec.format is None:
-            weight = handle.get_tensor(f"{spec.name}.weight")
+            weight = self._tensor(spec.segment, f"{spec.name}.weight")
         else:
-            parts = spec.format.tensor_specs(spec.shape)
-            tensors = {part: handle.get_tensor(f"{spec.name}.weight.{part}") for part in parts}
+            wanted = spec.format.tensor_specs(spec.shape)
+            tensors = {part: self._tensor(spec.segment, f"{spec.name}.weight.{part}") for part in wanted}
+            self._check(spec, tensors, wanted)
             weight = QuantTensor(spec.format, tensors, spec.shape)
         act = self._act(handle, spec)
         return Layer(spec.name, spec.kind, weight, bias, act, spec.users, spec.groups, pre=spec.pre)
+
+    def _tensor(self, segment: int, key: str) -> Tensor:
+        return read_tensor(self._handle(segment), key, self.folder / segment_file(segment))
+
+    def _check(self, spec: LayerSpec, tensors: Mapping[str, Tensor], wanted: Mapping[str, TensorSpec]) -> None:
+        """Codes of another shape would be read as if they had the right one. Raises: InputError."""
+        for part, (size, dtype) in wanted.items():
+            found = tensors[part]
+            if tuple(found.shape) != tuple(size) or found.dtype != dtype:
+                raise InputError(
+                    f"{self.folder / segment_file(spec.segment)}: {spec.name}.weight.{part} is {found.dtype} "
+                    f"{tuple(found.shape)}, but {spec.format} stores {dtype} {tuple(size)}. Run `compress run` again."
+                )
 
     def _act(self, handle: Any, spec: LayerSpec) -> ActSpec | None:
         """The input grid; a static one with its tensors."""
@@ -174,7 +189,7 @@ class StoreReader:
     def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors that are no layer's."""
         home = {name: segment for segment, group in self.structure.plain.items() for name in group}
-        return {name: self._handle(home[name]).get_tensor(name) for name in names}
+        return {name: self._tensor(home[name], name) for name in names}
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a plain tensor."""
@@ -196,8 +211,8 @@ def read_header(folder: Path, segment: int) -> list[dict[str, Any]]:
     path = folder / segment_file(segment)
     metadata = open_file(path).metadata() or {}
     try:
-        header = json.loads(metadata[HEADER])
-        layers: list[dict[str, Any]] = header["layers"]
+        header = parse_json(metadata[HEADER])
+        layers: list[dict[str, Any]] = [dict(item) for item in header["layers"]]
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is not a file of a compress store ({error!r}). Run `compress run` again.") from error
     if header.get("schema") != SCHEMA:
@@ -222,16 +237,17 @@ def open_store(folder: Path, keeper: object = None) -> Model:
     if not info_path.is_file():
         raise InputError(f"{folder} has no structure.json: it is not the model/ folder of an artifact.")
     try:
-        info = json.loads(info_path.read_text(encoding="utf8"))
-        source_digest = str(info["source_digest"])
-    except (ValueError, KeyError, TypeError) as error:
+        info = read_json(info_path)
+        source_digest, module = str(info["source_digest"]), dict(info.get("module", {}))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
-    model = reopen(info["module"], folder) if "module" in info else load(folder, weights=False)
+    model = reopen(module, folder) if module else load(folder, weights=False)
     layers = {}
     for segment in model.structure.segments:
         for item in read_header(folder, segment):
             spec = _read_spec(item, segment, model.structure, folder)
             layers[spec.name] = spec
+    _check_whole(folder, model.structure, layers)
     order = {name: place for place, name in enumerate(model.structure.layers)}
     ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
     structure = replace(model.structure, layers=ordered)
@@ -246,33 +262,46 @@ def open_store(folder: Path, keeper: object = None) -> Model:
 
 
 def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder: Path) -> LayerSpec:
+    path = folder / segment_file(segment)
     try:
         name = str(item["name"])
         base = structure.layers.get(name) or _untied(structure, name)
+        users = tuple(str(user) for user in item["users"])
         shape = (int(item["shape"][0]), int(item["shape"][1]))
         form = parse_format(item["format"]) if item["format"] else None
         act = ActSpec(parse_format(item["act"]), item.get("act_static") is not None) if item["act"] else None
         pre = tuple(parse_transform(str(text)) for text in item.get("pre", []))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{folder / segment_file(segment)} describes a layer badly ({error!r}).") from error
+        has_bias = bool(item["bias"])
+    except (KeyError, TypeError, ValueError, IndexError, UsageError) as error:
+        raise InputError(f"{path} describes a layer badly ({error!r}). Run `compress run` again.") from error
+    if not users or not set(users) <= set(base.users):
+        raise InputError(f"{path}: layer {name} is used by {users}, but by config.json only by {base.users}.")
     if shape != base.shape:
         raise InputError(f"{folder}: layer {name} is {shape} in the store, but {base.shape} by config.json.")
     dtype = base.source_dtype
-    handle = open_file(folder / segment_file(segment))
+    handle = open_file(path)
     if form is None:
-        dtype = handle.get_tensor(f"{name}.weight").dtype
+        dtype = read_tensor(handle, f"{name}.weight", path).dtype
     return replace(
         base,
         name=name,
-        users=tuple(item["users"]),
+        users=users,
         format=form,
         act=act,
         pre=pre,
         segment=segment,
         source_dtype=dtype,
-        has_bias=bool(item["bias"]),
-        bias_dtype=handle.get_tensor(f"{name}.bias").dtype if item["bias"] else None,
+        has_bias=has_bias,
+        bias_dtype=read_tensor(handle, f"{name}.bias", path).dtype if has_bias else None,
     )
+
+
+def _check_whole(folder: Path, structure: Structure, layers: Mapping[str, LayerSpec]) -> None:
+    """Raises: InputError where a layer of the model is in none of the files."""
+    described = {user for spec in layers.values() for user in spec.users}
+    lacking = sorted({user for spec in structure.layers.values() for user in spec.users} - described)
+    if lacking:
+        raise InputError(f"{folder} describes no layer {lacking[0]}, which config.json asks for. Copy it again.")
 
 
 def _untied(structure: Structure, name: str) -> LayerSpec:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.engine.collect import Collector, LayerStats, Stat
+from compress.engine.collect import Collector
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.errors import InputError, UnsupportedError
 from compress.layer import Layer, LayerKind
 from compress.maths import products
 from compress.maths.activations import allocate, rest
-from compress.models import experts, skeleton
+from compress.models import experts, placing
 from compress.models.model import Model
 from compress.models.skeleton import OUTER
 from compress.models.stub import Call, Stub, same_arguments, shortened
@@ -81,14 +82,14 @@ class BlockStream:
 
     def _put_outer(self) -> None:
         for layer in self.outer.values():
-            skeleton.put_layer(self.module, layer, self.dtype)
-        skeleton.put_plain(self.module, self.model.plain(OUTER), self.model.structure.aliases, self.dtype)
+            placing.put_layer(self.module, layer, self.dtype)
+        placing.put_plain(self.module, self.model.plain(OUTER), self.model.structure.aliases, self.dtype)
         self._to_device(self.module)
 
     def _release_outer(self) -> None:
         for layer in self.outer.values():
             for user in layer.users:
-                skeleton.release(self.module, user)
+                placing.release(self.module, user)
 
     def _to_device(self, module: nn.Module) -> None:
         if self.device.type == "cpu":
@@ -148,20 +149,20 @@ class BlockStream:
     def load(self, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
         """Put a block's weights in place."""
         for layer in layers.values():
-            skeleton.put_layer(self.module, layer, self.dtype)
-        skeleton.put_plain(self.module, plain, self.model.structure.aliases, self.dtype)
+            placing.put_layer(self.module, layer, self.dtype)
+        placing.put_plain(self.module, plain, self.model.structure.aliases, self.dtype)
         self._to_device(self.module.get_submodule(self.model.structure.blocks[index]))
 
     def put(self, layer: Layer) -> None:
         """Replace one layer of the loaded block."""
-        skeleton.put_layer(self.module, layer, self.dtype)
+        placing.put_layer(self.module, layer, self.dtype)
         for user in layer.users:
             path = experts.owner(user)[0] if layer.kind is LayerKind.EXPERT else user
             self._to_device(self.module.get_submodule(path))
 
     def release(self, index: int) -> None:
         """Give a block's memory back, and that of the file it was read from."""
-        skeleton.release(self.module, self.model.structure.blocks[index])
+        placing.release(self.module, self.model.structure.blocks[index])
         self.model.release()
 
     def call(self, index: int, hidden: Tensor) -> Tensor:

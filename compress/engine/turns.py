@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.engine.collect import Collector, LayerStats, Stat
+from compress.engine.collect import Collector
+from compress.engine.layer_stats import LayerStats, Stat
 from compress.layer import LayerKind, LayerSpec
 from compress.maths.activations import allocate, rest
 

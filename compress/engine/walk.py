@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from compress import memory
 from compress.engine import backward, store
-from compress.engine.applying import apply_block, apply_layer
-from compress.engine.blockpass import Block, BlockPass
-from compress.engine.collect import LayerStats, Stat
 from compress.engine.image_stream import Stream, open_stream, wiring_batch
-from compress.engine.layerpass import LayerPass, Pass
+from compress.engine.journal import Steps
+from compress.engine.layer_stats import Stat
+from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.originals import Sources
+from compress.engine.segment import Found, SegmentPasses, wanted
 from compress.engine.stream import BlockStream
-from compress.engine.turns import Turns
-from compress.inputs.data import Calibration
+from compress.inputs.datasets import Calibration
 from compress.layer import Layer, LayerKind
 from compress.maths import products
 from compress.models.model import Model
@@ -29,28 +28,10 @@ from compress.progress import Progress
 from compress.records import LayerResult
 
 
-class Steps(Protocol):
-    """Finished steps of this walk, as a journal keeps them."""
-
-    def __contains__(self, step: str) -> bool: ...
-
-    def get(self, step: str) -> Any:
-        """The data of a finished step, or None."""
-        ...
-
-    def add(self, step: str, data: Any = None) -> None:
-        """Note a step as finished."""
-        ...
-
-
-Found = tuple[int, LayerResult]
-"""A layer's result with the place of its pass in the pipeline."""
-
-
 class Walk:
     """One walk over the segments: outer layers that need no data, blocks, then the outer rest.
 
-    passes: by their place in the pipeline.
+    passes: by their place in the pipeline; journal: finished steps of this walk.
     """
 
     def __init__(
@@ -69,8 +50,7 @@ class Walk:
         self.resolution = resolution
         self.folder = folder
         self.journal = journal
-        self.sources = sources
-        wants = frozenset[Stat]().union(*(self._wants(item) for item in passes.values()))
+        wants = frozenset[Stat]().union(*(wanted(item, model) for item in passes.values()))
         self.reference = bool(wants & {Stat.REFERENCE, Stat.CROSS})
         self.stream: Stream | None = None
         if calibration is not None:
@@ -80,8 +60,7 @@ class Walk:
             )
         elif wants:  # only how layers are wired is asked for, which any few tokens show
             self.stream = open_stream(model, [wiring_batch(model)], device=device)
-        self.turns: Turns | None = None
-        self.guides: dict[int, backward.Saliency] = {}  # by number of row groups
+        self.segments = SegmentPasses(passes, model, resolution, self.stream, sources)
         self.results: list[Found] = []
 
     def run(self, progress: Progress) -> list[Found]:
@@ -96,7 +75,7 @@ class Walk:
         outer, plain = self.model.layers(OUTER) | changed, self.model.plain(OUTER) | changed_plain
         if self.stream is not None:
             self.stream.outer = outer
-        found += self._apply_all(outer, late, plain)
+        found += self.segments.apply(outer, late, plain)
         store.write_segment(self.folder, OUTER, outer, plain)
         return found + self.results
 
@@ -105,7 +84,7 @@ class Walk:
         embedding's table mostly, is read again at the end and takes no memory meanwhile."""
         outer, plain = self.model.layers(OUTER), self.model.plain(OUTER)
         before, plain_before = dict(outer), dict(plain)
-        found = self._apply_all(outer, early, plain)
+        found = self.segments.apply(outer, early, plain)
         if self.stream is not None:
             self._go_back(progress)
             self.stream.start(outer)
@@ -124,7 +103,7 @@ class Walk:
             names = [name for name, found in resolved if any(item.row_groups == groups for _, item in found)]
             assert isinstance(self.stream, BlockStream)
             with products.fast():
-                self.guides[groups] = backward.saliency(
+                self.segments.guides[groups] = backward.saliency(
                     self.model,
                     self.stream.batches,
                     names,
@@ -147,13 +126,13 @@ class Walk:
             self._replay(index, self.journal.get(step))
             return
         layers, plain = self.model.layers(index), self.model.plain(index)
-        ahead_in_turn = self._ahead_in_turn(layers)
+        ahead_in_turn = self.segments.ahead_in_turn(layers)
         self._load(index, layers, plain, ahead=not ahead_in_turn)
-        found = self._apply_all(layers, list(layers), plain, index)
+        found = self.segments.apply(layers, list(layers), plain, index)
         self._store_floats_as_planned(layers)
-        if ahead_in_turn and self.turns is not None:
+        if ahead_in_turn and self.segments.turns is not None:
             with products.fast():
-                self.turns.look_ahead()
+                self.segments.turns.look_ahead()
         store.write_segment(self.folder, index, layers, plain)
         if self.journal is not None:
             self.journal.add(step, [[place, result.model_dump(mode="json")] for place, result in found])
@@ -163,9 +142,9 @@ class Walk:
     def _store_floats_as_planned(self, layers: dict[str, Layer]) -> None:
         """Weights that a pass rescaled in float32 and none quantized go back to the type they came in, as planned."""
         for name, layer in layers.items():
-            wanted = self.model.structure.layers[name].source_dtype
-            if isinstance(layer.weight, Tensor) and layer.weight.dtype != wanted:
-                layers[name] = replace(layer, weight=layer.weight.to(wanted))
+            planned = self.model.structure.layers[name].source_dtype
+            if isinstance(layer.weight, Tensor) and layer.weight.dtype != planned:
+                layers[name] = replace(layer, weight=layer.weight.to(planned))
                 if self.stream is not None:
                     self.stream.put(layers[name])
 
@@ -176,17 +155,6 @@ class Walk:
         if ahead:
             with products.fast():
                 self.stream.look_ahead(index)
-
-    def _ahead_in_turn(self, layers: dict[str, Layer]) -> bool:
-        """Whether turns will carry the reference stream over a block: where one pass alone changes it, taking all that
-        it changes in turn, and none needs to know before what the block puts out."""
-        passes = {place for name in layers for place, _ in self.resolution.passes[name] if place in self.passes}
-        chosen = [layer for name, layer in layers.items() if self.resolution.passes[name]]
-        if len(passes) != 1 or not isinstance(self.stream, BlockStream):
-            return False
-        item = self.passes[passes.pop()]
-        in_turn = item.in_turn and all(layer.kind is not LayerKind.EXPERT for layer in chosen)
-        return in_turn and Stat.CROSS in item.wants and Stat.REFERENCE not in item.wants
 
     def _replay(self, index: int, data: list[Any]) -> None:
         """A block that an earlier try finished: its results from the journal, its outputs by running it."""
@@ -202,132 +170,11 @@ class Walk:
     def _advance(self, index: int) -> None:
         if self.stream is None:
             return
+        turns, self.segments.turns = self.segments.turns, None
         with products.fast():
-            if self.turns is None:
+            if turns is None:
                 self.stream.advance(index)
             else:  # nothing has changed since: what it kept is still right
                 assert isinstance(self.stream, BlockStream)
-                self.stream.advance(index, self.turns.outputs())
-                self.turns = None
+                self.stream.advance(index, turns.outputs())
         self.stream.release(index)
-
-    def _apply_all(
-        self, layers: dict[str, Layer], names: list[str], plain: dict[str, Tensor], index: int = OUTER
-    ) -> list[Found]:
-        """Apply every pass, in order, to some layers of a segment; `layers` and `plain` are updated."""
-        found: list[Found] = []
-        if not any(self._pass_for(name, place) for name in names for place in self.passes):
-            return found
-        source = {name: self.sources.of(layers[name]) for name in names}
-        for place, item in self.passes.items():
-            chosen = {name: found_pass for name in names if (found_pass := self._pass_for(name, place)) is not None}
-            if not chosen:
-                continue
-            self.turns = self._turns(item, list(chosen), index)
-            for group in [tuple(chosen)] if self.turns is None else self.turns.groups:
-                part = {name: chosen[name] for name in group}
-                with products.fast():
-                    stats = self._collect(item, layers, group, index)
-                memory.give_back()
-                if isinstance(item, BlockPass):
-                    results = self._apply_block(item, part, layers, plain, source, stats, index)
-                else:
-                    results = self._apply_layers(part, layers, source, stats, str(item), index)
-                found += [(place, result) for result in results]
-                if self.turns is not None:
-                    with products.fast():
-                        self.turns.settle(group)
-                memory.give_back()
-        self.sources.keep(index, {name: layers[name] for name in names}, source)
-        return found
-
-    def _turns(self, item: Pass, names: list[str], index: int) -> Turns | None:
-        """What brings the layers before a pass one group after the other, if it asks for that and the model allows."""
-        if not item.in_turn or index == OUTER or not isinstance(self.stream, BlockStream):
-            return None
-        specs = [self.model.structure.layers[name] for name in names]
-        return Turns(self.stream, index, specs, cross=Stat.CROSS in item.wants)
-
-    def _apply_layers(
-        self,
-        chosen: dict[str, Pass],
-        layers: dict[str, Layer],
-        source: dict[str, Layer],
-        stats: dict[str, LayerStats],
-        text: str,
-        index: int,
-    ) -> list[LayerResult]:
-        results = []
-        for name, one in chosen.items():
-            assert isinstance(one, LayerPass)
-            layers[name], result = apply_layer(one, layers[name], source[name], stats.get(name, LayerStats()), text)
-            results.append(result)
-            if not one.part:  # what a rescaling pass made is what later errors are taken against
-                source[name] = layers[name]
-            if self.stream is not None and index != OUTER:
-                self.stream.put(layers[name])
-        return results
-
-    def _apply_block(
-        self,
-        item: BlockPass,
-        chosen: dict[str, Pass],
-        layers: dict[str, Layer],
-        plain: dict[str, Tensor],
-        source: dict[str, Layer],
-        stats: dict[str, LayerStats],
-        index: int,
-    ) -> list[LayerResult]:
-        runner = self.stream.runner(index) if self.stream is not None and index != OUTER else None
-        block = Block(self._name(index), dict(layers), source, chosen, dict(plain), stats, runner)
-        changed, changed_plain, results = apply_block(item, block, source, str(item))
-        layers.update(changed)
-        plain.update(changed_plain)
-        if not item.part:  # what a rescaling pass made is what later errors are taken against
-            source.update(changed)
-        if self.turns is not None:  # only layers change in turn, and the parameters before are still needed
-            assert self.stream is not None and not changed_plain
-            for layer in changed.values():
-                self.stream.put(layer)
-        elif self.stream is not None and index != OUTER:
-            self.stream.release(index)
-            self.stream.load(index, layers, plain)
-        return results
-
-    def _name(self, index: int) -> str:
-        return "outside the blocks" if index == OUTER else self.model.structure.blocks[index]
-
-    def _pass_for(self, name: str, place: int) -> Pass | None:
-        return next((item for index, item in self.resolution.passes[name] if index == place), None)
-
-    def _wants(self, item: Pass) -> frozenset[Stat]:
-        """What is collected for a pass: an image classifier is one block, which both streams enter with the same."""
-        return item.wants - {Stat.CROSS} if self.model.image is not None else item.wants
-
-    def _collect(self, item: Pass, layers: dict[str, Layer], names: Sequence[str], index: int) -> dict[str, LayerStats]:
-        wants = self._wants(item)
-        if not wants or self.stream is None:
-            return {}
-        wants -= {Stat.REFERENCE, Stat.CROSS} if index == OUTER else set()
-        guides = self.guides.get(item.row_groups)
-        if self.turns is not None:
-            found = self.turns.collect(tuple(names), wants, guides)
-        elif index != OUTER:
-            # against a reference that has not seen the errors made inside the block, a correction does harm
-            wants -= {Stat.CROSS} if item.in_turn else set()
-            found = self.stream.collect(index, names, wants, guides)
-        elif self.stream.hidden:
-            found = self.stream.collect_head(names, wants)
-        else:  # before the blocks nothing has run: an embedding's input is token ids
-            return {}
-        if Stat.SHARING in wants:
-            _share(found, layers)
-        return found
-
-
-def _share(found: dict[str, LayerStats], layers: dict[str, Layer]) -> None:
-    """Fill in which layers are fed the same tensor, and their common peak."""
-    for stats in found.values():
-        if stats.sharing:
-            peak = max(float(layers[name].float_weight().abs().max()) for name in stats.sharing)
-            stats.peak = peak

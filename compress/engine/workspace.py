@@ -12,57 +12,21 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
+from compress.engine.disk import disk_errors
+from compress.engine.journal import Journal
 from compress.errors import CompressError, Interrupted, ResourceError, UsageError
-from compress.files import sync_file, write_text
+from compress.files import read_json, sync_file, write_text
 
 FINGERPRINT = "fingerprint.json"
 JOURNAL = "journal.jsonl"
 MANIFEST = "manifest.json"
 DISCARDED = "discarded-by-compress"
-UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EFBIG)
-
-
-class Journal:
-    """What is finished, one JSON line each, synced: step name → data. A torn last line counts as not written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.steps: dict[str, Any] = {}
-        whole = 0
-        if path.is_file():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if entry is None:
-                    break
-                self.steps[entry["step"]] = entry["data"]
-                whole += len(line)
-            os.truncate(path, whole)
-
-    def __contains__(self, step: str) -> bool:
-        return step in self.steps
-
-    def get(self, step: str) -> Any:
-        """The data of a finished step, or None."""
-        return self.steps.get(step)
-
-    def add(self, step: str, data: Any = None) -> None:
-        """Note a step as finished."""
-        with self.path.open("a", encoding="utf8") as stream:
-            stream.write(json.dumps({"step": step, "data": data}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.steps[step] = data
-
-
 # Values of a fingerprint up to this length are told; digests are not worth reading.
 LONGEST_TOLD = 60
 
@@ -155,7 +119,7 @@ class Workspace:
     def _prepare(self, fingerprint: Mapping[str, str]) -> None:
         path = self.folder / FINGERPRINT
         if path.is_file():
-            self._compare(json.loads(path.read_text(encoding="utf8")), fingerprint)
+            self._compare(_read_fingerprint(path), fingerprint)
             self._removable = True
             return
         if os.path.lexists(self.folder):
@@ -229,10 +193,19 @@ class Workspace:
 def is_artifact(folder: Path) -> bool:
     """Whether it is a folder, no link, with a manifest of ours: a whole output."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+        content = read_json(folder / MANIFEST)
     except (OSError, ValueError):
         return False
     return not folder.is_symlink() and isinstance(content, dict) and {"schema_version", "files"} <= content.keys()
+
+
+def _read_fingerprint(path: Path) -> dict[str, str]:
+    """What an unfinished run depends on; nothing where the file says nothing, so that it is taken for another run."""
+    try:
+        found = read_json(path)
+    except ValueError:
+        return {}
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def discard(folder: Path) -> None:
@@ -270,33 +243,3 @@ def _make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:  # what mkdir says of a parent that is a file
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a ResourceError; what was finished stays for a resume."""
-    try:
-        yield
-    except OSError as error:
-        # numpy's short write carries no number: "1048576 requested and 0 written"
-        is_short = error.errno is None and "requested and" in str(error) and str(error).endswith("written")
-        if is_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"No space left while writing {folder}. Free some, then repeat the command: finished work is kept."
-            ) from error
-        if error.errno in UNWRITABLE:
-            raise ResourceError(f"{folder} cannot be written ({error.strerror}). Give an -o that can.") from error
-        raise
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raises: ResourceError when a file system has less than `needed` bytes (plus 5 %) free."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed * 1.05:
-        raise ResourceError(
-            f"{existing} has {free / 1e6:.0f} MB free; this run needs about {needed * 1.05 / 1e6:.0f} MB. "
-            "Free some, or give an -o on another disk."
-        )

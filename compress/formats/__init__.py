@@ -50,3 +50,8 @@ def parse_format(value: str | Call) -> Format:
             cls: type[Format] = getattr(import_module(module), name)
             return cls.from_call(value, **match.groupdict())
     raise UsageError(f"Unknown format '{value.name}'.{nearest(value.name, NAMES)}")
+
+
+def name_of(form: Format) -> str:
+    """A format's name without its settings, as in "nf4": what hardware profiles call `format`."""
+    return str(form).partition("(")[0]

@@ -15,23 +15,27 @@ from compress.errors import UsageError
 from compress.spec import Call
 
 Params = dict[str, Tensor]
-"""A format's fitted parameters by name (scales, zero points, codebooks …)."""
+"""A format's fitted parameters by name (scales, zero points, codebooks …), with the values that are stored: whoever
+decides codes by them sees what will be decoded."""
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
 Rounder = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""Codes (step · …, out) and values (step, out) of some columns (step, out) float32, and the place of the first."""
+"""Codes (step · …, out) uint8 and values (step, out) for columns (step, out) float32 and the place of the first."""
 
 
 class Format(ABC):
     """A frozen dataclass of settings with pure functions on tensors. Weights are (out, in) float32."""
 
-    step: ClassVar[int] = 1
-    """Input columns that are decided together: 1 for grids, the vector length for input-side codebooks."""
-
     row_params: ClassVar[frozenset[str] | None] = None
     """The parameters that hold a row for each output row, so that runs of rows can be decided apart; None where rows
     cannot, since blocks cross them."""
+
+    @property
+    def step(self) -> int:
+        """Input columns that are decided together: 1 for grids, the vector length for input-side codebooks. Passes take
+        only weights whose columns are a multiple of it."""
+        return 1
 
     @property
     def shares_peak(self) -> bool:
@@ -56,14 +60,18 @@ class Format(ABC):
         importance: Tensor | None = None,
         peak: float | None = None,
     ) -> Params:
-        """Parameters for a weight (out, in). `search` looks for the range of least error instead of the extremes;
-        importance (in,) float32 ≥ 0 weighs the error of each column in that search; peak is the largest |w| over the
-        layers that must share a tensor-wide scale (None: the weight's own), read only where `shares_peak`."""
+        """Parameters for a weight (out, in), rounded as they are stored (their dtype may be wider).
+
+        Args: search: look for the range of least error instead of the extremes; importance: (in,) float32 ≥ 0 weighs
+        the error of each column in that search; peak: the largest |w| over the layers that must share a tensor-wide
+        scale (None: the weight's own), read only where `shares_peak`.
+        """
 
     @abstractmethod
     def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and decoded values for some columns: weight (out, len(columns)), columns (n,) int64 original
-        positions. Returns codes (out, n / step · …) and values (out, n) float32."""
+        positions. Returns codes (out, n / step · …) uint8, as `rounder` and `pack` have them, and values (out, n)
+        float32."""
 
     def rounder(self, params: Params, columns: Tensor) -> Rounder:
         """`quantize` for a loop over columns (n,) int64, `step` at a time, with weights turned to (in, out)."""

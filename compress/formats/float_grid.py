@@ -27,7 +27,7 @@ class FloatGrid(Format, ActivationFormat):
     `fp6_e3m2(group=32)`, `fp4_e2m1(group=64, scale=e8m0)`; `mxfp4`, `nvfp4` … name the settings in `NAMED`. Where text
     names no scale, a group's is float16 and any other float32. Stored: `codes` packed lowest bits first; `scale`, as
     uint8 bit patterns where it has 8 bits, since few operators take 8-bit floats; `global_scale` (1,) float32. A short
-    last group is allowed; see `fills_groups`.
+    last group is allowed: we store it; kernels and other tools' files mostly cannot.
     """
 
     row_params: ClassVar[frozenset[str] | None] = frozenset({"scale"})
@@ -109,10 +109,6 @@ class FloatGrid(Format, ActivationFormat):
         if self.group == "token":
             raise UsageError(f"{self} rounds activations; a weight takes group=N, channel or tensor.")
         return self.group if isinstance(self.group, int) else columns
-
-    def fills_groups(self, columns: int) -> bool:
-        """Whether no group is short. We store short ones; kernels and other tools' files mostly cannot."""
-        return columns % self.group_size(columns) == 0
 
     def fit(
         self,

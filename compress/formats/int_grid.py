@@ -102,7 +102,7 @@ class IntGrid(Format, ActivationFormat):
         whole = weight.reshape(1, -1) if self.group == "tensor" else weight
         groups = grid.to_groups(whole, whole.shape[1] if self.group == "tensor" else size)
         if search:
-            scale, zero = grid.search_range(groups, self.bits, self.scheme, self._by_group(importance, weight, size))
+            scale, zero = grid.search_range(groups, self.bits, self.scheme, self._by_group(importance, size))
         else:
             scale, zero = grid.fit_range(groups, self.bits, self.scheme)
         rows = weight.shape[0]
@@ -110,7 +110,7 @@ class IntGrid(Format, ActivationFormat):
             zero = zero.half().float()
         return {"scale": scale.half().expand(rows, -1), "zero": zero.expand(rows, -1)}
 
-    def _by_group(self, importance: Tensor | None, weight: Tensor, size: int) -> Tensor | None:
+    def _by_group(self, importance: Tensor | None, size: int) -> Tensor | None:
         if importance is None or self.group == "tensor":
             return None
         return grid.to_groups(importance.reshape(1, -1), size)[0]
@@ -121,7 +121,7 @@ class IntGrid(Format, ActivationFormat):
         index = columns // cast(int, self.group) if groups > 1 else torch.zeros_like(columns)
         scale, zero = params["scale"][:, index].float(), params["zero"][:, index]
         codes = grid.encode(weight, scale, zero, self.bits)
-        return codes, grid.decode(codes, scale, zero)
+        return codes.to(torch.uint8), grid.decode(codes, scale, zero)
 
     def rounder(self, params: Params, columns: Tensor) -> Rounder:
         """As Format.rounder, without looking anything up per column."""

@@ -162,7 +162,7 @@ class Lookup(Format):
             # bitsandbytes divides in a short last block, where it otherwise multiplies by the inverse
             unit = torch.where(index == len(params["absmax"]) - 1, weight / absmax, unit)
         codes = tables.nearest(unit, params["table"])
-        return codes, params["table"][codes] * params["scale"][index]
+        return codes.to(torch.uint8), params["table"][codes] * params["scale"][index]
 
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
         tensors = {"codes": grid.pack_bits(codes, self.bits)}

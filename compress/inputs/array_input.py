@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import InputError, UsageError
+from compress.errors import InputError, UsageError, unread
+from compress.files import read_json
 from compress.inputs.arrays import check_arrays, filled, read_npz, tokens_of
 from compress.inputs.documents import is_lines, read_documents
 from compress.inputs.pictures import NAME
@@ -39,11 +40,11 @@ class ArrayInput:
         """From the preprocessing.json of an exported folder. Raises: InputError."""
         path = folder / NAME
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+            content: dict[str, Any] = read_json(path)
             return cls(folder, Interface.read(json.dumps(content["interface"])), int(content["longest"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} does not say how inputs are made ({error!r}). Export the artifact again."
+                f"{path} does not say how inputs are made ({unread(error)}). Export the artifact again."
             ) from error
 
     def rows(self, given: Any, truncate: bool = False) -> tuple[list[str], Floats]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from compress.errors import InputError, UsageError
 from compress.inputs.documents import is_lines, read_documents, read_labels
 from compress.inputs.images import Images
+from compress.inputs.npz import load_npz
 from compress.models.folder import load_tokenizer
 from compress.models.image_source import ImageSource
 from compress.models.onnx_interface import EXACT, FREE, IDS, MASK, Feed, Floats, Interface
@@ -94,15 +93,14 @@ def read_npz(path: Path, interface: Interface, more: Sequence[str] = ()) -> dict
     if path.suffix != ".npz" or not path.is_file():
         kinds = "an .npz with an array for each input" + (", or texts" if interface.is_text else "")
         raise UsageError(f"{path} is no file that this model takes. Give {kinds} ({', '.join(names)}).")
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name")
-            found = {name: content[name] for name in (*names, *more) if name in content}
-            held = ", ".join(content) or "nothing"
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as .npz without pickles ({error}). Use numpy.savez.") from error
-    return check_arrays(path, found, interface, more, held)
+    held = list[str]()
+
+    def choose(there: Sequence[str]) -> list[str]:
+        held.extend(there)
+        return [name for name in (*names, *more) if name in there]
+
+    found = load_npz(path, choose)
+    return check_arrays(path, found, interface, more, ", ".join(held) or "nothing")
 
 
 def check_arrays(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import json
 import lzma
 from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError, UsageError
+from compress.files import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".json")
 KINDS = ".txt, .jsonl (text or ids), .json (lists of ids), each also .gz or .xz, or module:callable"
+MOST_BYTES = 1 << 30
+"""Of a file of texts, unpacked: a kilobyte can unpack to a thousand."""
 
 
 def read_documents(source: str | Path) -> list[str] | list[list[int]]:
@@ -37,7 +39,7 @@ def read_documents(source: str | Path) -> list[str] | list[list[int]]:
         elif name.endswith(".jsonl"):
             documents = [_from_row(_parsed(line, place, path), path) for place, line in _lines(text)]
         else:
-            documents = json.loads(text)
+            documents = parse_json(text)
     except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}). Allowed: {KINDS}, UTF-8.") from error
     checked: list[str] | list[list[int]] = _checked(documents, path)
@@ -47,7 +49,9 @@ def read_documents(source: str | Path) -> list[str] | list[list[int]]:
 def _read_text(path: Path) -> str:
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "rb") as stream:
-        content: bytes = stream.read()
+        content: bytes = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise InputError(f"{path} holds more than {MOST_BYTES >> 20:,} MiB of text. Give a part of it.")
     return content.decode("utf8")
 
 
@@ -58,7 +62,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 def _parsed(line: str, place: int, path: Path) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise InputError(f"{path}, line {place}, is not JSON ({error}). Each line is an object or is blank.") from error
 
@@ -87,7 +91,18 @@ def _checked(documents: Any, path: Path) -> Any:
     )
     if not (is_text or is_ids) or not documents:
         raise InputError(f"{path}: expected texts, or lists of token ids (whole numbers from 0), and at least one.")
+    if is_text:
+        _check_characters(documents, path)
     return documents
+
+
+def _check_characters(documents: list[str], path: Path) -> None:
+    """JSON can write half a character, which no tokenizer takes. Raises: InputError."""
+    try:
+        for text in documents:
+            text.encode("utf8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: a text holds half a character ({error.reason}). Write it anew as UTF-8.") from error
 
 
 def is_lines(source: str | Path) -> bool:

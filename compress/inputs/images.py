@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import InputError, UnsupportedError, UsageError
+from compress.inputs.npz import load_npz
 from compress.models.image_source import ImageSource, Row
 from compress.models.user_module import Preprocess
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 Pixels = NDArray[Any]
 KINDS = ".npz (images, labels), or a folder with one folder of images per class"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+MOST_PIXELS = 1 << 27
+"""Of an image that was resized by its shorter side: a strip of one pixel's height would grow without end."""
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
 CALIBRATION_SAMPLES = 512
 # Images that go through a model at once: fixed, since an activation grid that is fitted per call sees all of them.
 BATCH = 32
@@ -94,20 +99,18 @@ def read_images(source: str | Path, image: ImageSource) -> Images:
         raise UsageError(f"No such data: {path}. Allowed for an image classifier: {KINDS}.")
     if path.suffix != ".npz":
         raise UsageError(f"{path}: data of this kind is not read for an image classifier. Allowed: {KINDS}.")
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name")
-            first = "images" if "images" in content else image.input
-            wanted = (first, "labels") if image.labelled else (first,)
-            missing = [name for name in wanted if name not in content]
-            if missing:
-                names = ", ".join(content) or "nothing"
-                raise InputError(f"{path} has no array '{missing[0]}'; it holds {names}. Wanted: {', '.join(wanted)}.")
-            images = content[first]
-            labels = content["labels"] if image.labelled else np.zeros(len(images), np.int64)
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as .npz without pickles ({error}). Use numpy.savez.") from error
+
+    def choose(there: Sequence[str]) -> list[str]:
+        wanted = ["images" if "images" in there else image.input, *(["labels"] if image.labelled else [])]
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            names = ", ".join(there) or "nothing"
+            raise InputError(f"{path} has no array '{missing[0]}'; it holds {names}. Wanted: {', '.join(wanted)}.")
+        return wanted
+
+    found = load_npz(path, choose)
+    images = found["images"] if "images" in found else found[image.input]
+    labels = found["labels"] if image.labelled else np.zeros(len(images), np.int64)
     return _checked(path, laid_out(path, images, image.shape), labels, image)
 
 
@@ -142,26 +145,32 @@ def _checked(path: Path, pixels: Pixels, labels: Pixels, image: ImageSource) -> 
 
 def _read_folder(folder: Path, shape: Row, labelled: bool) -> tuple[Pixels, Pixels]:
     """Classes are the folders in order of name; without labels all images below the folder are taken."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if labelled else [folder]
+    files = [(path, place) for place, each in enumerate(classes) for path in sorted(each.rglob("*"))]
+    files = [(path, place) for path, place in files if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not files:
+        where = " in a folder per class" if labelled else ""
+        raise InputError(f"{folder} holds no images{where} ({', '.join(SUFFIXES)}).")
+    return read_files([path for path, _ in files], shape), np.array([place for _, place in files], np.int64)
+
+
+def read_files(files: Sequence[Path], shape: Row) -> Pixels:
+    """Pixels (n, channels, h, w) uint8 of image files, each resized and cut. Of what Pillow reads only kinds of pixels
+    are tried: it hands PostScript to a program. Raises: InputError, UnsupportedError where Pillow is missing."""
     try:
         import PIL.Image
     except ImportError as error:
         raise UnsupportedError(
-            f"{folder}: image files are read with Pillow, which is not installed. Install it: pip install pillow."
+            f"{files[0]}: image files are read with Pillow, which is not installed. Install it: pip install pillow."
         ) from error
-    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if labelled else [folder]
-    files = [(path, place) for place, each in enumerate(classes) for path in sorted(each.rglob("*"))]
-    files = [(path, place) for path, place in files if path.suffix.lower() in SUFFIXES]
-    if not files:
-        where = " in a folder per class" if labelled else ""
-        raise InputError(f"{folder} holds no images{where} ({', '.join(SUFFIXES)}).")
     pixels = np.empty((len(files), *shape), np.uint8)
-    for row, (path, _) in enumerate(files):
+    for row, path in enumerate(files):
         try:
-            with PIL.Image.open(path) as picture:
+            with PIL.Image.open(path, formats=FORMATS) as picture:
                 pixels[row] = cropped(picture, shape)
-        except (OSError, PIL.Image.DecompressionBombError) as error:
+        except (*_BROKEN, PIL.Image.DecompressionBombError) as error:
             raise InputError(f"{path} cannot be read as an image ({error}).") from error
-    return pixels, np.array([place for _, place in files], np.int64)
+    return pixels
 
 
 def cropped(picture: Image, shape: Row) -> Pixels:
@@ -169,9 +178,11 @@ def cropped(picture: Image, shape: Row) -> Pixels:
     channels, height, width = shape
     if channels not in (1, 3):
         raise UnsupportedError(f"Image files give 1 or 3 channels; the model takes {channels}. Give an .npz.")
-    picture = picture.convert("L" if channels == 1 else "RGB")
     scale = max(height / picture.height, width / picture.width)
     size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, which would be resized to {size[0]} x {size[1]}")
+    picture = picture.convert("L" if channels == 1 else "RGB")
     picture = picture.resize(size, resample=2) if size != picture.size else picture  # 2: bilinear
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     pixels = np.asarray(picture.crop((left, top, left + width, top + height)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import InputError, UnsupportedError, UsageError
-from compress.inputs.images import SUFFIXES, cropped, laid_out
+from compress.errors import InputError, UsageError, unread
+from compress.files import read_json
+from compress.inputs.images import SUFFIXES, laid_out, read_files
+from compress.inputs.npz import load_npz
 
 NAME = "preprocessing.json"
 KINDS = f"an image ({', '.join(SUFFIXES)}), a folder of them, or an .npz with an array 'images'"
@@ -37,7 +37,7 @@ class ImageInput:
         """From the preprocessing.json of an exported folder. Raises: InputError."""
         path = folder / NAME
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+            content: dict[str, Any] = read_json(path)
             size, mean, std = content["input"], content["mean"], content["std"]
             made = cls(
                 (int(size["channels"]), int(size["height"]), int(size["width"])),
@@ -49,7 +49,7 @@ class ImageInput:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} does not say how inputs are made ({error!r}). Export the artifact again."
+                f"{path} does not say how inputs are made ({unread(error)}). Export the artifact again."
             ) from error
         if {len(made.mean), len(made.std)} - {0, made.shape[0]} or len(made.mean) != len(made.std) or 0.0 in made.std:
             raise InputError(f"{path}: mean and std do not fit {made.shape[0]} channels. Export the artifact again.")
@@ -94,11 +94,11 @@ def read_pictures(source: str | Path, shape: tuple[int, int, int]) -> tuple[list
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
             raise InputError(f"{path} holds no images ({', '.join(SUFFIXES)}).")
-        return [file.relative_to(path).as_posix() for file in files], _read(files, shape)
+        return [file.relative_to(path).as_posix() for file in files], read_files(files, shape)
     if not path.is_file():
         raise UsageError(f"No such input: {path}. Allowed: {KINDS}.")
     if path.suffix.lower() in SUFFIXES:
-        return [path.name], _read([path], shape)
+        return [path.name], read_files([path], shape)
     if path.suffix != ".npz":
         raise UsageError(f"{path}: input of this kind is not read for an image classifier. Allowed: {KINDS}.")
     pixels = laid_out(path, _array(path), shape)
@@ -108,29 +108,9 @@ def read_pictures(source: str | Path, shape: tuple[int, int, int]) -> tuple[list
 
 
 def _array(path: Path) -> NDArray[Any]:
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile) or "images" not in content:
-                names = ", ".join(content) if isinstance(content, np.lib.npyio.NpzFile) else "one without a name"
-                raise InputError(f"{path} has no array 'images'; it holds {names or 'nothing'}.")
-            found: NDArray[Any] = content["images"]
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as .npz without pickles ({error}). Use numpy.savez.") from error
-    return found
+    def choose(there: Sequence[str]) -> list[str]:
+        if "images" not in there:
+            raise InputError(f"{path} has no array 'images'; it holds {', '.join(there) or 'nothing'}.")
+        return ["images"]
 
-
-def _read(files: list[Path], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise UnsupportedError(
-            f"{files[0]}: image files are read with Pillow, which is not installed. Install it: pip install pillow."
-        ) from error
-    pixels = np.empty((len(files), *shape), np.uint8)
-    for row, path in enumerate(files):
-        try:
-            with PIL.Image.open(path) as picture:
-                pixels[row] = cropped(picture, shape)
-        except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise InputError(f"{path} cannot be read as an image ({error}).") from error
-    return pixels
+    return load_npz(path, choose)["images"]

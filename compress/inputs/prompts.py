@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError, UsageError
+from compress.files import read_json
 from compress.inputs.documents import read_documents
-from compress.models.folder import first_line, load_tokenizer, parse_config, positions
+from compress.models.folder import first_line, load_tokenizer, parse_config, positions, refuse_code
 
 Message = Mapping[str, str]
 """{"role": "user", "content": …}"""
@@ -136,7 +136,9 @@ def read_texts(source: str | Path) -> list[str] | list[list[int]]:
 
 def read_reader(folder: Path) -> Reader:
     """How an exported language model or encoder reads its prompts. Raises: InputError."""
-    config = parse_config(folder, _object(folder / "config.json")).get_text_config()
+    raw = _object(folder / "config.json")
+    refuse_code(folder / "config.json", raw)
+    config = parse_config(folder, raw).get_text_config()
     given = _object(folder / "generation_config.json")
     tokenizer = load_tokenizer(folder)
     ends = given.get("eos_token_id", getattr(config, "eos_token_id", None))
@@ -158,8 +160,8 @@ def read_reader(folder: Path) -> Reader:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file. Raises: InputError."""
     try:
-        content = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
-    except ValueError as error:
+        content = read_json(path) if path.is_file() else {}
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not JSON ({error}). Export the artifact again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not an object. Export the artifact again.")

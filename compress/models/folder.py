@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError, UnsupportedError, UsageError
+from compress.files import read_json
 
 SIDE_FILES = (
     "generation_config.json",
@@ -61,16 +61,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
     try:
-        raw = json.loads(file.read_text(encoding="utf8"))
+        raw = read_json(file)
     except (ValueError, OSError) as error:
         raise InputError(f"{file} is not JSON ({error}). Fetch or save it again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"{file} holds a {type(raw).__name__}, not an object. Fetch or save it again.")
-    for where in _remote_code(raw):
-        raise InputError(
-            f"{file} asks for code of its own to be run ('{where}'). That is not done. Supported are the "
-            "architectures that transformers ships; remove the key if the model is one of them."
-        )
+    refuse_code(file, raw)
+    _check_depth(file, raw)
     quantized = raw.get("quantization_config")
     if quantized is not None:
         method = str(quantized.get("quant_method", "unknown")) if isinstance(quantized, dict) else "unknown"
@@ -78,13 +75,40 @@ def read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _remote_code(value: Any, path: str = "") -> list[str]:
-    if isinstance(value, Mapping):
-        found = [f"{path}{key}" for key in value if key in ("auto_map", "trust_remote_code", "custom_pipelines")]
-        return found + [hit for key, item in value.items() for hit in _remote_code(item, f"{path}{key}.")]
-    if isinstance(value, list):
-        return [hit for item in value for hit in _remote_code(item, path)]
-    return []
+CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
+MOST_LAYERS = 10_000
+
+
+def refuse_code(file: Path, content: Any) -> None:
+    """Raises: InputError where a config or tokenizer asks for code of its own to be run: a class, or a hub's kernel."""
+    for where in _remote_code(content):
+        raise InputError(
+            f"{file} asks for code of its own to be run ('{where}'). That is not done. Supported are the "
+            "architectures that transformers ships; remove the key if the model is one of them."
+        )
+
+
+def _remote_code(content: Any) -> list[str]:
+    """Paths of the keys that do. A stack, since a file may be nested deeper than calls may."""
+    found, waiting = list[str](), [("", content)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, Mapping):
+            found += [f"{path}{key}" for key in value if key in CODE_KEYS]
+            waiting += [(f"{path}{key}.", item) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(path, item) for item in value]
+        elif isinstance(value, str) and "/" in value and "_implementation" in path:  # attention by org/name
+            found.append(path.rstrip("."))
+    return found
+
+
+def _check_depth(file: Path, raw: Mapping[str, Any]) -> None:
+    """A file of a few bytes may ask for layers without end. Raises: InputError."""
+    parts = [raw, *(value for value in raw.values() if isinstance(value, Mapping))]
+    for key, value in (item for part in parts for item in part.items()):
+        if "layer" in key and type(value) is int and abs(value) > MOST_LAYERS:
+            raise InputError(f"{file}: {key} is {str(value)[:40]}; models of up to {MOST_LAYERS:,} layers are read.")
 
 
 def parse_config(path: Path, raw: dict[str, Any]) -> Any:
@@ -114,11 +138,7 @@ def load_tokenizer(path: Path) -> Any:
 
     config = path / "tokenizer_config.json"
     try:
-        raw = json.loads(config.read_text(encoding="utf8")) if config.is_file() else {}
-        if _remote_code(raw):
-            raise InputError(
-                f"{config} asks for code of its own to be run ('{_remote_code(raw)[0]}'). That is not done."
-            )
+        refuse_code(config, read_json(config) if config.is_file() else {})
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except InputError:
         raise

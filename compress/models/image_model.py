@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InputError, UnsupportedError
-from compress.layer import Layer, LayerKind, LayerSpec
+from compress.layer import LayerKind, LayerSpec
 from compress.models import fold_norms
 from compress.models.fold_norms import ModuleCall, Pair
-from compress.models.image_source import OfImages
+from compress.models.image_source import BLOCK, OfImages, Opened
+from compress.models.reader import StateReader
 from compress.models.skeleton import OUTER, Structure, tied_names
 from compress.models.user_module import Factory, Preprocess, open_factory
-
-BLOCK = ""
-"""The one block is the module itself."""
 
 
 @dataclass(frozen=True)
@@ -101,50 +99,7 @@ class ImageModule(OfImages):
         return module
 
 
-@dataclass(frozen=True)
-class StateReader:
-    """The tensors of a module in memory. nbytes: of all as the callable made them."""
-
-    state: Mapping[str, Tensor] = field(repr=False)
-    source: str
-    nbytes: int
-
-    def layer(self, spec: LayerSpec) -> Layer:
-        """One layer, its weight seen as (out, in)."""
-        weight = self._read(f"{spec.name}.weight").reshape(spec.shape)
-        bias = self._read(f"{spec.name}.bias") if spec.has_bias else None
-        return Layer(spec.name, spec.kind, weight, bias, users=spec.users, groups=spec.groups)
-
-    def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors that are no layer's."""
-        return {name: self._read(name) for name in names}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """As the callable made it; float32 where a normalisation is folded in."""
-        return self.state[name].dtype
-
-    def release(self) -> None:
-        """Nothing is open: the tensors are the module's own."""
-
-    def _read(self, name: str) -> Tensor:
-        tensor = self.state[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{name} of {self.source} holds NaN or infinite values; compressing it would hide that.")
-        return tensor
-
-
-@dataclass(frozen=True)
-class Opened:
-    """An image classifier, ready to be a Model. digest: of the file and of every tensor."""
-
-    image: ImageModule
-    structure: Structure
-    reader: StateReader
-    digest: str
-    notes: tuple[str, ...]
-
-
-def open_images(reference: str, sha256: str = "") -> Opened:
+def open_images(reference: str, sha256: str = "") -> Opened[ImageModule]:
     """Run `file.py:callable` and find out what its module is.
 
     Args: sha256: what the file must be to be run.

@@ -4,15 +4,21 @@ of. A sample that is no image is one row of all its inputs (compress/models/onnx
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.hwprofiles import Profile
 from compress.models.onnx_interface import Interface
+from compress.models.reader import Reader
+from compress.models.skeleton import Structure
 from compress.models.user_module import Preprocess
+
+BLOCK = ""
+"""The one block is the module itself."""
 
 Row = tuple[int, ...]
 """The shape of a sample: (channels, h, w) of an image, else (width,)."""
@@ -169,3 +175,17 @@ class ImageSource(Protocol):
     def described(self) -> dict[str, Any]:
         """The preprocessing.json of an exported folder."""
         ...
+
+
+Source = TypeVar("Source", bound=ImageSource, covariant=True)
+
+
+@dataclass(frozen=True)
+class Opened(Generic[Source]):
+    """A source, ready to be a Model. digest: of its files, its preprocessing and, of a module, its tensors."""
+
+    image: Source
+    structure: Structure
+    reader: Reader
+    digest: str
+    notes: tuple[str, ...]

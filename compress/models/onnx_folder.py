@@ -160,7 +160,10 @@ def _normalised(path: Path, means: Any, deviations: Any, channels: int) -> Prepr
     try:
         mean, std = (tuple(float(figure) for figure in figures) for figures in (means, deviations))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is malformed ({error!r}). Wanted: an object with the lists mean and std.") from error
+        raise InputError(
+            f"{path}: mean is {str(means)[:60]}, std is {str(deviations)[:60]}. Wanted: lists of {channels} number(s) "
+            'each, such as {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}.'
+        ) from error
     if not mean and not std:
         return Preprocess("x / 255")
     if {len(mean), len(std)} != {channels} or min(std) <= 0 or not all(map(isfinite, (*mean, *std))):

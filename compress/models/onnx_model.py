@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compress.errors import InputError, UnsupportedError
 from compress.layer import LayerKind, LayerSpec
-from compress.models.image_model import BLOCK, StateReader
+from compress.models.image_source import BLOCK, Opened
 from compress.models.onnx_file import RUN_DOMAINS, open_file
 from compress.models.onnx_folder import Beside, read_beside, read_preprocessing
 from compress.models.onnx_interface import GIVEN, IDS, Interface
@@ -29,6 +29,7 @@ from compress.models.onnx_layers import DOMAIN, take_layers
 from compress.models.onnx_module import GraphModule, Place, Plan
 from compress.models.onnx_prepare import TOLERANCE, prepare, sample
 from compress.models.onnx_runtime import open_session
+from compress.models.reader import StateReader
 from compress.models.skeleton import OUTER, Structure
 from compress.models.user_module import Preprocess
 
@@ -153,18 +154,7 @@ class OnnxModule:
         }
 
 
-@dataclass(frozen=True)
-class OpenedGraph:
-    """An ONNX model, ready to be a Model. digest: of its files and its preprocessing."""
-
-    image: OnnxModule
-    structure: Structure
-    reader: StateReader
-    digest: str
-    notes: tuple[str, ...]
-
-
-def open_onnx(path: Path) -> OpenedGraph:
+def open_onnx(path: Path) -> Opened[OnnxModule]:
     """Open `model.onnx`. Raises: UsageError, InputError (malformed, unsafe), UnsupportedError, ResourceError (see
     `prepare`)."""
     opened, beside = open_file(path), read_beside(path)
@@ -188,7 +178,7 @@ def open_onnx(path: Path) -> OpenedGraph:
     image = replace(image, multiplications=_check_module(image, ready, taken.tensors, path))
     digest = f"{opened.sha256} {preprocess.text}"
     reader = StateReader(taken.tensors, str(path), opened.nbytes)
-    return OpenedGraph(image, _structure(image.plan), reader, digest, (*notes, *taken.notes, *told))
+    return Opened(image, _structure(image.plan), reader, digest, (*notes, *taken.notes, *told))
 
 
 def _is_classifier(interface: Interface, beside: Beside) -> bool:

@@ -1,13 +1,15 @@
-"""`Reader`: where a model's weights are read from."""
+"""`Reader`: where a model's weights are read from; `StateReader`: from a module in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from compress.errors import InputError
 from compress.layer import Layer, LayerSpec
 
 
@@ -34,3 +36,35 @@ class Reader(Protocol):
     def nbytes(self) -> int:
         """Bytes of all files."""
         ...
+
+
+@dataclass(frozen=True)
+class StateReader:
+    """The tensors of a module in memory. nbytes: of all as the callable made them."""
+
+    state: Mapping[str, Tensor] = field(repr=False)
+    source: str
+    nbytes: int
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        """One layer, its weight seen as (out, in)."""
+        weight = self._read(f"{spec.name}.weight").reshape(spec.shape)
+        bias = self._read(f"{spec.name}.bias") if spec.has_bias else None
+        return Layer(spec.name, spec.kind, weight, bias, users=spec.users, groups=spec.groups)
+
+    def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors that are no layer's."""
+        return {name: self._read(name) for name in names}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As the callable made it; float32 where a normalisation is folded in."""
+        return self.state[name].dtype
+
+    def release(self) -> None:
+        """Nothing is open: the tensors are the module's own."""
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.state[name]
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name} of {self.source} holds NaN or infinite values; compressing it would hide that.")
+        return tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from compress.errors import InputError, UnsupportedError, nearest
+from compress.errors import InputError, UnsupportedError, is_out_of_memory, nearest
+from compress.files import read_json
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths import products
 from compress.models.experts import owner
@@ -79,8 +81,7 @@ class Checkpoint:
     def _tensor(self, path: Path, key: str) -> Tensor:
         if path not in self._handles:
             self._handles[path] = open_file(path)
-        tensor: Tensor = self._handles[path].get_tensor(key)
-        return tensor
+        return read_tensor(self._handles[path], key, path)
 
     def _convert(self, name: str, origin: Origin) -> Tensor:
         converter = deepcopy(origin.converter)
@@ -150,9 +151,20 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{path} cannot be mapped ({error})") from error
         raise InputError(
             f"{path} cannot be read as safetensors ({error}). It is truncated or malformed: fetch or save it again."
         ) from error
+
+
+def read_tensor(handle: Any, key: str, path: Path) -> Tensor:
+    """One tensor of an opened file. Raises: InputError for one that is not in it."""
+    try:
+        tensor: Tensor = handle.get_tensor(key)
+    except SafetensorError as error:
+        raise InputError(f"{path}: tensor {key} cannot be read ({error}). Fetch or save the file again.") from error
+    return tensor
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
@@ -164,7 +176,8 @@ def find_files(folder: Path) -> tuple[Path, ...]:
     if index.is_file():
         return _indexed_files(folder, index)
     single = folder / "model.safetensors"
-    files = (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
+    others = (path for path in sorted(folder.glob("*.safetensors")) if path.is_file())  # a pipe would never end
+    files = (single,) if single.is_file() else tuple(others)
     if files:
         return files
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -178,13 +191,15 @@ def find_files(folder: Path) -> tuple[Path, ...]:
 
 def _indexed_files(folder: Path, index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = tuple(folder / str(name) for name in names)
+        strays = [path for path in files if path.parent != folder or not path.is_file()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is not a checkpoint index ({error!r}). Fetch or save it again.") from error
-    files = tuple(folder / str(name) for name in names)
-    for path in files:
-        if path.parent != folder or not path.is_file():
-            raise InputError(f"{index} names {path.name!r}, which is not a file beside it. Fetch the missing part.")
+    if strays:
+        raise InputError(f"{index} names {strays[0].name!r}, which is not a file beside it. Fetch the missing part.")
+    if not files:
+        raise InputError(f"{index} names no file. Fetch or save it again.")
     return files
 
 
@@ -270,10 +285,22 @@ def _origin(parts: list[tuple[Path, str, str | None]], by_pattern: dict[str, Any
     )
 
 
+def _check_header(path: Path) -> None:
+    """Of two tensors of one name the library gives the last, another reader the first. Raises: InputError."""
+    with path.open("rb") as stream:
+        text = stream.read(int.from_bytes(stream.read(8), "little"))
+    pairs = json.loads(text, object_pairs_hook=list)  # the library has read it, so it is JSON
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: its header holds {twice[0]} twice. It is malformed: fetch or save it again.")
+
+
 def _keys(files: tuple[Path, ...]) -> list[tuple[Path, str]]:
     from transformers.core_model_loading import dot_natural_key
 
     keys = [(path, key) for path in files for key in open_file(path).keys()]  # noqa: SIM118 (a handle, not a dict)
+    for path in files:
+        _check_header(path)
     owners: dict[str, Path] = {}
     for path, key in keys:
         if owners.setdefault(key, path) != path:

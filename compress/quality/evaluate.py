@@ -7,37 +7,25 @@ logits is ever written.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.engine.stream import BlockStream
-from compress.errors import UsageError
-from compress.export import find as find_target
-from compress.hwprofiles import Profile
-from compress.inputs.data import Samples, Windows
-from compress.inputs.images import BATCH, Images
+from compress.inputs.datasets import Samples
+from compress.inputs.images import Images
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
 from compress.progress import Progress
-from compress.quality import embedding_scores
 from compress.quality.calibration_error import Halves
 from compress.quality.continuations import Amount, plan_prompts
-from compress.quality.image_evaluate import evaluate_images, probe_images, probe_positions, probe_steps
-from compress.quality.metrics import headline
+from compress.quality.encoder_evaluate import evaluate_encoder
+from compress.quality.image_evaluate import evaluate_images
 from compress.quality.output_evaluate import evaluate_outputs
-from compress.quality.outputs import farthest
 from compress.quality.token_evaluate import evaluate_tokens, with_continuations
-from compress.quality.token_scores import Array
-from compress.records import Bounds, Quality, Verification
-from compress.speed.measure import thread_count
+from compress.records import Quality
 from compress.target import LogitsRunner, Runner, Session, Target
 
 Runners = tuple[Runner, Runner]
@@ -92,7 +80,7 @@ def evaluate(
     tokens = windows.rows()
     if source.task is Task.ENCODER:
         in_memory = zip(stream_logits(source, tokens), stream_logits(compressed, tokens), strict=True)
-        return _evaluate_encoder(baseline, artifact, in_memory, windows, progress)
+        return Evaluation(*evaluate_encoder(baseline, artifact, in_memory, windows, progress))
     ordered = [tokens[place] for place in Halves(len(tokens)).order]
     in_memory = zip(stream_logits(source, ordered), stream_logits(compressed, ordered), strict=True)
     judged = evaluate_tokens(baseline, artifact, in_memory, windows, source.tokenizer(), progress)
@@ -106,213 +94,3 @@ def runners_of(target: Target, baseline: tuple[Session, Path], artifact: tuple[S
     if make is None or not (baseline[0].is_decoder and artifact[0].is_decoder):
         return None
     return make(*baseline), make(*artifact)
-
-
-def _evaluate_encoder(
-    baseline: LogitsRunner,
-    artifact: LogitsRunner,
-    in_memory: Iterator[tuple[Tensor, Tensor]],
-    windows: Windows,
-    progress: Progress,
-) -> Evaluation:
-    pooled: list[list[NDArray[np.float64]]] = [[], [], [], []]
-    tokens = windows.rows()
-    progress.tick("Evaluating windows", 0, len(tokens))
-    for place, outputs in enumerate(in_memory):
-        one = tokens[place].numpy()[None]
-        hidden: tuple[Array, ...] = (
-            baseline.logits(one),
-            artifact.logits(one),
-            outputs[0][None],
-            outputs[1][None],
-        )
-        for group, values in zip(pooled, hidden, strict=True):
-            group.append(embedding_scores.mean_pool(values)[0])
-        progress.tick("Evaluating windows", place + 1, windows.ids.shape[0])
-    first, second, third, fourth = (np.stack(group) for group in pooled)
-    where, protocol, digest = artifact.name, f"embedding/mean-pool/{windows.protocol}", windows.digest
-    itself = embedding_scores.score_embeddings(first, first)
-    runtime, memory = embedding_scores.score_embeddings(first, second), embedding_scores.score_embeddings(third, fourth)
-    return Evaluation(
-        embedding_scores.summarize_embeddings(itself, "baseline", where, protocol, digest),
-        embedding_scores.summarize_embeddings(runtime, "compressed", where, protocol, digest),
-        headline(embedding_scores.summarize_embeddings(memory, "compressed", "torch, in memory", protocol, digest)),
-    )
-
-
-EXACT_BOUND = 1e-3
-EXACT_AGREEMENT = 0.999
-MIN_POSITIONS = 512
-PROBE_BYTES = 1 << 29  # of images that are held to compare an export with its model
-GREEDY_TOKENS = 64
-PROMPT_TOKENS = 16
-
-
-def verify_export(model: Model, folder: Path, profile: Profile, ids: Tensor, bounds: Bounds) -> Verification:
-    """Load an exported folder in its runtime, run it, and compare it with the in-memory model.
-
-    Args: ids (N, length) int64, taken as `verification_ids` does, or images (N, channels, h, w); bounds: what its
-    lowerings publish.
-    Raises: CompressError when the runtime does not load it.
-    """
-    target, threads, ids = find_target(profile.target), thread_count(profile), verification_ids(model, ids)
-    session = target.session(folder, threads)
-    exact = target.session(folder, threads, exact=True)
-    found = agreement(session, model, ids, bounds, exact)
-    if not session.is_decoder:
-        return found
-    compare = getattr(target, "compare_graphs", None)
-    if compare is not None:
-        limit = max(bounds.exact, EXACT_BOUND)
-        same, notes = compare(session, exact, ids.numpy(), limit, model.longest)
-        found = found.model_copy(update={"agrees": found.agrees and same, "notes": (*found.notes, *notes)})
-    prompt = ids[0, : max(1, min(PROMPT_TOKENS, model.longest - 1))].tolist()
-    tokens = session.greedy(prompt, min(GREEDY_TOKENS, model.longest - len(prompt)))
-    return found.model_copy(update={"greedy_tokens": tuple(tokens)})
-
-
-def verification_ids(model: Model, ids: Tensor) -> Tensor:
-    """As many of the windows (N, length) as hold 512 tokens, none longer than the model reads.
-
-    Where there are too few, windows of random tokens (seeded, below the vocabulary) are added. Of its own result it
-    is the same again. Images: see `probe_images`.
-    """
-    if model.image is not None:
-        return probe_images(model, ids)
-    ids = ids[:, : model.longest]
-    length = ids.shape[1]
-    rows = -(-MIN_POSITIONS // length)
-    missing = max(0, rows - ids.shape[0])
-    drawn = torch.randint(0, model.vocabulary, (missing, length), generator=torch.Generator().manual_seed(0))
-    return torch.cat([ids[:rows], drawn])
-
-
-def verification_inputs(samples: Samples) -> Tensor:
-    """What an export is compared with its model by: token ids (N, length), or as many images as that takes."""
-    if isinstance(samples, Windows):
-        return samples.ids
-    room = max(1, PROBE_BYTES // (4 * samples.pixels[0].numel()))
-    first = [samples.inputs(start) for start in range(0, min(len(samples), MIN_POSITIONS, room), BATCH)]
-    return torch.cat(first)
-
-
-def kept_inputs(model: Model, samples: Samples) -> list[list[int]]:
-    """What a manifest keeps for `verify`: the token ids; of images nothing, for which noise serves."""
-    return verification_ids(model, samples.ids).tolist() if isinstance(samples, Windows) else []
-
-
-def read_inputs(model: Model, kept: list[list[int]]) -> Tensor:
-    """What `kept_inputs` gave, as `verify_export` takes it."""
-    return torch.tensor(kept, dtype=torch.int64) if model.image is None else probe_images(model)
-
-
-def agreement(
-    runner: LogitsRunner, compressed: Model, ids: Tensor, bounds: Bounds, exact: LogitsRunner | None = None
-) -> Verification:
-    """Compare a runtime with the in-memory model, teacher-forced (design §2, "Agreement").
-
-    The largest logit difference must be within the bound. That the top token is the same wherever its margin exceeds
-    twice that difference follows by arithmetic, and is told, not asked. What can fail beside the bound is the top
-    token of the exact graph: the same at 99.9 % of the positions whose margin exceeds the exact bound itself.
-
-    Args: ids (N, length) int64, or images (N, channels, h, w); bounds: what the export's lowerings publish; exact: the
-    same graph with the kernels' own rounding of activations off, which tells a wrong lowering from a coarse kernel.
-    Raises: UsageError for fewer than 512 positions.
-    """
-    positions = ids.numel() if compressed.image is None else probe_positions(compressed, ids)
-    if positions < MIN_POSITIONS:
-        raise UsageError(
-            f"{positions} positions are too few to compare {runner.name} with the model. Give {MIN_POSITIONS}."
-        )
-    row = tuple(ids.shape[1:])
-    shipped, alone = _comparison(compressed, row), _comparison(compressed, row)
-    for one, expected in _steps(compressed, ids):
-        shipped.add(torch.from_numpy(runner.logits(one)).reshape(expected.shape), expected)
-        if exact is not None:
-            alone.add(torch.from_numpy(exact.logits(one)).reshape(expected.shape), expected)
-    limit, exact_limit = max(bounds.shipped, EXACT_BOUND), max(bounds.exact, EXACT_BOUND)
-    decided, share = shipped.decided(2 * shipped.widest)
-    agrees, exact_share = shipped.relative <= limit, None
-    if exact is not None:
-        exact_share = alone.decided(exact_limit * alone.scale)[1]
-        agrees = agrees and alone.relative <= exact_limit and exact_share >= EXACT_AGREEMENT
-    return Verification(
-        level=getattr(runner, "level", "ran"),
-        runtime=getattr(runner, "built_for", runner.name),
-        agrees=agrees,
-        positions=shipped.positions,
-        max_relative_difference=shipped.relative,
-        bound=limit,
-        exact_relative_difference=alone.relative if exact is not None else None,
-        exact_bound=exact_limit,
-        exact_top1_agreement=exact_share,
-        top1_agreement=shipped.same / shipped.positions,
-        decided_positions=decided,
-        decided_agreement=share,
-        notes=tuple(getattr(runner, "notes", ())),
-    )
-
-
-def _steps(model: Model, ids: Tensor) -> Iterator[tuple[NDArray[Any], Tensor]]:
-    """What a runner is given at a time, and the model's own output for it, (positions, outputs)."""
-    if model.image is not None:
-        yield from probe_steps(model, ids)
-        return
-    for place, expected in enumerate(stream_logits(model, ids)):
-        yield ids[place].numpy()[None], expected
-
-
-class _Comparison:
-    """Running figures of one runner against the model."""
-
-    def __init__(self) -> None:
-        self.widest, self.scale, self.positions, self.same = 0.0, 0.0, 0, 0
-        self._margins: list[Tensor] = []
-        self._hits: list[Tensor] = []
-
-    def add(self, found: Tensor, expected: Tensor) -> None:
-        """One window: both (length, vocabulary) float32."""
-        widest = float((found - expected).abs().max())
-        # a plain max would drop a NaN
-        self.widest = max(self.widest, widest if math.isfinite(widest) else math.inf)
-        self.scale = max(self.scale, float(expected.abs().max()))
-        top = expected.topk(min(2, expected.shape[-1]), -1)
-        self._margins.append(top.values[:, 0] - top.values[:, -1])
-        self._hits.append(found.argmax(-1) == top.indices[:, 0])
-        self.positions += expected.shape[0]
-        self.same += int(self._hits[-1].sum())
-
-    @property
-    def relative(self) -> float:
-        """Largest logit difference as a share of the largest logit; infinite where the runner put out NaN."""
-        return self.widest / (self.scale or 1.0)
-
-    def decided(self, margin: float) -> tuple[int, float]:
-        """Positions whose margin exceeds `margin`, and the share of them with the same top."""
-        clear = torch.cat(self._margins) > margin
-        hits = torch.cat(self._hits)[clear]
-        return int(clear.sum()), float(hits.float().mean()) if hits.numel() else 1.0
-
-
-class _OutputComparison(_Comparison):
-    """Of outputs that are no classes: norms of whole outputs. The largest of a hundred thousand boxes' differences says
-    how far one tail reaches, not whether the graph is right."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__()
-        self._sizes, self._largest = sizes, 0.0
-
-    def add(self, found: Tensor, expected: Tensor) -> None:
-        super().add(found, expected)
-        self._largest = max(self._largest, farthest(expected, found, self._sizes))
-
-    @property
-    def relative(self) -> float:
-        """The norm of an output's difference as a share of its norm, largest over outputs and samples."""
-        return self._largest
-
-
-def _comparison(model: Model, row: tuple[int, ...]) -> _Comparison:
-    if model.image is None or model.task.has_classes:
-        return _Comparison()
-    return _OutputComparison(model.image.sizes(row))

@@ -9,16 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from compress import hwprofiles, manifest
 from compress.errors import CompressError, InputError, UnsupportedError, UsageError, nearest
@@ -29,8 +26,9 @@ from compress.inputs.prompts import Reader, read_reader
 from compress.models.folder import first_line
 from compress.models.model import Task
 from compress.progress import Progress
+from compress.quality.harness_logs import keep_logs, pair_logs
 from compress.quality.harness_model import Answers, HarnessModel
-from compress.quality.task_pairs import Pairs, loss_gates, score_pairs
+from compress.quality.task_pairs import loss_gates, score_pairs
 from compress.recipe import TaskSettings
 from compress.records.task import Tasks
 from compress.speed.measure import thread_count
@@ -39,9 +37,6 @@ from compress.target import Runner, Session, Target
 LOGS = "tasks"
 """Folder of per-sample logs in the artifact of a recipe that names tasks."""
 PACKAGE, RANGE = "lm-eval", ">=0.4.9,<0.5"
-_OFFERED = ("acc", "acc_norm")
-"""Metrics of tasks that offer answers: guessing hits one in so many."""
-_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -70,14 +65,17 @@ def require_harness() -> str:
         ) from error
 
 
-def require_tasks(task: str, target: Target) -> str:
+def require_tasks(task: str, target: Target, request: TaskRequest | None = None) -> str:
     """The harness's version. Raises: UnsupportedError without it or where the target answers no requests here,
-    UsageError for a model that is no language model."""
+    UsageError for a model that is no language model, or a task of the request that the harness does not know."""
     if task != Task.CAUSAL_LM:
         raise UsageError(f"A model of kind {task or 'unknown'} has no tasks: they need a language model.")
     if getattr(target, "runner", None) is None:
         raise UnsupportedError(f"Artifacts for {target.RUNTIME} answer no requests here, so no tasks can be scored.")
-    return require_harness()
+    version = require_harness()
+    if request is not None:
+        _manager(request)
+    return version
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def score_tasks(
         notes=notes,
     )
     if request.out is not None:
-        _keep(request.out, logs)
+        keep_logs(request.out, logs)
         write_text(request.out / "tasks.json", found.model_dump_json(indent=1) + "\n")
     return found
 
@@ -135,52 +133,13 @@ def score_exported(
         Arm(target.session(folder / name, threads), folder / name, {"model": identity, "profile": machine})
         for name, identity in names.items()
     ]
+    return score_tasks(arms[0], arms[1], target, request_of(settings, folder / LOGS), progress)
+
+
+def request_of(settings: TaskSettings, out: Path | None = None) -> TaskRequest:
+    """What a recipe asks for. out: where logs are kept."""
     own = Path(settings.folder) if settings.folder else None
-    request = TaskRequest(settings.names, settings.limit, own, settings.chat, folder / LOGS, settings.max_loss)
-    return score_tasks(arms[0], arms[1], target, request, progress)
-
-
-def pair_logs(baseline: Mapping[str, Any], variant: Mapping[str, Any]) -> tuple[list[Pairs], tuple[str, ...]]:
-    """The harness's results of both models → pairs per task, filter and metric, and notes on what is not paired.
-
-    A metric is paired where the harness's own figure is the mean of its samples, or the perplexity of their sums;
-    another one (F1, BLEU) belongs to all samples together. Raises: InputError where the samples differ.
-    """
-    found, notes = [], list[str]()
-    for task, samples in baseline["samples"].items():
-        others = variant["samples"].get(task, [])
-        if [_identity(each) for each in samples] != [_identity(each) for each in others]:
-            raise InputError(f"Task {task} gave the two models different samples, which cannot be paired.")
-        filters = dict.fromkeys(str(each["filter"]) for each in samples)
-        for name in filters:
-            rows = [(one, two) for one, two in zip(samples, others, strict=True) if one["filter"] == name]
-            for metric in rows[0][0]["metrics"]:
-                pairs = _pairs(task, metric, name, rows, baseline)
-                if pairs is None:
-                    notes.append(f"{task} {metric} is no mean over samples, so it is not paired and left out")
-                else:
-                    found.append(pairs)
-    return found, tuple(dict.fromkeys(notes))
-
-
-def _pairs(
-    task: str, metric: str, name: str, rows: Sequence[tuple[Any, Any]], results: Mapping[str, Any]
-) -> Pairs | None:
-    told = results["results"].get(task, {}).get(f"{metric},{name}")
-    values = [[_value(one[metric]) for one in pair] for pair in rows]
-    if not isinstance(told, int | float) or any(each is None for pair in values for each in pair):
-        return None
-    table = np.array(values, np.float64)  # (samples, two models, value and weight)
-    first, second, weights = table[:, 0, 0], table[:, 1, 0], table[:, 0, 1]
-    mean = float(first.sum() / weights.sum())
-    is_nats = not math.isclose(mean, told, rel_tol=_SAME, abs_tol=_SAME)
-    if is_nats and not any(math.isclose(each, told, rel_tol=_SAME) for each in (math.exp(-mean), -mean / math.log(2))):
-        return None
-    higher = bool(results.get("higher_is_better", {}).get(task, {}).get(metric, True))
-    sign = -1.0 if is_nats else 1.0
-    offered = metric in _OFFERED and not is_nats
-    chance = float(np.mean([1 / len(one["arguments"]) for one, _ in rows])) if offered else None
-    return Pairs(task, metric, name, sign * first, sign * second, weights, is_nats, higher and not is_nats, chance)
+    return TaskRequest(settings.names, settings.limit, own, settings.chat, out, settings.max_loss)
 
 
 def answer_key(identity: Mapping[str, Any], backend: str, reader: Reader, version: str) -> str:
@@ -205,37 +164,11 @@ def _answer_path(request: TaskRequest, arm: str, key: str) -> Path | None:
     return folder / f"{arm}-{key[:32]}.jsonl"
 
 
-def _keep(folder: Path, logs: Mapping[str, Mapping[str, Any]]) -> None:
-    """The harness's per-sample logs, a line each: ARM/TASK.jsonl."""
-    for arm, results in logs.items():
-        (folder / arm).mkdir(parents=True, exist_ok=True)
-        for task, samples in results["samples"].items():
-            lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
-            write_text(folder / arm / f"{_file_name(task)}.jsonl", "".join(f"{line}\n" for line in lines))
-
-
-def _file_name(task: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in task)
-
-
 def _kind() -> type[HarnessModel]:
     """Our model as one of the harness's."""
     from lm_eval.api.model import LM
 
     return type("CompressModel", (HarnessModel, LM), {})
-
-
-def _value(given: Any) -> tuple[float, float] | None:
-    """A sample's value and weight; None of what is neither a number nor two."""
-    if isinstance(given, bool | int | float | np.number):
-        return float(given), 1.0
-    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(part, int | float) for part in given):
-        return (float(given[0]), float(given[1])) if given[1] > 0 else None
-    return None
-
-
-def _identity(sample: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(sample[name] for name in ("filter", "doc_id", "doc_hash", "prompt_hash", "target_hash"))
 
 
 def _manager(request: TaskRequest) -> Any:

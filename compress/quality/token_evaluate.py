@@ -12,7 +12,7 @@ from torch import Tensor
 from compress.errors import InputError
 from compress.inputs.windows import Windows
 from compress.progress import Progress
-from compress.quality import sums
+from compress.quality import token_summary
 from compress.quality.calibration_error import Halves
 from compress.quality.continuations import Known, Plan, compare_continuations, generation_metrics
 from compress.quality.metrics import in_order
@@ -84,7 +84,7 @@ class TokenJudge:
         return (
             summarize_tokens(scores, "baseline", source, fitted),
             shipped.model_copy(update={"worst": worst}),
-            sums.summarize(in_torch, "compressed", "torch, in memory", windows.protocol, windows.digest),
+            token_summary.summarize(in_torch, "compressed", "torch, in memory", windows.protocol, windows.digest),
         )
 
 
@@ -107,8 +107,8 @@ def with_continuations(
     of_baseline = {**baseline.metrics, **generation_metrics(found, control=True)}
     of_artifact = {**artifact.metrics, **generation_metrics(found, control=False)}
     return (
-        baseline.model_copy(update={"metrics": in_order(sums.TASK, of_baseline)}),
-        artifact.model_copy(update={"metrics": in_order(sums.TASK, of_artifact), "generation": found}),
+        baseline.model_copy(update={"metrics": in_order(token_summary.TASK, of_baseline)}),
+        artifact.model_copy(update={"metrics": in_order(token_summary.TASK, of_artifact), "generation": found}),
     )
 
 

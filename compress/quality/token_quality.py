@@ -20,8 +20,8 @@ from compress.quality.fidelity import (
     worst_tokens,
 )
 from compress.quality.metrics import Figures, Subject, in_order, measured
-from compress.quality.sums import TASK, summarize
 from compress.quality.token_scores import TokenScores
+from compress.quality.token_summary import TASK, summarize
 from compress.records import Quality
 from compress.records.quality import WorstSample
 

@@ -42,8 +42,7 @@ def energy_table(speed: Speed) -> Table:
             "that runs there, other programs too.",
         )
     elif _ENERGY in speed.unavailable:
-        rows = (("-", NOT_MEASURED, NOT_MEASURED, "-", "-"),)
-        notes = (clean(f"Unavailable: {speed.unavailable[_ENERGY]}", limit=600),)
+        rows, notes = (), (clean(f"Unavailable: {speed.unavailable[_ENERGY]}", limit=600),)
     else:
         rows, notes = (), ()
     columns = ("setting", "baseline J", "variant J", "baseline / variant", "verdict")

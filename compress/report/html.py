@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from compress.records import Report
 from compress.report.drawings import drawings_of
@@ -10,9 +11,10 @@ from compress.report.html_page import page_html
 from compress.report.rows import build_page
 
 
-def to_html(report: Report) -> str:
-    """The whole page, under 300 kB: of a very large model without its list of layers, which report.json has."""
-    return page_html(build_page(report), drawings_of(report), _data(report))
+def to_html(report: Report, folder: Path | None = None) -> str:
+    """The whole page, under 300 kB: of a very large model without its list of layers, which report.json has. folder:
+    where the report lies."""
+    return page_html(build_page(report, folder), drawings_of(report), _data(report))
 
 
 def _data(report: Report) -> Iterator[tuple[str, str]]:

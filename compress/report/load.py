@@ -31,6 +31,8 @@ def load(path: str | Path) -> Report:
 def _read(file: Path) -> bytes:
     if not file.exists():
         raise UsageError(f"There is no report at {file}. A run writes it as OUT/report.json.")
+    if not file.is_file():
+        raise InputError(f"{file} is no regular file. A report is one JSON object.")
     try:
         length = file.stat().st_size
         if length > MAX_BYTES:

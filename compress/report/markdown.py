@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from compress.records import Report
 from compress.report.rows import build_page
@@ -15,9 +16,9 @@ _EDGE_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word an u
 _RULES = {"l": ":--", "r": "--:"}
 
 
-def to_markdown(report: Report) -> str:
-    """The whole report; every text of the model's is escaped."""
-    return page_markdown(build_page(report))
+def to_markdown(report: Report, folder: Path | None = None) -> str:
+    """The whole report; every text of the model's is escaped. folder: where it lies."""
+    return page_markdown(build_page(report, folder))
 
 
 def page_markdown(page: Page) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 from compress.records import Gate, Report
 from compress.report import format as fmt
@@ -10,15 +12,26 @@ from compress.report.format import clean
 from compress.report.heat_rows import heat_of
 from compress.report.verdict import headline_timing, metric_name
 
-_PREDICTING = ("image-classifier", "image-outputs", "classifier", "array-outputs")
-_VERBS = {"causal-lm": "compress generate OUT", **dict.fromkeys(_PREDICTING, "compress predict OUT")}
+_PREDICTING = ("encoder", "image-classifier", "image-outputs", "classifier", "array-outputs")
+_VERBS = {"causal-lm": "compress generate", **dict.fromkeys(_PREDICTING, "compress predict")}
 MAX_STEPS = 4
+UNKNOWN = "OUT"
+"""Stands in a command for the folder of the report."""
 
 
-def next_steps(report: Report) -> tuple[str, ...]:
-    """OUT in a command is the folder of the report."""
-    found = [*_agreement(report), *_gates(report), *_speed(report), *_use(report)]
+def next_steps(report: Report, folder: Path | None = None) -> tuple[str, ...]:
+    """folder: of the report, which commands name."""
+    out = argument(folder)
+    found = [*_agreement(report), *_gates(report), *_speed(report, out), *_use(report, out)]
     return tuple(found[:MAX_STEPS])
+
+
+def argument(folder: Path | None) -> str:
+    """A folder as a shell takes it; `UNKNOWN` where it is not known, or its name is none to show in a line of code."""
+    text = "" if folder is None else str(folder)
+    if not text or not text.isprintable() or "`" in text:
+        return UNKNOWN
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def _agreement(report: Report) -> Iterable[str]:
@@ -48,26 +61,38 @@ def _missed(gate: Gate) -> str:
     return f"{metric_name(gate.name)} is {found} where {bound} was asked for"
 
 
-def _speed(report: Report) -> Iterable[str]:
+def _speed(report: Report, out: str) -> Iterable[str]:
     headline = headline_timing(report.speed)
     if headline is None:
-        yield (
-            f"Nothing was timed here. On a machine of profile {clean(report.profile)}, `compress profile OUT` times it."
-        )
+        machine = clean(report.profile)
+        if _ran(report):
+            yield f"Nothing was timed. On a machine of profile {machine}, `compress profile {out}` times it."
+        else:
+            yield (
+                f"Nothing was timed here. On a machine of profile {machine}, `compress verify {out}` checks it, "
+                f"then `compress profile {out}` times it."
+            )
         return
     if headline.verdict == "inconclusive":
-        yield "The speed is not settled: `compress profile OUT --budget 120` times longer. Let nothing else run."
+        yield f"The speed is not settled: `compress profile {out} --budget 120` times longer. Let nothing else run."
     elif headline.verdict == "slower":
         yield "Slower here: `compress plan` names the layers without a fast kernel on this profile, and what would be."
 
 
-def _use(report: Report) -> Iterable[str]:
+def _use(report: Report, out: str) -> Iterable[str]:
     agrees = report.verification is None or report.verification.agrees
     verb = _VERBS.get(report.request.task if report.request else "")
-    if agrees and verb and headline_timing(report.speed) is not None:
-        yield f"`{verb}` runs it; `compress verify OUT` checks it on another machine."
-    elif agrees:
-        yield "`compress verify OUT` checks it on the machine that it was made for."
+    if not agrees or not (_ran(report) or headline_timing(report.speed)):
+        return  # told already
+    if verb:
+        yield f"`{verb} {out}` runs it; `compress verify {out}` checks it on another machine."
+    else:
+        yield f"`compress verify {out}` checks it on the machine that it was made for."
+
+
+def _ran(report: Report) -> bool:
+    """Whether it ran in the runtime that it was made for."""
+    return report.verification is not None and report.verification.level == "ran"
 
 
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._")

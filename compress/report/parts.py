@@ -32,7 +32,7 @@ def show_speed(speed: Speed, console: Console) -> None:
     print_table(console, speed_table(speed))
     print_table(console, footprint_table(speed))
     for table in (end_to_end_table(speed), energy_table(speed), operator_table(speed)):
-        if table.rows:
+        if table.rows or table.notes:  # a note alone says why there is no figure
             print_table(console, table)
 
 

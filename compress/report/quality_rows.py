@@ -237,8 +237,9 @@ def _notes(known: list[Quality], keys: list[str]) -> tuple[str, ...]:
     for key in keys:
         metric = _first_metric(key, known)
         how = f"{metric.better} is better, {metric.samples} independent samples, protocol {clean(metric.protocol)}"
-        grouped.setdefault(how, []).append(metric_name(key))
-    notes += [f"{', '.join(names)}: {how}." for how, names in grouped.items()]
+        name = metric_name(key.partition("[")[0])  # of several outputs alike: the figure once
+        grouped.setdefault(how, []).append(name)
+    notes += [f"{', '.join(dict.fromkeys(names))}: {how}." for how, names in grouped.items()]
     digests = list(dict.fromkeys(clean(quality.data_digest) for quality in known))
     if len(digests) > 1:
         notes.append(f"CAUTION: these rows were not computed on the same data ({', '.join(digests)}).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from compress.records import Gate, Report
 from compress.report import format as fmt
@@ -11,7 +12,7 @@ from compress.report.detail_rows import float_note, layer_tables, run_tables
 from compress.report.format import clean
 from compress.report.heat_rows import heat_of, heat_table
 from compress.report.metric_names import metric_name
-from compress.report.next_steps import next_steps
+from compress.report.next_steps import UNKNOWN, argument, next_steps
 from compress.report.predicted_rows import latency_table, predicted_speedup, prediction_table, ratio
 from compress.report.quality_rows import quality_details, quality_evidence, quality_table
 from compress.report.size_rows import size_table
@@ -22,8 +23,8 @@ from compress.report.tiles import tiles_of
 from compress.report.verdict import headline_timing
 
 
-def build_page(report: Report) -> Page:
-    """Everything that any page shows of this report."""
+def build_page(report: Report, folder: Path | None = None) -> Page:
+    """Everything that any page shows of this report. folder: where it lies, for the commands that name it."""
     unmet = any(not gate.met for gate in report.gates)
     disagrees = report.verification is not None and not report.verification.agrees
     main = (_main_table(report), gate_table(report.gates), speed_table(report.speed), footprint_table(report.speed))
@@ -43,9 +44,9 @@ def build_page(report: Report) -> Page:
         main=tuple(table for table in main if table.rows or table.empty),
         warnings=_warnings(report),
         details=tuple(table for table in details if table.rows or table.empty),
-        blocks=_blocks(report),
+        blocks=_blocks(report, argument(folder)),
         tiles=tiles_of(report),
-        next_steps=next_steps(report),
+        next_steps=next_steps(report, folder),
         evidence=tuple(table for table in evidence if table.rows),
     )
 
@@ -67,9 +68,21 @@ def _main_table(report: Report) -> Table:
     if predicted is not None and report.plan is not None:
         assumed = fmt.size(report.plan.predicted_artifact_bytes), f"{fmt.significant(ratio(predicted))}x at best"
     arms = report.baseline_quality, report.artifact_quality, report.memory_quality
-    table = quality_table(*arms, (report.source_bytes, report.artifact_bytes), timing, assumed)
+    sizes = report.source_bytes, report.artifact_bytes
+    table = quality_table(*arms, sizes, timing, assumed)
     gates = () if report.gates else ("No gates were set.",)
-    return replace(table, notes=(*table.notes, *gates, *float_note(report)))
+    return replace(table, notes=(*table.notes, *_size_note(report), *gates, *float_note(report)))
+
+
+def _size_note(report: Report) -> tuple[str, ...]:
+    """Where the source's files and the exported baseline, from which the footprint counts, take another room."""
+    exported = report.speed.baseline.disk_bytes if report.speed else 0
+    if exported <= 0 or fmt.size(exported) == fmt.size(report.source_bytes):
+        return ()
+    return (
+        f"Size counts from the source's own files, {fmt.size(report.source_bytes)}; exported for the runtime without "
+        f"compression the model takes {fmt.size(exported)}, from which the footprint below counts.",
+    )
 
 
 def _grouped(name: str, tables: Iterable[Table]) -> list[Table]:
@@ -96,14 +109,15 @@ def _warnings(report: Report) -> tuple[str, ...]:
     return tuple(shown) if len(shown) <= limit else (*shown[:limit], f"{len(shown) - limit} more are in report.json.")
 
 
-def _blocks(report: Report) -> tuple[Block, ...]:
+def _blocks(report: Report, out: str) -> tuple[Block, ...]:
     command = Block("Exact command", fmt.clean_block(report.command) or "not recorded")
     recipe = Block("Recipe", fmt.clean_block(report.recipe) or "not recorded")
+    named = f"{UNKNOWN} is the folder that holds this report. " if out == UNKNOWN else ""
     verify = Block(
         "How to verify and repeat",
-        "compress verify OUT\ncompress reproduce OUT",
-        "OUT is the folder that holds this report. The first command holds every file against the sizes and sha256 "
-        "digests of manifest.json and runs the artifact again in its runtime, on the machine it was made for; the "
-        "second makes the artifact anew and compares.",
+        f"compress verify {out}\ncompress reproduce {out}",
+        f"{named}The first command holds every file against the sizes and sha256 digests of manifest.json and runs the "
+        "artifact again in its runtime, on the machine it was made for; the second makes the artifact anew and "
+        "compares.",
     )
     return command, recipe, verify

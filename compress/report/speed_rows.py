@@ -44,7 +44,9 @@ def footprint_table(speed: Speed | None) -> Table:
         return Table("footprint", "Footprint", (), "", ())
     before, after = speed.baseline, speed.variant
     rows = (_footprint_row("baseline", before), _footprint_row("variant", after), _footprint_change(before, after))
-    note = "Files as they are deployed in the runtime, which may differ from the source file."
+    note = (
+        "Disk: files as the runtime loads them. The baseline's are not the source's: it is exported as the variant is."
+    )
     columns = ("arm", "disk", "load time", "peak memory")
     return Table("footprint", "Footprint", columns, "lrrr", rows, notes=(note,))
 
@@ -54,17 +56,19 @@ def speed_details(speed: Speed | None) -> tuple[Table, ...]:
     if speed is None:
         return ()
     grids = (_grid_table(phase, speed.timings) for phase in dict.fromkeys(timing.phase for timing in speed.timings))
+    energy = energy_table(speed)
     made = (
         _span_table(speed),
         operator_table(speed),
         end_to_end_table(speed),
-        energy_table(speed),
+        energy,
         *grids,
         _best_table(speed.best),
         _percentile_table(speed),
         _round_table(speed),
     )
-    return tuple(replace(table, group=GROUP) for table in made if table.rows)
+    # without a figure of energy its note says why
+    return tuple(replace(table, group=GROUP) for table in made if table.rows or (table is energy and table.notes))
 
 
 def speed_warnings(speed: Speed | None) -> list[str]:

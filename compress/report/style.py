@@ -113,7 +113,7 @@ td.long { min-width: 13rem; }
 #heat table { font-size: .8rem; }
 #heat th, #heat td { padding: .25rem .6rem; border-bottom: 0; }
 #heat .interval { color: inherit; }
-#quality .interval, #continuations .interval { display: block; }
+#quality .interval, #continuations .interval, #variants .interval { display: block; }
 .facts-table tbody th { width: 15rem; color: var(--soft); font-weight: 450; }
 .facts-table tbody td.l { max-width: none; overflow-wrap: anywhere; }
 .faster, td.met { color: var(--good); font-weight: 600; }

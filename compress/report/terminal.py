@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from compress.records import Report
@@ -33,9 +34,10 @@ _FEW = 4  # rows of a table that may be turned on its side
 _WARNINGS = 4  # of the short page
 
 
-def to_terminal(report: Report, console: Console, *, full: bool = False) -> None:
-    """Print the report; `full` adds the skipped and changed layers, the environment and the commands."""
-    print_page(build_page(report), console, full=full, most_warnings=None if full else _WARNINGS)
+def to_terminal(report: Report, console: Console, *, full: bool = False, folder: Path | None = None) -> None:
+    """Print the report; `full` adds the skipped and changed layers, the environment and the commands. folder: where it
+    lies."""
+    print_page(build_page(report, folder), console, full=full, most_warnings=None if full else _WARNINGS)
 
 
 def print_page(page: Page, console: Console, *, full: bool = False, most_warnings: int | None = None) -> None:
@@ -113,7 +115,8 @@ def _stack(console: Console, table: Table) -> None:
     """A row per paragraph, for terminals too narrow for the columns."""
     for row in table.rows:
         keys = zip(table.columns[1 : table.keys], row[1 : table.keys], strict=True)
-        print_line(console, ", ".join([row[0], *(f"{title} {cell}" for title, cell in keys)]), "bold")
+        named = (f"{title} {cell}" for title, cell in keys if cell != "-")  # an image has no prompt
+        print_line(console, ", ".join([row[0], *named]), "bold")
         line = ""
         for title, cell in zip(table.columns[table.keys :], row[table.keys :], strict=True):
             if cell == "-":  # does not apply

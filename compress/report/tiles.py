@@ -39,7 +39,9 @@ def _size(report: Report) -> Tile:
     value, _, word = change.partition(" ")
     tone: Tone = "good" if word == "smaller" else "bad" if word == "larger" else "even"
     detail = f"{fmt.size(report.artifact_bytes)} from {fmt.size(report.source_bytes)}"
-    return Tile("Size", value if word != "same" else change, f"{word}, {detail}" if word != "same" else detail, tone)
+    if word == "same":
+        return Tile("Size", change, detail, tone)
+    return Tile("Size", value, f"{word} than the source, {detail}", tone)
 
 
 def _quality(report: Report) -> Tile:

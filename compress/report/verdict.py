@@ -119,7 +119,7 @@ def _headline(timing: Timing) -> str:
         return f"{timing.name} is slower, {value} the baseline's speed ({interval})"
     if timing.verdict == "same":
         return f"{timing.name} is as fast as the baseline, {value} ({interval})"
-    return f"{timing.name} is inconclusive, {value} ({interval})"
+    return f"the speed at {timing.name} is inconclusive ({value}, {interval})"
 
 
 def _named(timings: Sequence[Timing]) -> str:
@@ -133,9 +133,8 @@ def _size(source_bytes: int, artifact_bytes: int) -> str:
     change = fmt.times_smaller(source_bytes, artifact_bytes)
     if not change:
         return f"size {fmt.NOT_MEASURED}"
-    if change == "the same":
-        change = "the same size"
-    return f"{change} ({fmt.size(artifact_bytes)} from {fmt.size(source_bytes)})"
+    change = "the same size as" if change == "the same" else f"{change} than"
+    return f"{change} the source ({fmt.size(artifact_bytes)} from {fmt.size(source_bytes)})"
 
 
 def _quality(baseline: Quality | None, artifact: Quality | None, memory: Quality | None) -> str:

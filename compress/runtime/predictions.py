@@ -17,8 +17,8 @@ from compress.files import umask
 from compress.inputs.prompts import read_texts
 from compress.models.embedding import Pool
 from compress.models.model import Task
+from compress.runtime.engine import Engine
 from compress.runtime.sampling import softmax
-from compress.runtime.session import Engine
 
 Arrays = dict[str, NDArray[Any]]
 Rows = tuple[Arrays, list[dict[str, Any]], list[str]]

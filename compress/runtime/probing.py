@@ -28,7 +28,8 @@ class Probed(Session, Protocol):
 
 
 def probe(session: Probed, prompt: int, tokens: int) -> dict[str, float]:
-    """Read a prompt, decode: seconds to load and of the first call, and peak memory of this whole process."""
+    """Read a prompt, decode: seconds to load and of the first call, and peak memory: of this whole process,
+    or what the session says of its device (`peak_memory`)."""
     ids = np.ones((1, prompt), np.int64)
     started = time.perf_counter()
     if session.image_shape:
@@ -40,7 +41,8 @@ def probe(session: Probed, prompt: int, tokens: int) -> dict[str, float]:
     first_s = time.perf_counter() - started
     if session.is_decoder:
         session.greedy(ids[0].tolist(), tokens)
-    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak_memory()}
+    peak: Callable[[], int] = getattr(session, "peak_memory", peak_memory)
+    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak()}
 
 
 def main(load: Callable[[Path, int], Probed]) -> None:

@@ -10,28 +10,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from compress.errors import UnsupportedError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.inputs.array_input import ArrayInput, first_text
 from compress.inputs.arrays import Arrays
-from compress.inputs.data import Samples
+from compress.inputs.datasets import Samples
 from compress.inputs.documents import read_documents
 from compress.inputs.images import SUFFIXES
 from compress.inputs.pictures import ImageInput, read_pictures
 from compress.inputs.prompts import Reader, read_reader
 from compress.inputs.windows import Windows
-from compress.models.embedding import pool_hidden
 from compress.models.model import Task
 from compress.records.speed import EndToEnd, SpanName, Speed
-from compress.runtime.generation import padded
 from compress.speed import disturbance
 from compress.speed.measure import thread_count
 from compress.speed.spans import AFTER, BEFORE, COMPUTE, Request, Stopwatch, end_to_end_record, time_requests
+from compress.speed.timed_requests import encoder_request, image_request, rows_request, text_request
 from compress.stats.intervals import MIN_ROUNDS
 from compress.target import Runner, Session, Target
 
@@ -143,63 +139,6 @@ def measure_end_to_end(
     return end_to_end_record(found, plan.what, plan.parts)
 
 
-def text_request(runner: Runner, reader: Reader, text: str, count: int) -> Request:
-    """Text → tokens → the prompt read and `count` tokens made, the likeliest each time → text. No end ends it: a model
-    that stops earlier would look faster."""
-    alive = np.ones(1, np.bool_)
-
-    def request(watch: Stopwatch) -> str:
-        watch.begin()
-        batch = padded([reader.prompt(text)], reader.pad, left=True)
-        watch.lap(BEFORE)
-        logits = runner.start(*batch)
-        watch.lap(COMPUTE)
-        tokens = [int(logits[0].argmax())]
-        while len(tokens) < count:
-            last = np.array(tokens[-1:], np.int64)
-            watch.lap(AFTER)
-            logits = runner.step(last, alive)
-            watch.lap(COMPUTE)
-            tokens.append(int(logits[0].argmax()))
-        made = reader.decode(tokens)
-        watch.lap(AFTER)
-        return made
-
-    return request
-
-
-def encoder_request(runner: Runner, reader: Reader, text: str) -> Request:
-    """Text → tokens → hidden states → their mean."""
-
-    def request(watch: Stopwatch) -> Any:
-        watch.begin()
-        ids, mask = padded([reader.text(text, "The text", truncate=True)], reader.pad, left=False)
-        watch.lap(BEFORE)
-        hidden = runner.hidden(ids, mask)
-        watch.lap(COMPUTE)
-        made = pool_hidden(hidden, mask, "mean")
-        watch.lap(AFTER)
-        return made
-
-    return request
-
-
-def image_request(session: Session, images: ImageInput, picture: Path) -> Request:
-    """File → pixels → inputs → logits → the likeliest class."""
-
-    def request(watch: Stopwatch) -> int:
-        watch.begin()
-        values = images.prepare(read_pictures(picture, images.shape)[1])
-        watch.lap(BEFORE)
-        logits = session.logits(values)
-        watch.lap(COMPUTE)
-        made = int(logits[0].argmax())
-        watch.lap(AFTER)
-        return made
-
-    return request
-
-
 def _of_text(target: Target, sessions: Mapping[str, Session], folders: Mapping[str, Path], material: Material) -> _Plan:
     reader = _tokenizing(folders["variant"])
     count = min(OUTPUT_TOKENS, max(1, reader.longest - 1))
@@ -235,22 +174,6 @@ def _of_image(
     images.prepare(read_pictures(picture, images.shape)[1])  # what cannot be read is told before anything is timed
     what = f"an image file of {picture.stat().st_size:,} bytes ({picture.name}) in, its class out, batch 1"
     return _Plan(what, _OF_IMAGE, {name: image_request(each, images, picture) for name, each in sessions.items()})
-
-
-def rows_request(session: Session, inputs: ArrayInput, text: str) -> Request:
-    """Text → tokens → outputs by name."""
-
-    def request(watch: Stopwatch) -> Any:
-        watch.begin()
-        rows = inputs.rows(text, truncate=True)[1]
-        watch.lap(BEFORE)
-        found = session.logits(rows)
-        watch.lap(COMPUTE)
-        made = inputs.named(rows, found)
-        watch.lap(AFTER)
-        return made
-
-    return request
 
 
 def _of_rows(target: Target, sessions: Mapping[str, Session], folders: Mapping[str, Path], material: Material) -> _Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,19 +16,16 @@ from compress.errors import UnsupportedError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.progress import Progress
-from compress.records import Footprint, Speed, Timing
+from compress.records import Speed, Timing
 from compress.records.speed import Phase
 from compress.speed import disturbance, energy, operators
+from compress.speed.footprint import footprint
 from compress.speed.loads import Loads
 from compress.speed.paired_samples import PairedSamples
 from compress.speed.timing import Clock, pair
-from compress.speed.timing_process import Timed, TimingRequest, last_line, time_in_process
+from compress.speed.timing_process import Timed, TimingRequest, time_in_process
 from compress.speed.timing_record import LEAST_PROCESSES, best_against_best, over_processes, timing_record
-from compress.target import Session, Target
-
-PROBE_PROMPT, PROBE_TOKENS = 128, 8
-PROBE_S = 900.0
-"""Seconds after which a process that loads and runs an arm once is given up."""
+from compress.target import Session
 
 BUDGET_S = 20.0
 """Seconds of timing per setting, all arms together."""
@@ -45,27 +41,6 @@ Setting = tuple[Phase, int, int]
 def thread_count(profile: Profile) -> int:
     """Threads for one operator: the profile's, else every physical core this process may use."""
     return (profile.cpu and profile.cpu.threads) or int(hwprofiles.machine()["threads"])
-
-
-def deployable_bytes(folder: Path) -> int:
-    """Bytes of all files in an exported folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def footprint(target: Target, folder: Path, threads: int, longest: int) -> Footprint:
-    """Load time and peak memory, from a child process of its own. longest: positions that the model has.
-
-    Raises: InputError when the child does not finish.
-    """
-    prompt = max(1, min(PROBE_PROMPT, longest - PROBE_TOKENS))
-    command = target.probe_command(folder, threads, prompt, PROBE_TOKENS)
-    found = json.loads(last_line(command, PROBE_S, f"{folder} could not be run in a process of its own"))
-    return Footprint(
-        disk_bytes=deployable_bytes(folder),
-        load_s=found["load_s"],
-        first_call_s=found.get("first_call_s"),
-        peak_memory_bytes=int(found["peak_memory_bytes"]),
-    )
 
 
 def check_processes(processes: int) -> None:
@@ -129,7 +104,8 @@ def with_energy(speed: Speed, request: TimingRequest, find: Callable[[str], ener
     target, profile = find_target(request.profile.target), request.profile
     provider = profile.runtimes[target.RUNTIME].provider if target.RUNTIME in profile.runtimes else ""
     try:
-        meter = find("cuda" if provider.startswith(("CUDA", "Tensorrt", "NvTensorRT")) else "cpu")
+        is_gpu = getattr(target, "ON_GPU", False) or provider.startswith(("CUDA", "Tensorrt", "NvTensorRT"))
+        meter = find("cuda" if is_gpu else "cpu")
         arms, is_image = _loads(request).sessions, request.image is not None
         setting = settings_of(profile, arms["baseline"].is_decoder, request.longest, is_image)[0]
         found = energy.measure_energy(
@@ -223,6 +199,11 @@ def _time_apart(request: TimingRequest, processes: int, progress: Progress) -> t
     """All settings in each of several processes, one after another, each with a seed of its own."""
     grid = request.profile.grid
     most_s = LONGEST_S + (3 * request.budget_s + SLOW_S) * (len(grid.prefill) + len(grid.decode))
+    timed_s = request.budget_s * (len(grid.prefill) + len(grid.decode))
+    progress.note(
+        f"Each of {processes} processes times for up to about {timed_s:.0f} s beside loading, and tells nothing until "
+        "it ends."
+    )
     found = []
     for place in range(processes):
         progress.tick("Timing processes", place, processes)

@@ -16,6 +16,7 @@ from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile
 from compress.layer import LayerKind, LayerSpec
+from compress.models.attention import attentions
 from compress.records import PredictedLatency
 
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
@@ -134,12 +135,9 @@ def _attention(
     machine: Rates, config: Any, tokens: int, context: float, cached: int, size: int, dtype: str
 ) -> tuple[float, float]:
     """Time of all layers' scores and sums: `cached` keys and values are read, each token meets `context` of them."""
-    heads = int(config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    layers = int(config.num_hidden_layers)
-    moved = layers * 2 * cached * kv_heads * width * size
-    return machine.seconds(moved, layers * 4 * tokens * context * heads * width, dtype)
+    blocks = attentions(config)
+    moved = 2 * cached * size * sum(each.kv_heads * each.size for each in blocks)
+    return machine.seconds(moved, 4 * tokens * context * sum(each.heads * each.size for each in blocks), dtype)
 
 
 def _total(parts: Sequence[Part], machine: Rates, tokens: int, attention: tuple[float, float]) -> tuple[float, str]:

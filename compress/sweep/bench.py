@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from compress.engine.workspace import Journal, require_space
+from compress.engine.disk import require_space
+from compress.engine.journal import Journal
 from compress.errors import CompressError, Interrupted, UsageError
 from compress.export import find as find_target
 from compress.memory import allowed_memory
@@ -23,7 +24,8 @@ from compress.quality.continuations import Amount
 from compress.quality.evaluate import Evaluation
 from compress.records import Footprint, Quality, Record, Speed
 from compress.speed.end_to_end import material_of
-from compress.speed.measure import deployable_bytes, footprint, thread_count
+from compress.speed.footprint import deployable_bytes, footprint
+from compress.speed.measure import thread_count
 from compress.sweep.executor import Answer, Executor, Processes, workers_that_fit
 from compress.sweep.graphs import shared_graph
 from compress.sweep.judge import MEMORY_FACTOR, Artifact, Stand, judge, time_together, together

@@ -185,7 +185,13 @@ def _missed(candidate: Candidate, limit: Limit) -> str:
     found = candidate.estimates.get(limit.axis)
     if found is None:
         return f"{limit.axis} was not measured (limit {limit.text})"
-    return f"{limit.axis} may be up to {_shown(limit.axis, found.high)} (limit {limit.text})"
+    most = "" if _is_alike(limit) else f", {_shown(limit.axis, limit.most)}"
+    return f"{limit.axis} may be up to {_shown(limit.axis, found.high)} (limit {limit.text}{most})"
+
+
+def _is_alike(limit: Limit) -> bool:
+    """Whether a limit was given in the unit in which the figure beside it is shown."""
+    return limit.axis == "loss" or limit.text.endswith({"latency": "x", "size": "MB"}[limit.axis])
 
 
 def _nothing(candidates: Sequence[Candidate], sound: Sequence[Candidate]) -> str:

@@ -15,9 +15,10 @@ from compress import hwprofiles
 from compress.errors import CompressError, Interrupted
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
-from compress.inputs.data import Samples, Windows
+from compress.inputs.datasets import Samples
+from compress.inputs.windows import Windows
 from compress.models.model import Model, Task
-from compress.progress import Progress
+from compress.progress import Named, Progress
 from compress.quality.continuations import Amount, Known, plan_prompts
 from compress.quality.evaluate import Evaluation, evaluate, runners_of, stream_logits
 from compress.quality.token_evaluate import TokenJudge, with_continuations
@@ -101,7 +102,8 @@ def judge(
     for name, artifact in artifacts.items():
         baseline, session = stand.session(stand.baseline), stand.session(artifact.folder)
         try:
-            found.evaluations[name] = evaluate(baseline, session, stand.source, artifact.model, windows, progress)
+            named = Named(progress, name)
+            found.evaluations[name] = evaluate(baseline, session, stand.source, artifact.model, windows, named)
         except Interrupted:
             raise
         except CompressError as error:
@@ -136,7 +138,8 @@ def _judge_tokens(
         session = sessions[name]
         judged = judges[name].qualities(session.name, stand.source.tokenizer())
         runners = runners_of(target, (baseline, stand.baseline), (session, artifacts[name].folder))
-        found.evaluations[name] = Evaluation(*with_continuations(judged[:2], runners, plan, progress, known), judged[2])
+        continued = with_continuations(judged[:2], runners, plan, Named(progress, name), known)
+        found.evaluations[name] = Evaluation(*continued, judged[2])
     found.differences = _losses({name: judges[name] for name in found.evaluations})
     return found
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from compress.errors import InputError
+from compress.files import read_json
 from compress.sweep.records import SWEEP_SCHEMA, Sweep
 
 _START = 4096  # characters in which a sweep names itself
@@ -17,11 +17,13 @@ def load_sweep(path: str | Path) -> Sweep | None:
     """`report.json`, or the one in a sweep's folder; None where it is no sweep's. Raises: InputError."""
     file = Path(path)
     file = file / "report.json" if file.is_dir() else file
+    if not file.is_file():  # a pipe would never end
+        return None
     try:
         with file.open(encoding="utf8") as stream:
             if '"kind": "sweep"' not in stream.read(_START):
                 return None
-        content = json.loads(file.read_text(encoding="utf8"))
+        content = read_json(file)
     except (OSError, ValueError):
         return None  # whoever reads it as a report says what is wrong
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -89,10 +89,10 @@ def verdict(found: Sweep) -> str:
 
 def variant_table(found: Sweep) -> Table:
     """The baseline on top, then every variant with its figures and whether it is on the front."""
-    columns = ("variant", "size", "smaller", _loss_header(found), "time per call (ms)", "speed-up", "speed", "choice")
+    columns = ("variant", "choice", "size", "smaller", _loss_header(found), "ms per call", "speed-up", "speed")
     base_ms = fmt.significant(1000 * found.baseline_s) if found.baseline_s else NOT_MEASURED
     rows: list[Row] = [
-        ("baseline", fmt.size(found.source_bytes), _NONE, "reference", base_ms, _NONE, _NONE, _NONE),
+        ("baseline", _NONE, fmt.size(found.source_bytes), _NONE, "reference", base_ms, _NONE, _NONE),
         *(_variant_row(found, each) for each in found.variants),
     ]
     notes = [
@@ -102,7 +102,7 @@ def variant_table(found: Sweep) -> Table:
         "Intervals in brackets are 95%.",
         *found.notes,
     ]
-    return Table(_TABLE, "Variants", columns, "lrrrrrll", tuple(rows), notes=tuple(notes))
+    return Table(_TABLE, "Variants", columns, "llrrrrrl", tuple(rows), notes=tuple(notes))
 
 
 def reason_table(found: Sweep) -> Table:
@@ -192,19 +192,19 @@ def _least_speedup(found: Sweep) -> float | None:
 
 def _variant_row(found: Sweep, variant: Variant) -> Row:
     if variant.state == "failed":
-        return (variant.name, *[_NONE] * 6, "FAILED")
+        return (variant.name, "FAILED", *[_NONE] * 6)
     lead = _lead(found, variant)
     size = variant.artifact_bytes or 0
     loss = variant.figures.get("loss")
     return (
         variant.name,
+        _standing(found, variant),
         fmt.size(size),
         fmt.times_smaller(found.source_bytes, size) or _NONE,
         NOT_MEASURED if loss is None else _figure(loss),
         NOT_MEASURED if lead is None else fmt.significant(1000 * lead.variant_s),
         NOT_MEASURED if lead is None else _speedup(lead),
         _NONE if lead is None else lead.verdict,
-        _standing(found, variant),
     )
 
 

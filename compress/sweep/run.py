@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 
-from compress.engine.workspace import Workspace, disk_errors
+from compress.engine.disk import disk_errors
+from compress.engine.workspace import Workspace
 from compress.export import find as find_target
 from compress.progress import Progress
 from compress.sweep.bench import Bench

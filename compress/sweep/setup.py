@@ -8,8 +8,9 @@ from pathlib import Path
 
 from compress.errors import CompressError, UsageError
 from compress.hwprofiles import Profile
-from compress.inputs.data import Calibration, Samples
-from compress.models.model import Model, load
+from compress.inputs.datasets import Calibration, Samples
+from compress.models.loading import load
+from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.plan import make_plan
 from compress.quality.metrics import check_gates

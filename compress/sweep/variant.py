@@ -16,18 +16,21 @@ from pydantic import JsonValue
 
 from compress import files
 from compress.engine import store
+from compress.engine.disk import disk_errors
+from compress.engine.journal import Journal
 from compress.engine.shared_stages import SharedStages
 from compress.engine.stages import SHARED
-from compress.engine.workspace import FINGERPRINT, JOURNAL, Journal, disk_errors
+from compress.engine.workspace import FINGERPRINT, JOURNAL
 from compress.errors import UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
-from compress.inputs.data import Calibration, Samples
+from compress.inputs.datasets import Calibration, Samples
 from compress.memory import peak_memory
-from compress.models.model import Model, load
+from compress.models.loading import load
+from compress.models.model import Model
 from compress.pipeline import Pipeline, Result
-from compress.progress import Progress
-from compress.quality.evaluate import verification_inputs, verify_export
+from compress.progress import Named, Progress
+from compress.quality.verification import verification_inputs, verify_export
 from compress.recipe import Recipe
 from compress.records import Bounds, PassResult, Record, RunCost, Verification
 from compress.run import fingerprint, load_data
@@ -128,7 +131,7 @@ def _prepare(task: VariantTask, journal: Journal, progress: Progress) -> Prepare
             folder=task.folder / "model",
             journal=journal,
             device=task.device,
-            progress=_Named(progress, task.name),
+            progress=Named(progress, task.name),
             shared=SharedStages(task.stages),
         )
         in_passes = peak_memory()
@@ -178,19 +181,3 @@ def _alone(folder: Path) -> Iterator[None]:
     with (folder / "worker.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-class _Named(Progress):
-    """Progress whose lines begin with the variant's name."""
-
-    def __init__(self, outer: Progress, name: str) -> None:
-        super().__init__(outer.quiet)
-        self._outer, self._name = outer, name
-
-    def tick(self, stage: str, done: int, total: int) -> None:
-        """See `Progress`."""
-        self._outer.tick(f"{self._name}: {stage}", done, total)
-
-    def check(self) -> None:
-        """See `Progress`."""
-        self._outer.check()

@@ -97,8 +97,3 @@ class SoftInput:
         if "zero" in self.act.params:
             params["zero"] = self.zero.round().clamp(0, 2**self.form.bits - 1).to(torch.uint8)
         return replace(self.act, params=params)
-
-    @property
-    def has_zero(self) -> bool:
-        """Whether the grid stores a zero point, which may then be learned."""
-        return self.act.params is not None and "zero" in self.act.params

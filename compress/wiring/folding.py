@@ -1,6 +1,6 @@
 """Scale folding: a positive factor per channel moves out of what makes a tensor into the layers that the tensor feeds.
 
-Pure functions on layers, tensors and statistics; which foldings a block allows is found by compress/wiring/scales.py.
+Pure functions on layers, tensors and statistics; which foldings a block allows is found by compress/wiring/foldable.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.engine.blockpass import Block
-from compress.engine.collect import LayerStats
+from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass
 from compress.errors import UsageError
 from compress.layer import Layer

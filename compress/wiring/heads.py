@@ -14,8 +14,8 @@ from torch import Tensor
 from compress.engine.blockpass import Block
 from compress.layer import Layer, LayerKind
 from compress.maths.rotation import Rotation
+from compress.wiring.foldable import TOLERANCE, wire
 from compress.wiring.folding import Folding
-from compress.wiring.scales import TOLERANCE, wire
 from compress.wiring.tracing import replaced
 
 

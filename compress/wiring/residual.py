@@ -21,7 +21,7 @@ from compress.engine.stream import BlockStream
 from compress.errors import UnsupportedError
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths.rotation import Rotation
-from compress.models import experts, skeleton
+from compress.models import experts, placing
 from compress.models.reader import Reader
 from compress.wiring.tracing import Call, Trace, same, watching
 
@@ -32,7 +32,7 @@ REFUSED = "So a rotation would change what the model puts out. Leave r1 out (r1=
 
 
 @dataclass(frozen=True)
-class Part:
+class LoadedPart:
     """A loaded block, or what comes after the blocks.
 
     root: the whole tree; modules: its modules by path; layers, plain: all of its layers and other tensors; hidden
@@ -95,26 +95,28 @@ class Overlay:
         return self.base.nbytes
 
 
-def block_part(stream: BlockStream, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> Part:
+def block_part(stream: BlockStream, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> LoadedPart:
     """A loaded block on its first batch."""
     name = stream.model.structure.blocks[index]
     modules = dict(stream.module.get_submodule(name).named_modules(prefix=name))
 
     def put(tensors: Mapping[str, Tensor]) -> None:
-        skeleton.put_plain(stream.module, {key: one.to(stream.device) for key, one in tensors.items()}, {})
+        placing.put_plain(stream.module, {key: one.to(stream.device) for key, one in tensors.items()}, {})
 
     hidden = stream.hidden[0].clone()
-    return Part(name, stream.module, modules, layers, plain, hidden, lambda given: stream.call(index, given), put)
+    return LoadedPart(name, stream.module, modules, layers, plain, hidden, lambda given: stream.call(index, given), put)
 
 
-def tail_part(stream: BlockStream, overlay: Overlay, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> Part:
+def tail_part(
+    stream: BlockStream, overlay: Overlay, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]
+) -> LoadedPart:
     """What comes after the blocks, on what enters the first of them. overlay: the reader of the stream's model."""
     inner = stream.model.structure.blocks_path + "."
     modules = {name: module for name, module in stream.module.named_modules() if not name.startswith(inner)}
 
     def put(tensors: Mapping[str, Tensor]) -> None:
         overlay.changed.update(tensors)
-        skeleton.put_plain(stream.module, {key: one.to(stream.device) for key, one in tensors.items()}, {})
+        placing.put_plain(stream.module, {key: one.to(stream.device) for key, one in tensors.items()}, {})
 
     def call(given: Tensor) -> Tensor:
         kept, stream.hidden[0] = stream.hidden[0], given
@@ -123,10 +125,10 @@ def tail_part(stream: BlockStream, overlay: Overlay, layers: Mapping[str, Layer]
         return output
 
     hidden = stream.hidden[0].clone()
-    return Part("the part after the blocks", stream.module, modules, layers, plain, hidden, call, put, adds=False)
+    return LoadedPart("the part after the blocks", stream.module, modules, layers, plain, hidden, call, put, adds=False)
 
 
-def find_residual(part: Part, turn: Rotation) -> Residual:
+def find_residual(part: LoadedPart, turn: Rotation) -> Residual:
     """Find readers and writers; the part is left as it was. turn: of the stream's width.
 
     Raises: UnsupportedError naming what a rotation of the stream cannot pass.
@@ -144,7 +146,7 @@ def find_residual(part: Part, turn: Rotation) -> Residual:
     return Residual({path: offset for path, (offset, _) in norms.items()}, readers, writers)
 
 
-def _quiet(part: Part, hidden: Tensor, instead: Mapping[str, Tensor] | None = None) -> Trace:
+def _quiet(part: LoadedPart, hidden: Tensor, instead: Mapping[str, Tensor] | None = None) -> Trace:
     """A run in which each layer, and each mixture of experts as one, puts out zeros, or what `instead` has for it."""
     paths = {experts.owner(name)[0] if layer.kind is LayerKind.EXPERT else name for name, layer in part.layers.items()}
     embeddings = {name for name, layer in part.layers.items() if layer.kind is LayerKind.EMBEDDING}
@@ -164,7 +166,7 @@ def _putting(value: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]
     return put
 
 
-def _norms(part: Part, trace: Trace, turn: Rotation) -> dict[str, tuple[float, Tensor]]:
+def _norms(part: LoadedPart, trace: Trace, turn: Rotation) -> dict[str, tuple[float, Tensor]]:
     """Norms that are given the stream itself: path → (offset, the weight with which the gain is one)."""
     found: dict[str, tuple[float, Tensor]] = {}
     for call in trace.calls:
@@ -177,7 +179,7 @@ def _norms(part: Part, trace: Trace, turn: Rotation) -> dict[str, tuple[float, T
     return found
 
 
-def _unit(part: Part, call: Call, weight: Tensor, turn: Rotation) -> tuple[float, Tensor]:
+def _unit(part: LoadedPart, call: Call, weight: Tensor, turn: Rotation) -> tuple[float, Tensor]:
     """Raises: UnsupportedError where it is no gain on something that turns with the input."""
     name = type(call.module).__name__
     nothing, one = (_output(part, call, weight, value) for value in (0.0, 1.0))
@@ -194,7 +196,7 @@ def _unit(part: Part, call: Call, weight: Tensor, turn: Rotation) -> tuple[float
     )
 
 
-def _output(part: Part, call: Call, weight: Tensor, value: float, turn: Rotation | None = None) -> Tensor:
+def _output(part: LoadedPart, call: Call, weight: Tensor, value: float, turn: Rotation | None = None) -> Tensor:
     """What a norm puts out with a constant weight, and with its input turned."""
     entered = call.inputs
     assert entered is not None
@@ -205,7 +207,7 @@ def _output(part: Part, call: Call, weight: Tensor, value: float, turn: Rotation
 
 
 @contextmanager
-def _tensors(part: Part, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def _tensors(part: LoadedPart, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Some plain tensors of the part are others meanwhile."""
     part.put(tensors)
     try:
@@ -214,7 +216,7 @@ def _tensors(part: Part, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         part.put({name: part.plain[name] for name in tensors})
 
 
-def _readers(part: Part, norms: Mapping[str, tuple[float, Tensor]], turn: Rotation) -> dict[str, str]:
+def _readers(part: LoadedPart, norms: Mapping[str, tuple[float, Tensor]], turn: Rotation) -> dict[str, str]:
     found: dict[str, str] = {}
     with _tensors(part, {f"{path}.weight": gain for path, (_, gain) in norms.items()}):
         before = _quiet(part, part.hidden)
@@ -234,7 +236,7 @@ def _readers(part: Part, norms: Mapping[str, tuple[float, Tensor]], turn: Rotati
     return found
 
 
-def _weights(part: Part, call: Call, width: int) -> list[str]:
+def _weights(part: LoadedPart, call: Call, width: int) -> list[str]:
     """Layers or the plain tensor that a module multiplies its input by."""
     weight = part.plain.get(f"{call.path}.weight")
     if call.path in part.layers:
@@ -250,7 +252,7 @@ def _weights(part: Part, call: Call, width: int) -> list[str]:
     )
 
 
-def _writers(part: Part) -> tuple[str, ...]:
+def _writers(part: LoadedPart) -> tuple[str, ...]:
     maker = torch.Generator().manual_seed(0)
     hidden = part.hidden.cpu()
     shift = torch.randn(hidden.shape, generator=maker) * hidden.square().mean().sqrt()
@@ -270,12 +272,12 @@ def _writers(part: Part) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _renormed(part: Part, path: str) -> bool:
+def _renormed(part: LoadedPart, path: str) -> bool:
     """Whether a mixture has a norm after each expert, which no run shows where the mixture's output is replaced."""
     return bool(getattr(part.root.get_submodule(path), "has_post_expert_norm", False))
 
 
-def _candidates(part: Part, width: int) -> dict[str, list[str]]:
+def _candidates(part: LoadedPart, width: int) -> dict[str, list[str]]:
     """Module path → what would be rotated if it wrote to the stream."""
     found: dict[str, list[str]] = {}
     for name, layer in part.layers.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.engine.blockpass import Block, Runner
 from compress.layer import Layer
-from compress.models import experts, skeleton
+from compress.models import experts, placing
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def replaced(runner: Runner, block: Block, layers: Mapping[str, Layer], plain: M
         for layer in layers.values():
             assert isinstance(layer.weight, Tensor)
             bias = None if layer.bias is None else layer.bias.to(device)
-            skeleton.put_layer(runner.root, replace(layer, weight=layer.weight.to(device), bias=bias))
-        skeleton.put_plain(runner.root, {name: tensor.to(device) for name, tensor in plain.items()}, {})
+            placing.put_layer(runner.root, replace(layer, weight=layer.weight.to(device), bias=bias))
+        placing.put_plain(runner.root, {name: tensor.to(device) for name, tensor in plain.items()}, {})
 
     put(layers, plain)
     try:

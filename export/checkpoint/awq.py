@@ -14,8 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.export.checkpoint.gptq import note_of, size_of, weight_only
-from compress.export.checkpoint.layout import Choice, Packed, half, parts_of, refuse_common
+from compress.export.checkpoint.layout import (
+    Choice,
+    Packed,
+    group_of,
+    half,
+    note_of,
+    parts_of,
+    refuse_common,
+    size_of,
+    weight_only,
+)
 from compress.export.checkpoint.packing import pack_awq
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
@@ -85,7 +94,7 @@ class Awq:
 def _group(spec: LayerSpec) -> int:
     form = spec.format
     assert isinstance(form, IntGrid)
-    return form.group if isinstance(form.group, int) else -1
+    return group_of(form)
 
 
 def _specs(spec: LayerSpec, form: IntGrid) -> dict[str, TensorSpec]:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.export.checkpoint.gptq import weight_only
-from compress.export.checkpoint.layout import ROUNDED_INPUTS, Choice, Packed, refuse_common
+from compress.export.checkpoint.layout import ROUNDED_INPUTS, Choice, Packed, refuse_common, weight_only
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
 from compress.formats.lookup import FIXED, Lookup, nibbles

@@ -15,16 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.export.checkpoint.layout import Choice, Packed, half, is_outer, parts_of, refuse_common
+from compress import __version__
+from compress.export.checkpoint.layout import (
+    Choice,
+    Packed,
+    group_of,
+    half,
+    note_of,
+    parts_of,
+    refuse_common,
+    size_of,
+    weight_only,
+)
 from compress.export.checkpoint.packing import pack_words
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
-from compress.layer import Layer, LayerKind, LayerSpec
+from compress.layer import Layer, LayerSpec
 from compress.target import Refusal
 
 BITS = (2, 3, 4, 8)
 NOTE = "for engines with GPTQ kernels (GPTQModel, vLLM); torch here decodes the weights to float and runs no faster"
-EXPERTS = "experts are read by GPTQModel, not by transformers"
 
 
 class Gptq:
@@ -90,15 +100,14 @@ class Gptq:
             "pack_dtype": "int32",
             "damp_percent": 0.01,
             "dynamic": dynamic,
-            "meta": {"quantizer": ["compress:0.1.0"]},
+            "meta": {"quantizer": [f"compress:{__version__}"]},
         }
 
 
 def _settings(spec: LayerSpec) -> dict[str, Any]:
     form = spec.format
     assert isinstance(form, IntGrid)
-    size = form.group if isinstance(form.group, int) else -1
-    return {"bits": form.bits, "group_size": size, "sym": form.scheme != "asymmetric"}
+    return {"bits": form.bits, "group_size": group_of(form), "sym": form.scheme != "asymmetric"}
 
 
 def _specs(spec: LayerSpec, form: IntGrid) -> dict[str, TensorSpec]:
@@ -110,24 +119,3 @@ def _specs(spec: LayerSpec, form: IntGrid) -> dict[str, TensorSpec]:
         "scales": ((groups, rows), torch.float16),
         "g_idx": ((columns * parts_of(spec),), torch.int32),
     }
-
-
-def size_of(form: IntGrid, columns: int) -> int:
-    """Input columns per scale: all of them for one scale per row, or one for the tensor, repeated for each row."""
-    return form.group if isinstance(form.group, int) else columns
-
-
-def weight_only(spec: LayerSpec, name: str) -> Refusal | None:
-    """What the weight-only layouts of old leave out: rounded inputs, embeddings and heads."""
-    if spec.act is not None:
-        return Refusal(f"inputs in {spec.act}: {name} rounds weights only. Leave out act_quant, or give another target")
-    if is_outer(spec):
-        return Refusal(
-            f"{spec.format}: {name} keeps embeddings and the head in float. Leave {spec.name} out of the pass"
-        )
-    return None
-
-
-def note_of(spec: LayerSpec, note: str) -> str:
-    """The note of a layer."""
-    return f"{note}; {EXPERTS}" if spec.kind is LayerKind.EXPERT else note

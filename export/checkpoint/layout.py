@@ -32,6 +32,7 @@ class Choice:
     bounds: Bounds = field(default_factory=Bounds)
     extra_bytes: int = 0
     copies: int = 1
+    rounds_inputs: bool = False
 
     @property
     def stored_bytes(self) -> int:
@@ -131,3 +132,29 @@ def refuse_common(spec: LayerSpec, name: str) -> Refusal | None:
 def half(tensor: Tensor) -> Tensor:
     """Scales as they are stored: float16, contiguous."""
     return tensor.to(torch.float16).contiguous()
+
+
+def size_of(form: IntGrid, columns: int) -> int:
+    """Input columns per scale: all of them for one scale per row, or one for the tensor, repeated for each row."""
+    return form.group if isinstance(form.group, int) else columns
+
+
+def group_of(form: IntGrid) -> int:
+    """The same as configs tell it: -1 for all of them."""
+    return form.group if isinstance(form.group, int) else -1
+
+
+def weight_only(spec: LayerSpec, name: str) -> Refusal | None:
+    """What the weight-only layouts of old leave out: rounded inputs, embeddings and heads."""
+    if spec.act is not None:
+        return Refusal(f"inputs in {spec.act}: {name} rounds weights only. Leave out act_quant, or give another target")
+    if is_outer(spec):
+        return Refusal(
+            f"{spec.format}: {name} keeps embeddings and the head in float. Leave {spec.name} out of the pass"
+        )
+    return None
+
+
+def note_of(spec: LayerSpec, note: str) -> str:
+    """The note of a layer in GPTQ's or AWQ's layout."""
+    return f"{note}; experts are read by GPTQModel, not by transformers" if spec.kind is LayerKind.EXPERT else note

@@ -26,24 +26,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     return filled.view(torch.int32).reshape(len(codes), -1)
 
 
-def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack_words`: (rows, words) int32 → (rows, count) uint8."""
-    found = words.reshape(-1).contiguous().view(torch.uint8)
-    if sys.byteorder == "big":
-        found = found.reshape(-1, 4).flip(-1)
-    return grid.unpack_bits(found.reshape(len(words), -1), bits, count)
-
-
 def pack_awq(codes: Tensor) -> Tensor:
     """(rows, n) 4-bit codes → (rows, n / 8) int32, the nibbles of a word in `AWQ_ORDER`. n is a multiple of 8."""
     rows = codes.shape[0]
     return pack_words(codes.reshape(rows, -1, 8)[:, :, AWQ_ORDER].reshape(rows, -1), 4)
-
-
-def unpack_awq(words: Tensor) -> Tensor:
-    """Inverse of `pack_awq`: (rows, words) int32 → (rows, 8 · words) uint8."""
-    rows, count = words.shape
-    nibbles = unpack_words(words, 4, 8 * count).reshape(rows, count, 8)
-    result = torch.empty_like(nibbles)
-    result[:, :, AWQ_ORDER] = nibbles
-    return result.reshape(rows, -1)

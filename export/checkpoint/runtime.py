@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.errors import InputError
+from compress.errors import InputError, unread
 from compress.export.checkpoint import readback, readers, transform_config
+from compress.files import read_json
+from compress.models.folder import refuse_code
 from compress.runtime import probing
 
 Ids = NDArray[np.int64]
@@ -43,7 +44,7 @@ class Session:
 
     def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
         self.threads = threads
-        raw = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        raw = _read_config(folder)
         config = raw.get("quantization_config") or {}
         started = time.perf_counter()
         obstacle = _obstacle(folder, config)
@@ -125,11 +126,32 @@ def _fork(cache: Any) -> Any:
     return forked
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a written folder. Raises: InputError for what `write` does not make, or asks for code."""
+    path = folder / "config.json"
+    try:
+        raw = read_json(path)
+        is_ours = isinstance(raw["architectures"][0], str) and isinstance(
+            raw.get("quantization_config", {}), dict | None
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is not what the exporter wrote ({unread(error)}). Export the artifact again."
+        ) from error
+    if not is_ours:
+        raise InputError(f"{path} is not what the exporter wrote. Export the artifact again.")
+    refuse_code(path, raw)
+    return dict(raw)
+
+
 def _load(folder: Path, raw: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> Any:
     """The model in float32. tensors: decoded ones by file name, instead of the folder's."""
     import transformers
 
-    maker = getattr(transformers, raw["architectures"][0])
+    found = getattr(transformers, raw["architectures"][0], None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(f"{folder}: transformers has no model {raw['architectures'][0]!r}. Export the artifact again.")
+    maker: Any = found
     settings: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "local_files_only": True}
     settings["use_safetensors"] = True  # never a pickle
     source: Path | None = folder

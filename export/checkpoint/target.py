@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from compress.errors import UnsupportedError, UsageError
+from compress.errors import UnsupportedError
 from compress.export.checkpoint import transform_config
 from compress.export.checkpoint.awq import Awq
 from compress.export.checkpoint.bitsandbytes import BitsAndBytes
@@ -26,14 +25,16 @@ from compress.export.checkpoint.names import FileNames, Place, require_expert_na
 from compress.export.checkpoint.runner import Runner
 from compress.export.checkpoint.runtime import Session
 from compress.export.checkpoint.writer import SHARD_BYTES, ShardWriter, header_bytes
+from compress.honours import Honours
 from compress.hwprofiles import Profile
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.model import Model, Task
 from compress.records import Bounds
-from compress.target import Lowered, Refusal, plan_layers
+from compress.target import Lowered, Refusal, accepted, plan_layers
 
 CONFIG = "config.json"
 Names = dict[str, tuple[Place, ...]]
+ALL = frozenset(LayerKind)
 
 
 class CheckpointTarget:
@@ -41,6 +42,7 @@ class CheckpointTarget:
 
     RUNTIME = "transformers"
     FOLDER = "checkpoint"
+    HONOURS = Honours(ALL, act=ALL - {LayerKind.CONV}, pre=frozenset({LayerKind.LINEAR}), bias=ALL)
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -79,9 +81,8 @@ class CheckpointTarget:
                 entries |= _entries(layers[name], choice, places.get(name, ()))
         plain = model.plain_shapes | transform_config.tensor_specs(_transformed(layers, names))
         entries |= {name: (shape, prod(shape) * dtype.itemsize) for name, (shape, dtype) in plain.items()}
-        side = sum(path.stat().st_size for path in model.side_files())
         config = len(_text(self._config(model, layers, names))) if _storable(choices, places, layers) else 0
-        return sum(size for _, size in entries.values()) + header_bytes(entries) + side + config
+        return sum(size for _, size in entries.values()) + header_bytes(entries) + model.side_bytes + config
 
     def capture(self, model: Model, profile: Profile) -> bytes:
         """See Target."""
@@ -91,7 +92,8 @@ class CheckpointTarget:
         """See Target."""
         _require_transformers(model)
         specs = model.structure.layers
-        choices = self._require(specs, profile)
+        answers = plan_layers(self, specs, profile)
+        choices = cast("dict[str, Choice]", accepted(answers, f"stored as {self.layout.name}"))
         names = FileNames(model)
         _require_biases(specs, names)
         packed = self._places(specs, names)
@@ -106,9 +108,7 @@ class CheckpointTarget:
         (folder / CONFIG).write_text(_text(self._config(model, specs, names)), encoding="utf8")
         for path in model.side_files():
             shutil.copyfile(path, folder / path.name)
-        operators = Counter(choice.operator for choice in choices.values())
-        plain = tuple(name for name, spec in specs.items() if spec.format is None)
-        return Lowered(folder, dict(sorted(operators.items())), plain, _loosest(choices))
+        return Lowered.of(folder, choices, specs, _loosest(choices))
 
     def session(self, folder: Path, threads: int, exact: bool = False) -> Session:
         """See Target; exact: inputs rounded by our own grids, weights decoded in float32."""
@@ -122,16 +122,6 @@ class CheckpointTarget:
         """Runs `runtime.probe` in a process of its own."""
         command = [sys.executable, "-m", "compress.export.checkpoint.runtime", str(folder)]
         return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]
-
-    def _require(self, specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, Choice]:
-        choices: dict[str, Choice] = {}
-        for name, answer in plan_layers(self, specs, profile).items():
-            if isinstance(answer, Refusal):
-                kind = UsageError if answer.usage else UnsupportedError
-                raise kind(f"Layer {name} cannot be stored as {self.layout.name}: {answer.reason}.")
-            assert isinstance(answer, Choice)
-            choices[name] = answer
-        return choices
 
     def _places(self, specs: Mapping[str, LayerSpec], names: FileNames) -> Names:
         """Quantized layer → its modules in the files. Raises: UnsupportedError where it has none."""

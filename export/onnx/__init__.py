@@ -5,7 +5,7 @@ One file per lowering; the table says which is asked first. A format that none a
 
 from __future__ import annotations
 
-# asked in this order; each module offers `choose(spec, runtime)`, and what it lowers of `linear`, `gather` and `conv`
+# asked in this order; each module offers `choose(spec, runtime)`, and declares what it lowers in `LOWERS`
 LOWERINGS: tuple[str, ...] = (
     "compress.export.onnx.float_matmul",
     "compress.export.onnx.dynamic_quantize",

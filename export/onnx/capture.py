@@ -26,6 +26,7 @@ from compress.export.onnx import conv, interfaces
 from compress.export.onnx.interfaces import DOMAIN, PLACEHOLDER, PastSlots
 from compress.layer import LayerSpec
 from compress.models import experts
+from compress.models.attention import attentions
 from compress.models.model import Model, Task
 
 PARAMETER = "parameter::"
@@ -150,15 +151,7 @@ class _Images(nn.Module):
 
 def cache_shapes(config: Any) -> list[tuple[int, int]]:
     """(key-value heads, head size) of each layer's cache."""
-    text = config.get_text_config()
-    if not hasattr(text, "num_attention_heads"):
-        raise UnsupportedError(
-            f"'{text.model_type}' has no attention heads, which the onnx target needs for its cache."
-        )
-    heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return [(kv_heads, size)] * int(text.num_hidden_layers)
+    return [(each.kv_heads, each.size) for each in attentions(config.get_text_config())]
 
 
 def _skeleton(model: Model) -> Any:

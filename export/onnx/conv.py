@@ -1,6 +1,6 @@
 """The `compress::Conv` placeholder, and what every lowering of a convolution needs to know of it.
 
-A lowering that takes convolutions offers `conv(builder, source, values, node)`: values (batch, channels, h, w) to
+A lowering that takes convolutions declares `conv(builder, source, values, node)`: values (batch, channels, h, w) to
 (batch, out, h', w'), with `node` the placeholder. Its attributes are those of ONNX's Conv: kernel (h, w), strides,
 pads (top, left, bottom, right), dilations, group.
 """

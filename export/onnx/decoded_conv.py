@@ -14,9 +14,10 @@ from torch import Tensor
 from compress.export.onnx import conv as convolution
 from compress.export.onnx.float_matmul import float_bias
 from compress.export.onnx.graph import GraphBuilder
-from compress.export.onnx.lowering import Choice, Source
+from compress.export.onnx.lowering import Choice, Lowering, Source
 from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
+from compress.honours import Honours
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.target import Refusal
@@ -87,3 +88,7 @@ def conv(graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node) -
         weight = graph.node("Slice", [flat, *ends])
     weight = graph.node("Reshape", [weight, graph.constant(convolution.weight_shape(spec))])
     return graph.node("Conv", [values, weight, float_bias(graph, source)], convolution.attributes(node))
+
+
+KINDS = frozenset({LayerKind.CONV})
+LOWERS = Lowering(Honours(KINDS, bias=KINDS), conv=conv)

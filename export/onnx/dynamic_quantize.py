@@ -8,9 +8,11 @@ from torch import Tensor
 
 from compress.export.onnx.float_matmul import float_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
-from compress.export.onnx.lowering import Choice, Source
+from compress.export.onnx.lowering import Choice, Lowering, Source
+from compress.formats import name_of
 from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
+from compress.honours import Honours
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.records import Bounds
@@ -35,7 +37,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         return Refusal(f"{form}: DynamicQuantizeMatMul takes int8(channel) or int8(tensor), not this group or scheme")
     if spec.kind is not LayerKind.LINEAR:
         return Refusal(f"a {spec.kind} has no rounded input")
-    support = runtime.support("weight_and_activation", form.bits)
+    support = runtime.support("weight_and_activation", form.bits, format=name_of(form))
     if support.state == "no":
         return Refusal(f"{form}: {support.note}", usage=False)
     rows, columns = spec.shape
@@ -60,3 +62,7 @@ def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     scale = graph.initializer(f"{name}.scale", lambda: signed_weight(source)[1], torch.float32, (rows,))
     inputs = [values, weight, scale, None, float_bias(graph, source)]
     return graph.node("DynamicQuantizeMatMul", inputs, domain=MICROSOFT)
+
+
+KINDS = frozenset({LayerKind.LINEAR})
+LOWERS = Lowering(Honours(KINDS, act=KINDS, pre=KINDS, bias=KINDS), linear=linear)

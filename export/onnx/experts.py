@@ -107,7 +107,9 @@ def _shares(place: GraphBuilder, node: ir.Node) -> list[ir.Value]:
 def _product(place: GraphBuilder, source: Source, values: ir.Value, bias: ir.Value | None, expert: int) -> ir.Value:
     """values (tokens, in) → (tokens, out), with the expert's row of bias (experts, out)."""
     inner = place.at(source.spec.name)
-    result: ir.Value = source.choice.module.linear(inner, source, values)
+    written = source.choice.lowers.linear
+    assert written is not None
+    result = written(inner, source, values)
     if bias is not None:
         result = inner.node("Add", [result, inner.node("Gather", [bias, inner.constant(expert)])])
     place.nodes += inner.nodes

@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.errors import InputError
 from compress.export.onnx.capture import cache_shapes
+from compress.export.onnx.providers import GENAI
 from compress.export.onnx.runtime import PORTABLE, SHARED
 from compress.models.model import Model, Task
 
@@ -53,7 +54,7 @@ def write(model: Model, folder: Path, shared: bool) -> None:
     _rename_tokenizer_class(folder / "tokenizer_config.json")
     if model.task is Task.CAUSAL_LM:
         text = json.dumps(genai_config(model, shared), indent=2) + "\n"
-        (folder / "genai_config.json").write_text(text, encoding="utf8")
+        (folder / GENAI).write_text(text, encoding="utf8")
 
 
 def _rename_tokenizer_class(path: Path) -> None:
@@ -78,7 +79,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 def genai_config(model: Model, shared: bool) -> dict[str, Any]:
     """What onnxruntime-genai needs to run the graph with a shared cache, or else the concatenating one."""
     config = model.config.get_text_config()
-    kv_heads, head_size = cache_shapes(model.config)[0]
+    shapes = cache_shapes(model.config)
+    kv_heads, head_size = shapes[0]  # this runtime knows one size for all blocks
     tokens = _special_tokens(model)
     context = int(getattr(config, "max_position_embeddings", None) or 2048)
     decoder = {
@@ -87,7 +89,7 @@ def genai_config(model: Model, shared: bool) -> dict[str, Any]:
         "head_size": head_size,
         "hidden_size": int(config.hidden_size),
         "num_attention_heads": int(config.num_attention_heads),
-        "num_hidden_layers": int(config.num_hidden_layers),
+        "num_hidden_layers": len(shapes),
         "num_key_value_heads": kv_heads,
         "inputs": {
             "input_ids": "input_ids",

@@ -6,8 +6,10 @@ import onnx_ir as ir
 from torch import Tensor
 
 from compress.export.onnx import conv as convolution
+from compress.export.onnx import half
 from compress.export.onnx.graph import GraphBuilder
-from compress.export.onnx.lowering import Choice, Source
+from compress.export.onnx.lowering import TRANSFORMED, Choice, Lowering, Source
+from compress.honours import Honours
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.target import Refusal
@@ -48,7 +50,9 @@ def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
 
 def gather(graph: GraphBuilder, source: Source, ids: ir.Value) -> ir.Value:
     """ids (…) → (…, features)."""
-    return graph.node("Gather", [_weight(graph, source), ids], {"axis": 0})
+    rows = graph.node("Gather", [_weight(graph, source), ids], {"axis": 0})
+    graph.nodes[-1].meta[half.TABLE] = True
+    return rows
 
 
 def conv(graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node) -> ir.Value:
@@ -82,3 +86,7 @@ def add_bias(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     """Add the layer's bias, if it has one."""
     bias = float_bias(graph, source)
     return values if bias is None else graph.node("Add", [values, bias])
+
+
+KINDS = frozenset(LayerKind)
+LOWERS = Lowering(Honours(KINDS, pre=TRANSFORMED, bias=KINDS), linear=linear, gather=gather, conv=conv)

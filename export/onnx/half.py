@@ -27,7 +27,10 @@ TYPES = ("float32", "float16")
 BOUNDS = Bounds(shipped=0.05, exact=0.05)
 
 STANDARD = frozenset({"MatMul", "Gemm", "Conv"})
-CONTRIBUTED = frozenset({"MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding"})
+CONTRIBUTED = frozenset({"GroupQueryAttention", "RotaryEmbedding"})
+"""Beside those that lowerings write (`Lowering.half`)."""
+TABLE = "table"
+"""Among the `meta` of a Gather whose rows are looked up in a layer's weight, which stays float16 in memory too."""
 FOLLOWING = frozenset(
     {
         *("Reshape", "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Expand", "Identity", "Flatten"),
@@ -67,25 +70,25 @@ def obstacle(document: ir.Model) -> str:
     return ""
 
 
-def halve(document: ir.Model, tables: Collection[str]) -> None:
+def halve(document: ir.Model, contributed: Collection[str]) -> None:
     """In place, or why not among the document's properties (`WIDE`), which a session tells.
 
-    tables: initializers that a Gather looks rows up in, which stay float16 in memory too.
+    contributed: operators of com.microsoft that lowerings wrote and that compute in float16.
     Raises: UnsupportedError, when it is written, for a weight beyond float16's range.
     """
     reason = obstacle(document)
     if reason:
         document.metadata_props[WIDE] = reason
         return
-    _Halving(document.graph, tables).run()
+    _Halving(document.graph, contributed).run()
     RemoveUnusedNodesPass()(document)
 
 
 class _Halving:
     """One walk over the nodes in their order; each value has one true type, and casts that are made once."""
 
-    def __init__(self, graph: ir.Graph, tables: Collection[str]) -> None:
-        self.graph, self.tables = graph, set(tables)
+    def __init__(self, graph: ir.Graph, contributed: Collection[str]) -> None:
+        self.graph, self.contributed = graph, CONTRIBUTED | set(contributed)
         self.fixed: set[ir.Value] = set(graph.initializers.values())
         self.known: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
@@ -106,14 +109,13 @@ class _Halving:
     def _is_product(self, node: ir.Node) -> bool:
         """Whether a node computes in float16 whatever is in front of it."""
         if node.domain == MICROSOFT:
-            return node.op_type in CONTRIBUTED
+            return node.op_type in self.contributed
         if node.domain:
             return False
         if any(value is not None and str(value.name).startswith(CACHE) for value in node.inputs):
             return True
         if node.op_type == "Gather":
-            source = _source(node.inputs[0])
-            return source is not None and source.name in self.tables
+            return TABLE in node.meta and _source(node.inputs[0]) is not None
         return node.op_type in STANDARD and any(value is not None and _is_float(value) for value in node.inputs)
 
     def _follows(self, node: ir.Node, inputs: list[ir.Value]) -> bool:

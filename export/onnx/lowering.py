@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Protocol, cast
 
-from compress.errors import UnsupportedError, UsageError
+import onnx_ir as ir
+
 from compress.export.onnx import LOWERINGS, half
+from compress.export.onnx.graph import GraphBuilder
+from compress.honours import Honours
 from compress.hwprofiles import Runtime
-from compress.layer import Layer, LayerSpec
+from compress.layer import Layer, LayerKind, LayerSpec
+from compress.models.model import Model
 from compress.records import Bounds, Kernel
-from compress.target import Refusal
+from compress.target import Refusal, honoured
+
+TRANSFORMED = frozenset({LayerKind.LINEAR})
+"""The kinds whose `pre` is written in front of the layer, whatever its lowering."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """A layer's way into the graph.
 
-    lowering: module path; stored_bytes: of all initializers it adds; bounds: published bounds on the relative
-    logit difference.
+    lowering: path of a module with `LOWERS`; stored_bytes: of all initializers it adds; bounds: published bounds on
+    the relative logit difference; rounds_inputs: see compress.target.Choice.
     """
 
     operator: str
@@ -33,11 +40,12 @@ class Choice:
     accuracy_level: int = 0
     stored_bits: int = 0
     bounds: Bounds = field(default_factory=Bounds)
+    rounds_inputs: bool = False
 
     @property
-    def module(self) -> Any:
-        """The lowering's module."""
-        return import_module(self.lowering)
+    def lowers(self) -> Lowering:
+        """What its lowering offers."""
+        return cast(Offered, import_module(self.lowering)).LOWERS
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,76 @@ class Source:
     read: Callable[[], Layer]
 
 
+class Linear(Protocol):
+    """values (…, in) → (…, out); of `gather`: ids (…) → (…, features)."""
+
+    def __call__(self, graph: GraphBuilder, source: Source, values: ir.Value, /) -> ir.Value:
+        """Adds the layer's nodes at a place in the graph, and its tensors."""
+        ...
+
+
+class Convolution(Protocol):
+    """values (batch, channels, h, w) → (batch, out, h', w'); node: the placeholder."""
+
+    def __call__(self, graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node, /) -> ir.Value:
+        """Adds the layer's nodes at a place in the graph, and its tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What a lowering's module declares as `LOWERS`: what of a layer it writes, and how each kind is written.
+
+    linear, gather, conv: None where `honours` takes no layers of that kind. An embedding has both `gather` and
+    `linear`, with which a tied head reads it. half: contributed operators that compute in float16 where what they are
+    handed is; without it their inputs are cast to float32.
+    Raises: TypeError for a kind that is declared and has no function.
+    """
+
+    honours: Honours
+    linear: Linear | None = None
+    gather: Linear | None = None
+    conv: Convolution | None = None
+    half: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for kind in sorted(self.honours.kinds):
+            needed = {LayerKind.EMBEDDING: ("gather", "linear"), LayerKind.CONV: ("conv",)}.get(kind, ("linear",))
+            missing = [name for name in needed if getattr(self, name) is None]
+            if missing:
+                raise TypeError(f"a lowering that takes layers of kind {kind} offers {' and '.join(missing)}")
+
+    def write(self, graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node) -> ir.Value:
+        """What the placeholder `node` puts out for `values`, by the function for what it computes with the layer."""
+        if node.op_type == "Conv":
+            assert self.conv is not None
+            return self.conv(graph, source, values, node)
+        made = self.gather if node.op_type == "Embedding" else self.linear
+        assert made is not None
+        return made(graph, source, values)
+
+
+class Offered(Protocol):
+    """The module of a lowering."""
+
+    @property
+    def LOWERS(self) -> Lowering:  # noqa: N802 (a constant of the module)
+        """What it writes."""
+        ...
+
+
+class Asked(Offered, Protocol):
+    """One of `LOWERINGS`."""
+
+    def choose(self, spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
+        """Its way for a layer, why it does not take it, or None where another lowering says so."""
+        ...
+
+
 @cache
-def _modules() -> tuple[Any, ...]:
-    return tuple(import_module(path) for path in LOWERINGS)
+def lowerings() -> tuple[Asked, ...]:
+    """The modules of `LOWERINGS`, in their order."""
+    return tuple(cast(Asked, import_module(path)) for path in LOWERINGS)
 
 
 def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal:
@@ -60,8 +135,10 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal:
     if problem is not None:
         return problem
     refused: list[Refusal] = []
-    for module in _modules():
+    for module in lowerings():
         answer = module.choose(spec, runtime)
+        if isinstance(answer, Choice):
+            answer = honoured(spec, answer, answer.lowers.honours, answer.operator)
         if isinstance(answer, Choice):
             return _in_half(spec, answer) if half.wanted(runtime) else answer
         if answer is not None:
@@ -81,10 +158,12 @@ def _in_half(spec: LayerSpec, choice: Choice) -> Choice:
     return replace(choice, bounds=bounds, stored_bytes=choice.stored_bytes - saved)
 
 
-def require(spec: LayerSpec, runtime: Runtime, profile: str) -> Choice:
-    """As `choose`. Raises: UsageError or UnsupportedError with the reasons, naming the layer."""
-    answer = choose(spec, runtime)
-    if isinstance(answer, Refusal):
-        kind = UsageError if answer.usage else UnsupportedError
-        raise kind(f"Layer {spec.name} cannot be exported for profile {profile}: {answer.reason}.")
-    return answer
+def sources_of(model: Model, choices: Mapping[str, Choice]) -> dict[str, Source]:
+    """All layers to lower, by name."""
+    layers = model.structure.layers
+    return {name: Source(spec, choices[name], partial(model.layer, spec)) for name, spec in layers.items()}
+
+
+def by_user(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The same by the modules that use them, as placeholders name them."""
+    return {user: source for source in sources.values() for user in source.spec.users}

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from compress.export.onnx.float_matmul import add_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
-from compress.export.onnx.lowering import Choice, Source
+from compress.export.onnx.lowering import TRANSFORMED, Choice, Lowering, Source
+from compress.formats import name_of
 from compress.formats.base import QuantTensor
 from compress.formats.lookup import FIXED, Lookup, nibbles
+from compress.honours import Honours
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.target import Refusal
@@ -32,7 +34,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         return Refusal(f"{form}: no operator of ONNX Runtime reads a learned table; nf4 and fp4 are read")
     if spec.act is not None:
         return None  # whoever takes rounded inputs says which weights go with them
-    support = runtime.support("lookup", form.bits)
+    support = runtime.support("lookup", form.bits, format=name_of(form))
     if support.state == "no":
         return Refusal(f"{form}: {support.note}", usage=False)
     if spec.kind is LayerKind.EMBEDDING:
@@ -68,3 +70,7 @@ def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     )
     attributes = {"K": columns, "N": rows, "block_size": form.size, "quant_type": QUANT_TYPE[form.table]}
     return add_bias(graph, source, graph.node("MatMulBnb4", [values, packed, scale], attributes, domain=MICROSOFT))
+
+
+KINDS = frozenset({LayerKind.LINEAR, LayerKind.EXPERT})
+LOWERS = Lowering(Honours(KINDS, pre=TRANSFORMED, bias=KINDS), linear=linear)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from compress.export.onnx.float_matmul import add_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
-from compress.export.onnx.lowering import Choice, Source
+from compress.export.onnx.lowering import TRANSFORMED, Choice, Lowering, Source
+from compress.formats import name_of
 from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
+from compress.honours import Honours
 from compress.hwprofiles import Runtime, Support
 from compress.layer import LayerKind, LayerSpec
 from compress.maths import grid
@@ -35,7 +37,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
     form = spec.format
     if not isinstance(form, IntGrid) or spec.act is not None or spec.kind is LayerKind.CONV:
         return None
-    support = runtime.support("weight_only", form.bits)
+    support = runtime.support("weight_only", form.bits, format=name_of(form))
     if support.state == "no":
         return Refusal(f"{form}: {support.note}", usage=False)
     shared = spec.kind is LayerKind.EMBEDDING
@@ -64,6 +66,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         support.accuracy_level or 0,
         bits,
         INT8_ACTIVATIONS if support.accuracy_level == 4 else Bounds(),
+        rounds_inputs=support.accuracy_level == 4,
     )
 
 
@@ -169,3 +172,12 @@ def gather(graph: GraphBuilder, source: Source, ids: ir.Value) -> ir.Value:
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": source.choice.block, "bits": bits}
     inputs = [flat, ids, scale] + ([zero] if zero is not None else [])
     return graph.node("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT)
+
+
+KINDS = frozenset({LayerKind.LINEAR, LayerKind.EXPERT, LayerKind.EMBEDDING})
+LOWERS = Lowering(
+    Honours(KINDS, pre=TRANSFORMED, bias=KINDS),
+    linear=linear,
+    gather=gather,
+    half=frozenset({"MatMulNBits", "GatherBlockQuantized"}),
+)

@@ -4,7 +4,7 @@ measures memory (`python -m compress.export.onnx.runtime FOLDER`) measures the r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,7 @@ class Session:
         missing = asked[0][0] if not provider and not providers.usable(asked[0][0]) else ""
         placed: providers.Providers = [(providers.CPU, {})] if missing else asked
         started = time.perf_counter()
-        try:
-            self.session = ort.InferenceSession(content, options, providers=placed)
-        except Exception as error:  # onnxruntime raises its own kinds, which share no base but Exception
-            raise InputError(f"onnxruntime {ort.__version__} cannot load {folder / graph} ({error}).") from error
+        self.session = _load(ort, content, options, placed, folder / graph)
         self.load_s = time.perf_counter() - started
         providers.check(self.session, placed[0][0])
         self.name = f"onnxruntime {ort.__version__} {placed[0][0].removesuffix('ExecutionProvider')}"
@@ -100,12 +97,7 @@ class Session:
         if self.interface is not None:  # of texts of any length none: they are tried with tokens
             self.image_shape = () if self.interface.is_text and self.interface.length else self.interface.shape
         self.is_decoder = self.outputs[0] == "logits" and not self.takes_images
-        reason, wide = facts.get(REASON), facts.get(WIDE)
-        self.notes = (
-            *((f"no {SHARED}: {reason}",) if reason else ()),
-            *((f"the graph computes in float32, not in float16: {wide}",) if wide else ()),
-            *((providers.note(missing),) if missing else ()),
-        )
+        self.notes = _notes(facts, missing)
 
     def feeds(self, ids: NDArray[Any], past: int = 0) -> dict[str, NDArray[Any]]:
         """Inputs for ids (batch, length) after `past` cached tokens, whose keys and values are zero; or for images."""
@@ -163,6 +155,23 @@ class Session:
         cache = Shared(self, len(ids), past + ids.shape[1])
         cache.bind(ids, feeds["attention_mask"])
         return cache.again
+
+
+def _load(ort: Any, content: str | bytes, options: Any, placed: providers.Providers, path: Path) -> Any:
+    try:
+        return ort.InferenceSession(content, options, providers=placed)
+    except Exception as error:  # onnxruntime raises its own kinds, which share no base but Exception
+        raise InputError(f"onnxruntime {ort.__version__} cannot load {path} ({error}).") from error
+
+
+def _notes(facts: Mapping[str, str], missing: str) -> tuple[str, ...]:
+    """What to know of a graph by what stands in it. missing: the provider it is for, where this machine lacks that."""
+    reason, wide = facts.get(REASON), facts.get(WIDE)
+    return (
+        *((f"no {SHARED}: {reason}",) if reason else ()),
+        *((f"the graph computes in float32, not in float16: {wide}",) if wide else ()),
+        *((providers.note(missing),) if missing else ()),
+    )
 
 
 def _options(ort: Any, threads: int, profile_to: Path | None) -> Any:

@@ -20,8 +20,10 @@ from compress.export.onnx import qdq_edges
 from compress.export.onnx.dynamic_quantize import signed_weight
 from compress.export.onnx.float_matmul import add_bias, float_bias
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
-from compress.export.onnx.lowering import Choice, Source
+from compress.export.onnx.lowering import TRANSFORMED, Choice, Lowering, Source
+from compress.formats import name_of
 from compress.formats.int_grid import IntGrid
+from compress.honours import Honours
 from compress.hwprofiles import Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.records import Bounds
@@ -45,7 +47,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         return Refusal(f"{form}: beside static int8 inputs a weight is int8(channel) or int8(tensor), symmetric")
     if spec.kind not in (LayerKind.LINEAR, LayerKind.CONV):
         return Refusal(f"a {spec.kind} has no rounded input")
-    support = runtime.support("weight_and_static_activation", form.bits)
+    support = runtime.support("weight_and_static_activation", form.bits, format=name_of(form))
     if support.state == "no":
         return Refusal(f"{form} with static inputs: {support.note}", usage=False)
     rows, columns = spec.shape
@@ -121,3 +123,7 @@ def _decoded(graph: GraphBuilder, source: Source, codes: ir.Value, scale: ir.Val
     name, rows = f"{source.spec.name}.weight.zero", source.spec.shape[0]
     zero = graph.initializer(name, lambda: torch.zeros(rows, dtype=torch.int8), torch.int8, (rows,))
     return graph.node("DequantizeLinear", [codes, scale, zero], {"axis": axis})
+
+
+KINDS = frozenset({LayerKind.LINEAR, LayerKind.CONV})
+LOWERS = Lowering(Honours(KINDS, act=KINDS, pre=TRANSFORMED, bias=KINDS), linear=linear, conv=conv)

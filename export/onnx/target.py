@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,19 +28,21 @@ from compress.export.onnx.capture import PARAMETER, cache_shapes, capture_graph
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.graphs import compare_graphs
 from compress.export.onnx.interfaces import DOMAIN
-from compress.export.onnx.lowering import Choice, Source, choose, require
+from compress.export.onnx.lowering import Choice, Source, by_user, choose, lowerings, sources_of
 from compress.export.onnx.profiler import profile_operators
 from compress.export.onnx.runner import Runner
 from compress.export.onnx.runtime import REASON, SHARED, Session, preferred
 from compress.export.onnx.shared_runner import SharedRunner
 from compress.export.tensorrt import shapes
+from compress.honours import combined
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
-from compress.target import Lowered, Refusal
+from compress.target import Lowered, Refusal, accepted
 
 RUNTIME = "onnxruntime"
 FOLDER = "onnx"
+HONOURS = combined(module.LOWERS.honours for module in lowerings())
 TAKES_GRAPHS = True
 GRAPH, DATA = files.GRAPH, files.DATA
 Attend = Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]
@@ -95,7 +96,7 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     if model.image is not None:
         quantized = sum(spec.format is not None for spec in specs)
         return weights + model.plain_bytes + IMAGE_BYTES + len(specs) * IMAGE_LAYER_BYTES + quantized * DECODED_BYTES
-    side = sum(path.stat().st_size for path in model.side_files()) + CONFIG_BYTES
+    side = model.side_bytes + CONFIG_BYTES
     layers = sum(isinstance(choice, Choice) for choice in choices)
     graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES
     if model.task is Task.CAUSAL_LM and cache_shapes(model.config)[0][1] % grouped_query.STEP == 0:
@@ -125,13 +126,11 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     Raises: UsageError, UnsupportedError naming the layer that no operator takes.
     """
     runtime = profile.runtime(RUNTIME)
-    choices = {name: require(spec, runtime, profile.id) for name, spec in model.structure.layers.items()}
+    specs = model.structure.layers
+    answers = {name: choose(spec, runtime) for name, spec in specs.items()}
+    choices = accepted(answers, f"exported for profile {profile.id}")
     document = onnx.load_from_string(graph or capture(model, profile))
-    sources = {
-        user: Source(spec, choices[name], _reader(model, spec))
-        for name, spec in model.structure.layers.items()
-        for user in spec.users
-    }
+    sources = by_user(sources_of(model, choices))
     folder.mkdir(parents=True, exist_ok=True)
     reason = grouped_query.refusal(ir.from_proto(document).graph, runtime) if model.task is Task.CAUSAL_LM else ""
     portable = _document(document, sources, model, runtime, fusions.attend(runtime))
@@ -148,10 +147,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     files.write(model, folder, shared)
     ranges = {} if runtime.provider == providers.CPU else shapes.ranges(model, profile)
     providers.write(folder, profile.id, runtime.provider, ranges)
-    operators = Counter(choice.operator for choice in choices.values())
-    plain = tuple(name for name, spec in model.structure.layers.items() if spec.format is None)
-    bounds = experts.bounds(choices, model.structure.layers)
-    return Lowered(folder, dict(sorted(operators.items())), plain, bounds)
+    return Lowered.of(folder, choices, specs, experts.bounds(choices, specs))
 
 
 def _document(
@@ -162,7 +158,7 @@ def _document(
     lower(lowered, sources, model, attend)
     fusions.fuse(lowered, runtime)
     if half.wanted(runtime):
-        half.halve(lowered, {f"{name}.weight" for name in model.structure.layers})
+        half.halve(lowered, {name for source in sources.values() for name in source.choice.lowers.half})
     _open_cache_inputs(lowered.graph)
     lowered.ir_version = runtime.ir_version
     lowered.producer_name = "compress"
@@ -183,10 +179,6 @@ def _open_cache_inputs(graph: ir.Graph) -> None:
             assert value.shape is not None
             batch, _, length, _ = value.shape
             value.shape = ir.Shape([batch, f"{value.name}.heads", length, f"{value.name}.size"])
-
-
-def _reader(model: Model, spec: LayerSpec) -> Any:
-    return lambda: model.layer(spec)
 
 
 def lower(
@@ -215,16 +207,11 @@ def lower(
 
 
 def _lower_layer(builder: GraphBuilder, node: ir.Node, source: Source) -> ir.Value:
-    module, values = source.choice.module, node.inputs[0]
+    values = node.inputs[0]
+    assert values is not None
     if source.spec.pre:
-        assert values is not None
         values = transforms.lower(builder, source.spec.pre, values)
-    result: ir.Value
-    if node.op_type == "Conv":
-        result = module.conv(builder, source, values, node)
-    else:
-        result = (module.gather if node.op_type == "Embedding" else module.linear)(builder, source, values)
-    return result
+    return source.choice.lowers.write(builder, source, values, node)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], values: list[ir.Value]) -> None:

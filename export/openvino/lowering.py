@@ -13,8 +13,10 @@ import onnx_ir as ir
 from compress.export.onnx import conv as convolution
 from compress.export.onnx.float_matmul import add_bias, float_bias
 from compress.export.onnx.graph import GraphBuilder
-from compress.export.onnx.lowering import Source
+from compress.export.onnx.lowering import TRANSFORMED, Lowering, Source
 from compress.export.onnx.qdq_edges import grid_constants
+from compress.honours import Honours
+from compress.layer import LayerKind
 
 WEIGHT = "weight::"
 
@@ -61,3 +63,12 @@ def _input(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
         codes = graph.node("QuantizeLinear", [values, *grid], dtype=ir.DataType.UINT8)
         graph.shared[key] = graph.node("DequantizeLinear", [codes, *grid])
     return graph.shared[key]
+
+
+KINDS = frozenset(LayerKind) - {LayerKind.EXPERT}
+LOWERS = Lowering(
+    Honours(KINDS, act=KINDS - {LayerKind.EMBEDDING}, pre=TRANSFORMED, bias=KINDS),
+    linear=linear,
+    gather=gather,
+    conv=conv,
+)

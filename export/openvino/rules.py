@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from compress.export.onnx import static_qdq
 from compress.export.onnx.lowering import Choice
+from compress.formats import name_of
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerKind, LayerSpec
@@ -64,7 +65,7 @@ def _weight_only(spec: LayerSpec, runtime: Runtime, operator: str) -> Choice | R
     form, (rows, columns) = spec.format, spec.shape
     if not isinstance(form, IntGrid):
         return Refusal(f"{form}: of this target only integer grids are stored; export for onnx or checkpoint")
-    support = runtime.support("weight_only", form.bits)
+    support = runtime.support("weight_only", form.bits, format=name_of(form))
     if support.state == "no":
         return Refusal(f"{form}: {support.note.removesuffix('.')}", usage=False)
     if columns % form.group_size(columns):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from compress.errors import UnsupportedError, UsageError
-from compress.export.onnx import experts, files, transforms
+from compress.export.onnx import experts, files, providers, transforms
 from compress.export.onnx import target as portable
 from compress.export.onnx.capture import capture_graph
 from compress.export.onnx.interfaces import DOMAIN
-from compress.export.onnx.lowering import Choice, Source
-from compress.export.openvino import rules, runtime
+from compress.export.onnx.lowering import Choice, Source, by_user, sources_of
+from compress.export.openvino import lowering, rules, runtime
 from compress.export.openvino.profiler import profile_operators
 from compress.export.openvino.runner import Runner
 from compress.export.openvino.runtime import GRAPH, Session
@@ -29,15 +27,15 @@ from compress.export.openvino.weights import put_in
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model
-from compress.target import Lowered, Refusal, granted
+from compress.target import Lowered, Refusal, accepted, granted
 
 RUNTIME = rules.RUNTIME
 FOLDER = "openvino"
-GENAI = "genai_config.json"  # of onnxruntime-genai, which does not read these files
+HONOURS = lowering.LOWERS.honours
 
 # the interface of compress.target
-__all__ = ["FOLDER", "RUNTIME", "capture", "plan_layer", "predict_bytes", "probe_command", "require_tools", "runner"]
-__all__ += ["profile_operators", "session", "write"]
+__all__ = ["FOLDER", "HONOURS", "RUNTIME", "capture", "plan_layer", "predict_bytes", "probe_command", "require_tools"]
+__all__ += ["profile_operators", "runner", "session", "write"]
 
 # Fitted on models of 1 to 8 blocks: bytes of openvino_model.xml, of the whole and per layer.
 GRAPH_BYTES = 60_000
@@ -69,42 +67,25 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     specs = list(specs)
     choices = [choice for spec in specs if not isinstance(choice := plan_layer(spec, profile), Refusal)]
     weights = sum(choice.stored_bytes for choice in choices) + model.plain_bytes + transforms.stored_bytes(specs)
-    side = sum(path.stat().st_size for path in model.side_files())
-    return weights + side + GRAPH_BYTES + len(choices) * GRAPH_LAYER_BYTES
+    return weights + model.side_bytes + GRAPH_BYTES + len(choices) * GRAPH_LAYER_BYTES
 
 
 def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
     """See Target. Raises: UsageError, UnsupportedError naming the layer that OpenVINO does not take."""
     require_tools(profile)
     specs = model.structure.layers
-    choices = _require(specs, profile)
-    sources = {name: Source(spec, choices[name], _reader(model, spec)) for name, spec in specs.items()}
+    answers = {name: plan_layer(spec, profile) for name, spec in specs.items()}
+    choices = accepted(answers, f"exported for profile {profile.id}")
+    sources = sources_of(model, choices)
     document = ir.from_proto(onnx.load_from_string(graph or capture(model, profile)))
-    portable.lower(document, {user: one for one in sources.values() for user in one.spec.users}, model)
+    portable.lower(document, by_user(sources), model)
     document.ir_version = _runtime(profile).ir_version
     document.opset_imports.pop(DOMAIN, None)
     folder.mkdir(parents=True, exist_ok=True)
     _save(document, sources, folder)
     files.write(model, folder, shared=False)
-    (folder / GENAI).unlink(missing_ok=True)
-    operators = Counter(choice.operator for choice in choices.values())
-    plain = tuple(name for name, spec in specs.items() if spec.format is None)
-    return Lowered(folder, dict(sorted(operators.items())), plain, experts.bounds(choices, specs))
-
-
-def _reader(model: Model, spec: LayerSpec) -> Any:
-    return lambda: model.layer(spec)
-
-
-def _require(specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, Choice]:
-    choices: dict[str, Choice] = {}
-    for name, spec in specs.items():
-        answer = plan_layer(spec, profile)
-        if isinstance(answer, Refusal):
-            kind = UsageError if answer.usage else UnsupportedError
-            raise kind(f"Layer {name} cannot be exported for profile {profile.id}: {answer.reason}.")
-        choices[name] = answer
-    return choices
+    (folder / providers.GENAI).unlink(missing_ok=True)  # whose runtime does not read these files
+    return Lowered.of(folder, choices, specs, experts.bounds(choices, specs))
 
 
 def _save(document: ir.Model, sources: Mapping[str, Source], folder: Path) -> None:

@@ -113,6 +113,19 @@ def complete(folder: Path, timing: Path | None = None) -> bool:
     return True
 
 
+def misfit(kept: record.Record) -> str:
+    """Why a folder does not run on this machine as an engine, with what would help; empty where it does."""
+    problem, unbuilt = engine.misfit(kept), _no_build(kept)
+    if not problem:
+        return ""
+    if not unbuilt:
+        return f"{problem} `compress verify OUT` builds one that runs here."
+    if not kept.engine:
+        return f"{problem} {unbuilt}"
+    is_other_version = not flavours.lacking(kept.flavour, kept.sm)
+    return f"{problem} Install that version, or export the model again." if is_other_version else problem
+
+
 def _no_build(kept: record.Record) -> str:
     """Why TensorRT builds no engine here; empty where it does."""
     if kept.module == RTX.runtime and kept.engine:

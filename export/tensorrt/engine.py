@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from compress.errors import InputError, ResourceError, UnsupportedError
 from compress.export.tensorrt import flavours, gpu
 from compress.export.tensorrt.builder import make_logger
-from compress.export.tensorrt.record import Record
+from compress.export.tensorrt.record import Record, read
+from compress.runtime import probing
+from compress.target import Placement
 
 DTYPES = {
     "FLOAT": torch.float32,
@@ -26,7 +29,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "UINT8": torch.uint8,
 }
-PAST, PRESENT = "past_key_values.", "present."
+IMAGES, PAST, PRESENT = "images", "past_key_values.", "present."
 
 
 def misfit(kept: Record) -> str:
@@ -54,8 +57,9 @@ def lacks(kept: Record) -> tuple[str, ...]:
 class EngineSession:
     """See compress.target.Session: the engine itself, so that what agrees here is what will be deployed.
 
-    Inputs and outputs lie in the GPU's memory, the cache stays there between calls. Nothing is timed yet.
-    Raises: InputError where the engine does not load, ResourceError where the GPU has no room for it.
+    Inputs and outputs lie in the GPU's memory, the cache stays there between calls. `load_s`: seconds to read the
+    engine and make what runs it. Raises: InputError where the engine does not load, ResourceError where the GPU has no
+    room for it.
     """
 
     level = "ran"
@@ -63,6 +67,7 @@ class EngineSession:
     def __init__(self, folder: Path, kept: Record) -> None:
         self._log: list[str] = []
         self._trt = trt = flavours.load_module(kept.flavour)
+        self._free_bytes, started = gpu.free_bytes(), time.perf_counter()
         self._logger = make_logger(trt, self._log)  # TensorRT keeps no reference of its own
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine((folder / kept.engine).read_bytes())
@@ -73,8 +78,9 @@ class EngineSession:
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise ResourceError(f"{gpu.name()} has no room to run {folder / kept.engine} ({self._reason()}).")
-        self._buffers, self._profile = gpu.Buffers(), -1
-        self._spare = self._buffers.empty((256,), torch.uint8)
+        self.load_s = time.perf_counter() - started
+        self._buffers, self._profile, self._bindings = gpu.Buffers(), -1, 0
+        self._spare = self._buffers.zeros((256,), torch.uint8)
         names = [self._engine.get_tensor_name(place) for place in range(self._engine.num_io_tensors)]
         kinds = {name: self._engine.get_tensor_mode(name) for name in names}
         self._inputs = [name for name in names if kinds[name] == trt.TensorIOMode.INPUT]
@@ -82,11 +88,23 @@ class EngineSession:
         self._cache = [name for name in self._inputs if name.startswith(PAST)]
         # by profile: input → smallest and largest shape
         self._ranges = [self._range(place) for place in range(self._engine.num_optimization_profiles)]
-        self._images = "images" in self._inputs
-        self._main = next(name for name in self._outputs if not name.startswith(PRESENT))
-        self.is_decoder = self._main == "logits" and not self._images
+        shape = self._engine.get_tensor_shape(IMAGES)[1:] if IMAGES in self._inputs else ()
+        self.image_shape = tuple(int(size) for size in shape)  # (channels, h, w); empty for token ids
+        self.main = next(name for name in self._outputs if not name.startswith(PRESENT))
+        self.is_decoder = self.main == "logits" and not self.image_shape
         self.name = f"{kept.builder} on {gpu.name()}"
-        self.notes = (*kept.built, f"The engine ran on {gpu.name()}; its speed was not measured.")
+        self.placement = Placement(kept.builder, gpu.name(), 1, f"{folder.name}/{kept.engine}")
+        self.notes = (*kept.built, f"The engine ran on {gpu.name()}.")
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that it takes at once."""
+        return max(int(ranges[self._inputs[0]][1][0]) for ranges in self._ranges)
+
+    def peak_memory(self) -> int:
+        """Bytes of the GPU's memory that were taken since before the engine was loaded, by whatever program. What calls
+        took is kept for the next ones, so this is the most so far."""
+        return max(0, self._free_bytes - gpu.free_bytes())
 
     def _reason(self) -> str:
         return self._log[-1] if self._log else "it does not say why"
@@ -100,62 +118,98 @@ class EngineSession:
 
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
         """See compress.target.Session. More rows than the engine takes at once go through it in turn."""
-        first = self._inputs[0]
-        most = max(ranges[first][1][0] for ranges in self._ranges)
-        parts = [ids[start : start + most] for start in range(0, len(ids), most)]
-        found = [self._run(self._feeds(part))[self._main].float().cpu().numpy() for part in parts]
-        return np.concatenate(found)
+        parts = [ids[start : start + self.most_rows] for start in range(0, len(ids), self.most_rows)]
+        return np.concatenate([self.host(self.run(self._feeds(part))[self.main]) for part in parts])
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
         feeds, tokens = self._feeds(np.asarray([list(prompt)], np.int64)), list[int]()
         for _ in range(count):
-            found = self._run(feeds)
-            tokens.append(int(found[self._main][0, -1].argmax()))
+            found = self.run(feeds)
+            tokens.append(int(found[self.main][0, -1].argmax()))
             if tokens[-1] in stop:
                 break
-            seen = feeds["attention_mask"].shape[1] + 1
-            feeds = self._put({"input_ids": np.asarray([tokens[-1:]], np.int64)})
-            feeds |= self._put({"attention_mask": np.ones((1, seen), np.int64)})
-            feeds |= {name: found[name.replace(PAST, PRESENT)] for name in self._cache}
+            mask = np.ones((1, len(prompt) + len(tokens)), np.int64)
+            feeds = self.tokens(np.asarray([tokens[-1:]], np.int64), mask) | present(found, self._cache)
         return tokens
 
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
-        """Raises: UnsupportedError; timing an engine was never tried."""
-        raise UnsupportedError(f"Timing engines ({self.name}) is not supported yet; NVIDIA's trtexec does it.")
+        """See compress.target.Session: the engine alone, from inputs that lie in the GPU's memory to outputs there; it
+        returns when the GPU is done. The cache of `past` tokens is zero. Raises: as `run`."""
+        feeds = self._feeds(ids, past)
+        found = self._bind(feeds)
+        binding = self._bindings
+
+        def once() -> None:
+            nonlocal binding
+            if binding != self._bindings:  # something else ran meanwhile
+                self._bind(feeds, found)
+                binding = self._bindings
+            self._execute()
+
+        return once
+
+    def tokens(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Inputs but for the cache: ids (batch, length), mask (batch, past + length)."""
+        return self._put({"input_ids": ids, "attention_mask": mask})
+
+    def empty_cache(self, rows: int, past: int = 0) -> dict[str, Tensor]:
+        """Keys and values of so many tokens, all zero."""
+        found = {}
+        for name in self._cache:
+            _, heads, _, size = self._engine.get_tensor_shape(name)
+            found[name] = self._buffers.zeros((rows, int(heads), past, int(size)), self._dtype(name))
+        return found
+
+    def host(self, values: Tensor) -> NDArray[np.float32]:
+        """A copy in this machine's memory."""
+        found: NDArray[np.float32] = values.float().cpu().numpy()
+        return found
 
     def _put(self, values: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         return {name: self._buffers.put(np.ascontiguousarray(value)) for name, value in values.items()}
 
-    def _feeds(self, ids: NDArray[Any]) -> dict[str, Tensor]:
-        if self._images:
-            return self._put({"images": ids})
-        feeds = self._put({"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64)})
-        for name in self._cache:
-            _, heads, _, size = self._engine.get_tensor_shape(name)
-            feeds[name] = self._buffers.empty((len(ids), int(heads), 0, int(size)), self._dtype(name))
-        return feeds
+    def _feeds(self, ids: NDArray[Any], past: int = 0) -> dict[str, Tensor]:
+        if self.image_shape:
+            return self._put({IMAGES: ids})
+        batch, length = ids.shape
+        return self.tokens(ids, np.ones((batch, past + length), np.int64)) | self.empty_cache(batch, past)
 
     def _dtype(self, name: str) -> torch.dtype:
         return DTYPES[self._engine.get_tensor_dtype(name).name]
 
-    def _run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One call: inputs → outputs, all on the GPU. Raises: UnsupportedError for shapes that the engine does not
         take; ResourceError where it fails."""
+        found = self._bind(feeds)
+        self._execute()
+        return found
+
+    def _bind(self, feeds: Mapping[str, Tensor], found: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Tell the engine shapes and places. found: where its outputs go [default: new ones]. The caller keeps both
+        alive until the call is done."""
         self._select(feeds)
+        self._bindings += 1
         for name, value in feeds.items():
             self._demand(self._context.set_input_shape(name, tuple(value.shape)), f"the shape of {name}")
             self._demand(self._context.set_tensor_address(name, self._address(value)), f"the place of {name}")
         unknown = self._context.infer_shapes()
         self._demand(not unknown, f"what it was given: {', '.join(unknown)} lacks")
+        outputs = self._new_outputs() if found is None else found
+        for name, value in outputs.items():
+            self._demand(self._context.set_tensor_address(name, self._address(value)), f"the place of {name}")
+        return outputs
+
+    def _new_outputs(self) -> dict[str, Tensor]:
         found = {}
         for name in self._outputs:
             shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
             found[name] = self._buffers.empty(shape, self._dtype(name))
-            self._demand(self._context.set_tensor_address(name, self._address(found[name])), f"the place of {name}")
+        return found
+
+    def _execute(self) -> None:
         self._demand(self._context.execute_async_v3(self._buffers.stream), "the call")
         self._buffers.wait()
-        return found
 
     def _address(self, value: Tensor) -> int:
         """Tensors without elements, as a cache of no tokens, have none; TensorRT wants one of each."""
@@ -184,3 +238,17 @@ def _holds(ranges: Mapping[str, tuple[list[int], list[int]]], shapes: Mapping[st
         if len(shape) != len(low) or any(not a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
             return False
     return True
+
+
+def present(found: Mapping[str, Any], cache: Iterable[str]) -> dict[str, Any]:
+    """What a call put out for the cache, as the next call's inputs."""
+    return {name: found[name.replace(PAST, PRESENT)] for name in cache}
+
+
+def _probed(folder: Path, _: int) -> EngineSession:
+    """What `Target.probe_command` loads."""
+    return EngineSession(folder, read(folder))
+
+
+if __name__ == "__main__":
+    probing.main(_probed)

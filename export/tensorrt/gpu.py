@@ -41,6 +41,12 @@ def total_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
+def free_bytes() -> int:
+    """Of its memory, whatever program took the rest."""
+    free, _ = torch.cuda.mem_get_info()
+    return int(free)
+
+
 class Buffers:
     """Tensors on the GPU and one stream of its own, on which all of them are filled and read."""
 
@@ -69,6 +75,11 @@ class Buffers:
                 yield
         except torch.OutOfMemoryError as error:
             raise ResourceError(f"{name()} has too little memory for this ({error}). Free some there.") from error
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Raises: ResourceError."""
+        with self._filling():
+            return torch.zeros(shape, dtype=dtype, device="cuda")
 
     def wait(self) -> None:
         """Until all that was asked for is done."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from compress.export.onnx import conv as convolution
 from compress.export.onnx.float_matmul import add_bias, float_bias
 from compress.export.onnx.graph import GraphBuilder
-from compress.export.onnx.lowering import Source
+from compress.export.onnx.lowering import TRANSFORMED, Lowering, Source
 from compress.export.tensorrt.rules import EngineChoice
 from compress.formats.base import QuantTensor
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
+from compress.honours import Honours
 from compress.layer import LayerKind
 from compress.maths import floats
 
@@ -212,3 +213,13 @@ def _cast(graph: GraphBuilder, value: ir.Value, have: ir.DataType, want: ir.Data
     if key not in graph.shared:
         graph.shared[key] = graph.node("Cast", [value], {"to": want.value}, dtype=want)
     return graph.shared[key]
+
+
+KINDS = frozenset(LayerKind)
+# of an embedding it is the head that reads it whose inputs may be rounded
+LOWERS = Lowering(
+    Honours(KINDS, act=KINDS, pre=TRANSFORMED, bias=KINDS),
+    linear=linear,
+    gather=gather,
+    conv=conv,
+)

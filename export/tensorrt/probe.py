@@ -59,10 +59,12 @@ def one_layer(spec: LayerSpec, choice: EngineChoice, runtime: Runtime) -> tuple[
         sides = [size // 2 for size in spec.kernel[1:]]
         attributes = {"kernel": list(spec.kernel[1:]), "strides": [1, 1], "pads": [*sides, *sides]}
         node = ir.node("Conv", [value], {**attributes, "dilations": [1, 1], "group": spec.groups})
-        out = choice.module.conv(builder, source, value, node)
+        out = choice.lowers.write(builder, source, value, node)
         node.replace_input_with(0, None)  # it was only there to be read
     else:
-        out = (choice.module.gather if table else choice.module.linear)(builder, source, value)
+        node = ir.node("Embedding" if table else "Linear", [value])
+        out = choice.lowers.write(builder, source, value, node)
+        node.replace_input_with(0, None)
     graph.extend(builder.nodes)
     out.shape = ir.Shape(["batch", spec.shape[1 if table else 0], *inner[1:]])
     graph.outputs.append(out)

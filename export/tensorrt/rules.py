@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from compress.export.onnx import experts, float_matmul
 from compress.export.onnx.lowering import Choice
+from compress.formats import name_of
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Element, Profile, Runtime, Support, Use
@@ -86,7 +87,7 @@ def _choose(spec: LayerSpec, profile: Profile) -> EngineChoice | Refusal:
     static = spec.act is not None
     use: Use = "weight_and_static_activation" if static else "weight_only"
     assert isinstance(spec.format, IntGrid | FloatGrid)
-    support = runtime.support(use, spec.format.bits, element)
+    support = runtime.support(use, spec.format.bits, element, name_of(spec.format))
     if support.state == "no":
         inputs = " with static inputs" if static else ""
         return Refusal(f"{spec.format}{inputs}: {support.note.removesuffix('.')}", usage=False)

@@ -6,7 +6,7 @@ are float32 with the same numbers (widened.py). Speed here says nothing of the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from compress.errors import InputError, UnsupportedError
 from compress.export.onnx.files import GRAPH
 from compress.export.onnx.runtime import load_onnxruntime
 from compress.export.tensorrt import record
-from compress.export.tensorrt.engine import lacks
+from compress.export.tensorrt.engine import lacks, present
+from compress.target import Placement
 
 MISTAKEN = ["ReluQuantRewrite"]
 """It drops a Relu in front of a QuantizeLinear to FP8, which has negative numbers (onnxruntime 1.31.1)."""
@@ -29,6 +30,8 @@ class Session:
 
     Raises: InputError when the graph does not load.
     """
+
+    most_rows = 1 << 30
 
     def __init__(self, folder: Path, threads: int) -> None:
         self.record = record.read(folder)
@@ -57,33 +60,46 @@ class Session:
             if item.name.startswith("past_key_values.")
         }
         self._images = inputs[0].name == "images"
-        self.is_decoder = self._outputs[0] == "logits" and not self._images
+        self.main = self._outputs[0]
+        self.placement = Placement(f"onnxruntime {ort.__version__}", "CPU", threads, f"{folder.name}/{GRAPH}")
+        self.is_decoder = self.main == "logits" and not self._images
+
+    def tokens(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """See EngineSession."""
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def empty_cache(self, rows: int) -> dict[str, NDArray[Any]]:
+        """See EngineSession."""
+        return {name: np.zeros((rows, heads, 0, size), kind) for name, (heads, size, kind) in self._cache.items()}
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Inputs → outputs by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+    def host(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """They are there already."""
+        return values
 
     def _feeds(self, ids: NDArray[Any]) -> dict[str, NDArray[Any]]:
         if self._images:
             return {"images": ids}
-        batch, length = ids.shape
-        feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, length), np.int64)}
-        for name, (heads, size, kind) in self._cache.items():
-            feeds[name] = np.zeros((batch, heads, 0, size), kind)
-        return feeds
+        return self.tokens(ids, np.ones(ids.shape, np.int64)) | self.empty_cache(len(ids))
 
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
         """See compress.target.Session."""
-        found: NDArray[np.float32] = self._session.run([self._outputs[0]], self._feeds(ids))[0]
+        found: NDArray[np.float32] = self._session.run([self.main], self._feeds(ids))[0]
         return found
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
         feeds, tokens = self._feeds(np.asarray([list(prompt)], np.int64)), list[int]()
         for _ in range(count):
-            logits, *present = self._session.run(self._outputs, feeds)
-            tokens.append(int(logits[0, -1].argmax()))
+            found = self.run(feeds)
+            tokens.append(int(found[self.main][0, -1].argmax()))
             if tokens[-1] in stop:
                 break
-            seen = feeds["attention_mask"].shape[1] + 1
-            feeds = {"input_ids": np.asarray([tokens[-1:]], np.int64), "attention_mask": np.ones((1, seen), np.int64)}
-            feeds |= dict(zip(self._cache, present, strict=True))
+            mask = np.ones((1, len(prompt) + len(tokens)), np.int64)
+            feeds = self.tokens(np.asarray([tokens[-1:]], np.int64), mask) | present(found, self._cache)
         return tokens
 
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:

@@ -7,32 +7,33 @@ artifact is verified on one that has: until then the folder holds the graph, ten
 
 from __future__ import annotations
 
-from collections import Counter
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from compress.errors import UnsupportedError, UsageError
-from compress.export.onnx import experts, files, transforms
+from compress.export.onnx import experts, files, providers, transforms
 from compress.export.onnx import target as portable
 from compress.export.onnx.capture import capture_graph
 from compress.export.onnx.interfaces import DOMAIN
-from compress.export.onnx.lowering import Source
-from compress.export.tensorrt import builder, building, record, rules, shapes
-from compress.export.tensorrt.engine import EngineSession, misfit
+from compress.export.onnx.lowering import by_user, sources_of
+from compress.export.tensorrt import builder, building, engine, flavours, record, rules, shapes
+from compress.export.tensorrt.engine import EngineSession
 from compress.export.tensorrt.half import KINDS, halve, halve_cache
-from compress.export.tensorrt.lowering import PARSER
+from compress.export.tensorrt.lowering import LOWERS, PARSER
+from compress.export.tensorrt.runner import Runner
 from compress.export.tensorrt.runtime import Session, not_timed
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
-from compress.target import Lowered, Refusal, granted
+from compress.target import Lowered, Refusal, accepted, granted
 
 RUNTIME = rules.RTX
 FOLDER = "tensorrt"
-TIMED_HERE = False
+HONOURS = LOWERS.honours
+ON_GPU = True
 COMMAND = "build_command.txt"
 FP4_OPSET, FP4_IR = 23, 11
 # Fitted on models of 1 to 8 blocks (TensorRT-RTX 1.7.1): code in an engine, of the whole and per layer. A decoder has
@@ -43,9 +44,9 @@ IMAGE_ENGINE_BYTES, IMAGE_ENGINE_LAYER_BYTES = 300_000, 120_000
 RECORD_BYTES = 2_000
 
 # the interface of compress.target
-__all__ = ["FOLDER", "RUNTIME", "TIMED_HERE", "capture", "plan_layer", "predict_bytes", "probe_command"]
-__all__ += ["predict_deployed_bytes"]
-__all__ += ["complete", "deployed_bytes", "require_tools", "session", "write", "write_baseline"]
+__all__ = ["FOLDER", "ON_GPU", "RUNTIME", "capture", "plan_layer", "predict_bytes", "predict_deployed_bytes"]
+__all__ += ["complete", "deployed_bytes", "misfit", "probe_command", "require_tools", "runner", "session", "timed_here"]
+__all__ += ["HONOURS", "write", "write_baseline"]
 
 
 def _builds(profile: Profile) -> bool:
@@ -79,8 +80,7 @@ def capture(model: Model, profile: Profile) -> bytes:
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
     """See Target: the graph and its weights, and the engine with the same again."""
     graph, engine = _predicted(list(specs), model, profile)
-    side = sum(path.stat().st_size for path in model.side_files())
-    return graph + RECORD_BYTES + side + (engine if _builds(profile) else 0)
+    return graph + RECORD_BYTES + model.side_bytes + (engine if _builds(profile) else 0)
 
 
 def predict_deployed_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
@@ -107,46 +107,27 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
 
 
 def write_baseline(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
-    """The same without an engine: of the baseline, which is never deployed, only the graph runs here."""
-    return _write(model, profile, folder, graph, builds=False)
+    """The same; without an engine where none runs here: the baseline is never deployed, so its graph is enough."""
+    return _write(model, profile, folder, graph, timed_here(profile))
 
 
 def _write(model: Model, profile: Profile, folder: Path, graph: bytes | None, builds: bool) -> Lowered:
     specs = model.structure.layers
-    choices = _require(specs, profile)
+    answers = {name: plan_layer(spec, profile) for name, spec in specs.items()}
+    choices = accepted(answers, f"exported for profile {profile.id}")
     document = ir.from_proto(onnx.load_from_string(graph or capture(model, profile)))
     _lower(document, model, choices, _runtime(profile))
     folder.mkdir(parents=True, exist_ok=True)
     ir.save(document, folder / files.GRAPH, external_data=files.DATA)
     files.write(model, folder, shared=False)
-    (folder / "genai_config.json").unlink(missing_ok=True)  # whose runtime does not read this cache
+    (folder / providers.GENAI).unlink(missing_ok=True)  # whose runtime does not read this cache
     made = _build(model, profile, folder, builds)
     made.write(folder)
-    operators = Counter(choice.operator for choice in choices.values())
-    plain = tuple(name for name, spec in specs.items() if spec.format is None)
-    bounds = experts.bounds(choices, specs)
-    deployed = made.engine_bytes or made.graph_bytes
-    return Lowered(folder, dict(sorted(operators.items())), plain, bounds, deployed)
-
-
-def _require(specs: Mapping[str, LayerSpec], profile: Profile) -> dict[str, rules.EngineChoice]:
-    choices: dict[str, rules.EngineChoice] = {}
-    for name, spec in specs.items():
-        answer = plan_layer(spec, profile)
-        if isinstance(answer, Refusal):
-            kind = UsageError if answer.usage else UnsupportedError
-            raise kind(f"Layer {name} cannot be exported for profile {profile.id}: {answer.reason}.")
-        choices[name] = answer
-    return choices
+    return Lowered.of(folder, choices, specs, experts.bounds(choices, specs), made.engine_bytes or made.graph_bytes)
 
 
 def _lower(document: ir.Model, model: Model, choices: Mapping[str, rules.EngineChoice], runtime: Runtime) -> None:
-    sources = {
-        user: Source(spec, choices[name], lambda spec=spec: model.layer(spec))  # type: ignore[misc]
-        for name, spec in model.structure.layers.items()
-        for user in spec.users
-    }
-    portable.lower(document, sources, model)
+    portable.lower(document, by_user(sources_of(model, choices)), model)
     if runtime.float_dtype in KINDS:
         halve(document.graph, KINDS[runtime.float_dtype])
         halve_cache(document.graph, KINDS[runtime.float_dtype])
@@ -209,11 +190,32 @@ def session(folder: Path, threads: int, exact: bool = False) -> Session | Engine
     """See Target: the engine where it runs here. Otherwise, and for `exact`, its graph in ONNX Runtime, whose kernels
     round nothing by themselves."""
     kept = record.read(folder)
-    if not exact and kept.engine and not misfit(kept):
+    if not exact and not engine.misfit(kept):
         return EngineSession(folder, kept)
     return Session(folder, threads)
 
 
+def timed_here(profile: Profile) -> bool:
+    """See Target: whether this machine has the profile's chip and what runs its engines."""
+    flavour = building.flavour_for(profile) if profile.gpu is not None else None
+    return flavour is not None and profile.gpu is not None and not flavours.lacking(flavour, profile.gpu.sm)
+
+
+def misfit(folder: Path) -> str:
+    """See Target."""
+    return building.misfit(record.read(folder))
+
+
+def runner(session: Session | EngineSession, folder: Path) -> Runner:
+    """Batches through an engine, or its graph."""
+    return Runner(session, folder)
+
+
 def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
-    """Raises: UnsupportedError, since load time and memory are the engine's own."""
-    raise not_timed(record.read(folder).runtime)
+    """Runs `runtime.probe` in a process of its own. Raises: UnsupportedError where the engine does not run here, since
+    load time and memory are the engine's own."""
+    kept = record.read(folder)
+    if engine.misfit(kept):
+        raise not_timed(kept.runtime)
+    command = [sys.executable, "-m", "compress.export.tensorrt.engine", str(folder)]
+    return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]

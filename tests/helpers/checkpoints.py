@@ -14,7 +14,7 @@ from compress.hwprofiles import Profile
 from compress.models.model import Model
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
-from compress.quality.evaluate import verify_export
+from compress.quality.verification import verify_export
 from compress.records import Verification
 from compress.target import Lowered
 

@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 
-from compress.inputs.data import Calibration, Windows
+from compress.inputs.datasets import Calibration
+from compress.inputs.windows import Windows
 
-SIZES: dict[str, Any] = {
+UNGROUPED: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+SIZES: dict[str, Any] = {**UNGROUPED, "num_key_value_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ROTARY_SIZES = {**SIZES, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 """Heads of 16, which GroupQueryAttention rotates."""

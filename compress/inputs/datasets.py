@@ -24,9 +24,6 @@ from compress.inputs.windows import check_disjoint as check_windows
 from compress.models.embedding import FEWEST_NEIGHBOURS
 from compress.models.model import Model, Task
 
-__all__ = ["Calibration", "Samples", "Windows", "calibrate", "check_disjoint", "choose", "cut_windows", "join"]
-__all__ += ["quality_windows", "read_documents", "split", "tokenize"]
-
 CALIBRATION_WINDOWS = 128
 
 Samples = Windows | Images
