@@ -83,8 +83,8 @@ def test_it_is_refused_in_one_paragraph_and_nothing_is_written(
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "Out of memory"),
         (RuntimeError("can't start new thread"), "Out of memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "Out of memory"),
-        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "No space left while writing /tmp/x"),
-        (OSError(errno.EACCES, "Permission denied", "/root/x"), "/root/x cannot be used: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device", "/full/x"), "No space left while writing /full/x"),
+        (OSError(errno.EACCES, "Permission denied", "/closed/x"), "/closed/x cannot be used: Permission denied"),
     ],
 )
 def test_a_machine_that_is_too_small_or_refuses_is_no_bug(

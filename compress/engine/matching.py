@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
 
 import regex  # with a time limit, which re has not
 
@@ -50,14 +52,21 @@ def matches(pattern: str, user: str, kind: str) -> bool:
     return fnmatchcase(user, pattern)
 
 
-def _fits(pattern: str, user: str) -> bool:
+@cache
+def _expression(pattern: str) -> Any:
+    """A `re:` pattern, compiled. Raises: UsageError for a bad one, or one that would take too long to compile."""
     counts = regex.findall(r"[{,](\d+)(?=[,}])", pattern)
     if math.prod(max(1, int(count)) if len(count) < 6 else MOST_REPEATS + 1 for count in counts) > MOST_REPEATS:
         raise UsageError(f"'{pattern}' repeats its parts more than {MOST_REPEATS} times. Give smaller counts.")
     try:
-        return regex.fullmatch(pattern.removeprefix("re:"), user, timeout=LONGEST_S) is not None
+        return regex.compile(pattern.removeprefix("re:"))
     except regex.error as error:
         raise UsageError(f"'{pattern}' is not a regular expression: {error}.") from error
+
+
+def _fits(pattern: str, user: str) -> bool:
+    try:
+        return _expression(pattern).fullmatch(user, timeout=LONGEST_S) is not None
     except TimeoutError as error:
         raise UsageError(
             f"'{pattern}' takes too long to compare with '{user}' (over {LONGEST_S:g} s). Repeat no group that repeats."

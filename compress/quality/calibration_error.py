@@ -14,7 +14,7 @@ from compress.quality.fidelity import binned
 from compress.quality.metrics import Figures
 from compress.quality.token_scores import Flags, Floats
 from compress.records.quality import Curve
-from compress.stats.intervals import cluster_interval, paired_difference, transform
+from compress.stats.intervals import cluster_interval, not_negative, paired_difference, transform
 
 BINS = 15
 FEWEST = 10 * BINS
@@ -74,7 +74,7 @@ def calibration_figures(own: Answers, original: Answers | None, suffix: str = ""
     before = _sums(original) if original else {}
     for name, sums in _sums(own).items():
         value, interval = cluster_interval(sums, counts)
-        found[f"{name}{suffix}"] = value, transform(interval, lambda bound: max(bound, 0.0))
+        found[f"{name}{suffix}"] = value, transform(interval, not_negative)
         if original:
             found[f"{name}{suffix}_change"] = paired_difference(sums, before[name], counts)
     return found

@@ -14,7 +14,7 @@ from compress.quality.calibration_error import PROTOCOL as CALIBRATION
 from compress.quality.metrics import Figures, Subject, in_order, measured
 from compress.records import Interval, Quality
 from compress.records.quality import Flips, Metric, WorstSample
-from compress.stats.intervals import cluster_interval, transform
+from compress.stats.intervals import cluster_interval, not_negative, transform
 from compress.stats.proportions import mcnemar, paired_change, proportion
 
 TASK = "image-classifier"
@@ -158,7 +158,7 @@ def _change_figures(scores: Sequence[BatchScore]) -> tuple[Figures, Flips]:
     figures: Figures = {
         "accuracy_change": _points(before, after),
         "top1_agreement": proportion(int(_joined(scores, "agreed").sum()), count),
-        "kl": (value, transform(spread, lambda bound: max(bound, 0.0))),
+        "kl": (value, transform(spread, not_negative)),
         "flips": proportion(gained + lost, count),
     }
     p_value = mcnemar(gained, lost)

@@ -20,7 +20,7 @@ from compress.records import Interval
 from compress.records.quality import Continuations, Generation, Metric
 from compress.runtime.generation import padded
 from compress.runtime.sampling import Sampling, choose
-from compress.stats.intervals import cluster_interval, transform
+from compress.stats.intervals import cluster_interval, fraction, transform
 from compress.stats.proportions import proportion
 from compress.target import Runner
 
@@ -140,7 +140,7 @@ def compare(original: Rows, other: Rows, tokens: int, protocol: str) -> Continua
     value, interval = cluster_interval(equal, lengths)
     until, spread = cluster_interval(before, np.ones(len(before)))
     figures = {
-        "greedy_agreement": (value, transform(interval, lambda bound: min(max(bound, 0.0), 1.0))),
+        "greedy_agreement": (value, transform(interval, fraction)),
         "greedy_exact_match": _exact(same),
         "greedy_first_divergence": (until, transform(spread, lambda bound: min(max(bound, 0.0), float(tokens)))),
     }

@@ -13,7 +13,7 @@ from compress.models.embedding import FEWEST_NEIGHBOURS
 from compress.quality.metrics import Figures, Subject, in_order, measured
 from compress.quality.token_scores import CHUNK_ROWS, Array, Flags, Floats, Indices
 from compress.records import Interval, Quality
-from compress.stats.intervals import cluster_interval, transform
+from compress.stats.intervals import cluster_interval, fraction, transform
 from compress.stats.quantiles import clustered_quantile, is_supported, needed
 
 NEIGHBOURS = 10
@@ -120,11 +120,6 @@ def summarize_embeddings(
         found["similarity_spearman"] = scores.spearman
     metrics = in_order("encoder", measured("encoder", found, count, protocol))
     return Quality(subject=subject, where=where, metrics=metrics, data_digest=data_digest, notes=tuple(notes))
-
-
-def fraction(value: float) -> float:
-    """Inside 0 to 1."""
-    return min(max(value, 0.0), 1.0)
 
 
 def cosine_range(value: float) -> float:

@@ -15,7 +15,7 @@ from compress.quality.metrics import Figures
 from compress.quality.token_scores import Floats, TokenScores
 from compress.records import Interval
 from compress.records.quality import Curve, CurvePoint, Flips, WorstSample
-from compress.stats.intervals import cluster_interval, transform
+from compress.stats.intervals import cluster_interval, fraction, not_negative, transform
 from compress.stats.proportions import clustered_mcnemar
 from compress.stats.quantiles import clustered_quantile, is_supported, needed
 
@@ -39,7 +39,7 @@ def token_mean(scores: Scores, values: Values) -> Found:
 def token_share(scores: Scores, values: Values) -> Found:
     """As `token_mean` of what lies in 0 to 1, with an interval that does too."""
     value, interval = token_mean(scores, values)
-    return value, transform(interval, lambda bound: min(max(bound, 0.0), 1.0))
+    return value, transform(interval, fraction)
 
 
 def second_half_perplexity(losses: Sequence[Floats]) -> Found | None:
@@ -160,7 +160,7 @@ def _quantiles(scores: Scores) -> tuple[Figures, list[str]]:
     for name, share in QUANTILES.items():
         if is_supported(count, share):
             value, interval = clustered_quantile([score.kl for score in scores], share)
-            found[name] = value, transform(interval, lambda bound: max(bound, 0.0))
+            found[name] = value, transform(interval, not_negative)
         else:
             notes.append(f"{name} is not given: {count} tokens, and {needed(share)} are needed.")
     return found, notes

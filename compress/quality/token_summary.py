@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compress.quality.metrics import Figures, Subject, measured
 from compress.quality.token_scores import WindowScore
 from compress.records import Quality
-from compress.stats.intervals import cluster_interval, paired_difference, transform
+from compress.stats.intervals import cluster_interval, fraction, not_negative, paired_difference, transform
 
 TASK = "causal-lm"
 
@@ -32,8 +32,8 @@ def summarize(scores: Sequence[WindowScore], subject: Subject, where: str, proto
     if subject == "compressed" and any(score.kl is not None for score in scores):
         kl, kl_interval = cluster_interval(_column(scores, "kl"), tokens)
         top1, top1_interval = cluster_interval(_column(scores, "agreed"), tokens)
-        found["kl"] = kl, transform(kl_interval, _not_negative)
-        found["top1_agreement"] = top1, transform(top1_interval, _fraction)
+        found["kl"] = kl, transform(kl_interval, not_negative)
+        found["top1_agreement"] = top1, transform(top1_interval, fraction)
         found["nll_change"] = paired_difference(_column(scores, "nll"), _column(scores, "reference_nll"), tokens)
     metrics = measured(TASK, found, len(scores), protocol)
     return Quality(subject=subject, where=where, metrics=metrics, data_digest=data_digest)
@@ -49,11 +49,3 @@ def _column(scores: Sequence[WindowScore], name: str) -> NDArray[np.float64]:
 def _exp(value: float) -> float:
     with np.errstate(over="ignore"):  # a broken model's perplexity is inf, not an exception
         return float(np.exp(value))
-
-
-def _not_negative(value: float) -> float:
-    return max(value, 0.0)
-
-
-def _fraction(value: float) -> float:
-    return min(max(value, 0.0), 1.0)

@@ -12,7 +12,7 @@ from compress.report.format import clean
 from compress.report.table import Table, capped
 
 _NONE = "-"
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted path: model.layers.12.mlp
+INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted path: model.layers.12.mlp
 _LEVELS = {
     "ran": "ran: the runtime loaded the file and ran it",
     "built": "built: the builder accepted it, the same graph ran elsewhere",
@@ -199,7 +199,7 @@ def _layers(passes: Sequence[PassResult], *, changed: bool) -> Iterable[LayerRes
 
 def pattern(name: str) -> str:
     """A dotted path with its numbers starred: `model.layers.*.mlp`."""
-    return _INDEX.sub("*", name)
+    return INDEX.sub("*", name)
 
 
 def patterns(names: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.records import Interval, Speed
+from compress.records import Speed
 from compress.records.speed import EndToEnd
 from compress.report import format as fmt
 from compress.report.format import NOT_MEASURED, clean
@@ -33,7 +33,7 @@ def energy_table(speed: Speed) -> Table:
         cells = (
             fmt.significant(found.baseline_j),
             fmt.significant(found.variant_j),
-            _ratio(found.saving, found.interval),
+            fmt.speedup_text(found.saving, found.interval),
         )
         rows: tuple[Row, ...] = ((clean(found.setting), *cells, found.verdict),)
         notes: tuple[str, ...] = (
@@ -55,16 +55,20 @@ def _rows(found: EndToEnd) -> tuple[Row, ...]:
             clean(span.what),
             fmt.duration(span.baseline_s),
             fmt.duration(span.variant_s),
-            _ratio(found.compute_speedup, found.compute_interval) if span.name == "compute" else "-",
+            fmt.speedup_text(found.compute_speedup, found.compute_interval) if span.name == "compute" else "-",
         )
         for span in found.spans
     )
-    whole = fmt.duration(found.baseline_s), fmt.duration(found.variant_s), _ratio(found.speedup, found.interval)
-    return *spans, ("whole request", *whole), ("ceiling", "-", "-", _ratio(found.ceiling, found.ceiling_interval))
-
-
-def _ratio(value: float, interval: Interval) -> str:
-    return fmt.with_interval(fmt.speedup(value, interval), interval)
+    whole = (
+        fmt.duration(found.baseline_s),
+        fmt.duration(found.variant_s),
+        fmt.speedup_text(found.speedup, found.interval),
+    )
+    return (
+        *spans,
+        ("whole request", *whole),
+        ("ceiling", "-", "-", fmt.speedup_text(found.ceiling, found.ceiling_interval)),
+    )
 
 
 def _notes(found: EndToEnd) -> tuple[str, ...]:

@@ -135,6 +135,11 @@ def told_apart(found: float, bound: float) -> tuple[str, str]:
     return texts
 
 
+def speedup_text(ratio: float, interval: Interval) -> str:
+    """`1.62x (1.55 to 1.69)`."""
+    return with_interval(speedup(ratio, interval), interval)
+
+
 def with_interval(parts: tuple[str, str], interval: Interval | None) -> str:
     """One cell: `0.0052 (0.0048 to 0.0056)`; the level is spelled out only when it is not 95%."""
     value, text = parts

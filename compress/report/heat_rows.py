@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from compress.records import LayerResult, PassResult
 from compress.report import format as fmt
+from compress.report.detail_rows import INDEX, pattern
 from compress.report.format import clean
 from compress.report.table import Table
 
@@ -16,7 +17,6 @@ LEVELS = 7
 MAX_ROWS, MAX_COLUMNS = 100, 14
 MOST_NAMED = 3
 _NONE = "-"
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted path
 _EXPERT = re.compile(r"\bexperts?\.\d+(?=\.|$)")  # one of many alike: the worst of them stands for all
 
 
@@ -131,7 +131,7 @@ def _measure(layers: Sequence[LayerResult]) -> str:
 def _place(name: str) -> tuple[tuple[int, ...], str]:
     """Numbers of the block, and the name without them: `(12,)`, `model.layers.*.mlp.up_proj`."""
     plain = _EXPERT.sub(lambda hit: hit[0].partition(".")[0], name)
-    return tuple(int(number) for number in _NUMBER.findall(plain)), _NUMBER.sub("*", plain)
+    return tuple(int(number) for number in INDEX.findall(plain)), pattern(plain)
 
 
 def _columns(

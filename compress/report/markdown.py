@@ -73,9 +73,13 @@ def _row(cells: Sequence[str], *, raw: bool = False) -> str:
 
 
 def _block(block: Block) -> list[str]:
-    longest = max((len(run) for run in re.findall(r"`+", block.text)), default=0)
-    fence = "`" * max(3, longest + 1)  # no text can close a fence that is longer than any run in it
-    return [f"## {_text(block.title)}", f"{fence}text\n{block.text}\n{fence}", _text(block.note)]
+    return [f"## {_text(block.title)}", fenced(block.text), _text(block.note)]
+
+
+def fenced(text: str) -> str:
+    """A text as it is, in a fence longer than any run of backquotes in it, which none can close."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _text(text: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from compress.records import Report
 from compress.report.format import clean, clean_block
-from compress.report.markdown import escaped, table_markdown
+from compress.report.markdown import escaped, fenced, table_markdown
 from compress.report.rows import build_page
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -92,10 +92,9 @@ def _making(report: Report) -> str:
     calibration: Mapping[str, object] = report.calibration
     facts = [f"- {escaped(clean(name))}: {escaped(clean(str(value)))}" for name, value in sorted(calibration.items())]
     recipe = clean_block(report.recipe) or "not recorded"
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", recipe)), default=0))
     parts = [
         "## How it was made",
-        f"{fence}text\n{recipe}\n{fence}",
+        fenced(recipe),
         "Calibrated on:\n\n" + "\n".join(facts) if facts else "No data were needed.",
         f"Seed {report.seed}. Digest of the source weights: `{_code(report.source_digest)}`.",
     ]

@@ -72,7 +72,7 @@ def _latency_row(one: PredictedLatency, speed: Speed | None) -> Row:
     timing = next((each for each in alike if abs(each.prompt - one.prompt) <= 1), None)
     measured = fmt.NOT_MEASURED
     if timing is not None:
-        measured = fmt.with_interval(fmt.speedup(timing.speedup, timing.interval), timing.interval)
+        measured = fmt.speedup_text(timing.speedup, timing.interval)
     times = fmt.duration(one.baseline_s), fmt.duration(one.variant_s)
     return setting(one), *times, one.bound, f"{fmt.significant(ratio(one))}x", measured
 

@@ -86,7 +86,7 @@ def speed_warnings(speed: Speed | None) -> list[str]:
 
 def speedup_text(timing: Timing) -> str:
     """`1.62x (1.55 to 1.69)`."""
-    return fmt.with_interval(fmt.speedup(timing.speedup, timing.interval), timing.interval)
+    return fmt.speedup_text(timing.speedup, timing.interval)
 
 
 def spans(speed: Speed) -> list[tuple[str, float, float]]:
@@ -220,7 +220,7 @@ def _best_row(one: BestAgainstBest) -> Row:
     same = ", ".join(f"batch {batch}: {fmt.significant(ratio)}x" for batch, ratio in sorted(one.same_setting.items()))
     ratio = f"{fmt.significant(one.ratio)}x (no interval)"
     if one.interval:
-        ratio = fmt.with_interval(fmt.speedup(one.ratio, one.interval), one.interval)
+        ratio = fmt.speedup_text(one.ratio, one.interval)
     return one.phase, _NONE if one.phase == "infer" else str(one.prompt), before, after, ratio, clean(same)
 
 
@@ -255,5 +255,5 @@ def _round_row(timing: Timing) -> Row:
     found = timing.every_round
     assert found is not None
     causes = ", ".join(f"{WORDS.get(name) or clean(name)} {count}" for name, count in found.causes.items())
-    every = fmt.with_interval(fmt.speedup(found.speedup, found.interval), found.interval)
+    every = fmt.speedup_text(found.speedup, found.interval)
     return timing.name, str(found.rounds), str(found.disturbed), causes, "yes" if found.left_out else "no", every

@@ -11,7 +11,7 @@ from compress.report.metric_names import metric_name
 from compress.report.table import Tile, Tone
 from compress.report.verdict import headline_metric, headline_timing
 
-_TONES: dict[str, Tone] = {"faster": "good", "slower": "bad", "same": "even", "inconclusive": "open"}
+TONES: dict[str, Tone] = {"faster": "good", "slower": "bad", "same": "even", "inconclusive": "open"}
 
 
 def tiles_of(report: Report) -> tuple[Tile, ...]:
@@ -29,7 +29,7 @@ def _speed(timing: Timing | None) -> Tile:
     if timing is None:
         return Tile("Speed", NOT_MEASURED, tone="quiet")
     value, bounds = fmt.speedup(timing.speedup, timing.interval)
-    return Tile("Speed", value, f"{timing.verdict}, {bounds}, {timing.name}", _TONES[timing.verdict])
+    return Tile("Speed", value, f"{timing.verdict}, {bounds}, {timing.name}", TONES[timing.verdict])
 
 
 def _size(report: Report) -> Tile:

@@ -97,7 +97,7 @@ def _processors() -> list[int]:
 def _steal(path: Path, processors: list[int]) -> float | None:
     """Seconds, from the eighth figure of each processor's line (proc(5))."""
     names = {f"cpu{number}" for number in processors}
-    lines = [line.split() for line in _text(path).splitlines() if line.startswith("cpu")]
+    lines = [line.split() for line in read_text(path).splitlines() if line.startswith("cpu")]
     ticks = [int(words[8]) for words in lines if words[0] in names and len(words) > 8]
     return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
 
@@ -111,21 +111,21 @@ def _switches() -> int | None:
 
 
 def _field(path: Path, name: str) -> int | None:
-    found = [line.split()[1] for line in _text(path).splitlines() if line.startswith(name + " ")]
+    found = [line.split()[1] for line in read_text(path).splitlines() if line.startswith(name + " ")]
     return int(found[0]) if found else None
 
 
 def _over(paths: list[Path], of: Callable[[list[int]], int]) -> int | None:
     """The sum or maximum of what the files hold; None also where a processor went away since they were found."""
-    texts = [_text(path).strip() for path in paths]
+    texts = [read_text(path).strip() for path in paths]
     return of([int(text) for text in texts]) if texts and all(text.isdigit() for text in texts) else None
 
 
 def _readable(paths: Iterable[Path]) -> list[Path]:
-    return [path for path in paths if _text(path).strip().isdigit()]
+    return [path for path in paths if read_text(path).strip().isdigit()]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Empty where this system does not have, or does not show, the file."""
     try:
         return path.read_text()

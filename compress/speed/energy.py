@@ -17,6 +17,7 @@ import numpy as np
 
 from compress.errors import UnsupportedError
 from compress.records.speed import Energy, EnergyVerdict, SpeedVerdict
+from compress.speed.disturbance import read_text
 from compress.stats.intervals import MIN_ROUNDS, speed_verdict, speedup
 
 MOST_ROUNDS, WARMUP_CALLS = 30, 3
@@ -86,14 +87,16 @@ def find_meter(device: str, root: Path = Path("/")) -> Meter:
         return _nvml()
     folder = root / "sys/class/powercap"
     zones = [
-        zone for zone in sorted(folder.glob("intel-rapl:*")) if _text(zone / "name").startswith(("package", "dram"))
+        zone
+        for zone in sorted(folder.glob("intel-rapl:*"))
+        if read_text(zone / "name").strip().startswith(("package", "dram"))
     ]
     if not zones:
         raise UnsupportedError(f"{folder} has no energy counter (a virtual machine mostly hides it)")
-    closed = [zone for zone in zones if not _text(zone / "energy_uj").isdigit()]
+    closed = [zone for zone in zones if not read_text(zone / "energy_uj").strip().isdigit()]
     if closed:
         raise UnsupportedError(f"{closed[0] / 'energy_uj'} may not be read; root may, or whoever root lets read it")
-    return Rapl(zones, name=f"RAPL ({', '.join(_text(zone / 'name') for zone in zones)})")
+    return Rapl(zones, name=f"RAPL ({', '.join(read_text(zone / 'name').strip() for zone in zones)})")
 
 
 def measure_energy(
@@ -174,11 +177,3 @@ def _nvml() -> Meter:
     if not devices:
         raise UnsupportedError("NVML finds no device")
     return meter
-
-
-def _text(path: Path) -> str:
-    """Empty where it cannot be read."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

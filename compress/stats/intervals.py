@@ -57,6 +57,16 @@ def transform(interval: Interval | None, fn: Callable[[float], float]) -> Interv
     return Interval(low=min(ends), high=max(ends), level=interval.level)
 
 
+def not_negative(value: float) -> float:
+    """For `transform`: the end of an interval of what cannot be below 0."""
+    return max(value, 0.0)
+
+
+def fraction(value: float) -> float:
+    """For `transform`: the end of an interval of what lies in 0 to 1."""
+    return min(max(value, 0.0), 1.0)
+
+
 def speedup(log_ratios: ArrayLike, level: float = 0.95, loads: ArrayLike | None = None) -> tuple[float, Interval]:
     """exp of the 10 % trimmed mean of ln(baseline / variant) per round, and an interval that holds under correlation.
 

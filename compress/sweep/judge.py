@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from compress import hwprofiles
 from compress.errors import CompressError, Interrupted
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
@@ -127,7 +125,7 @@ def _judge_tokens(
         first = torch.tensor(baseline.logits(one)[0])  # a copy: a runtime may hand out memory that it writes again
         for name in [name for name in judges if name not in found.failures]:
             try:
-                output = _next(outputs[name])
+                output = next(outputs[name])
                 judges[name].see(place, first, torch.tensor(sessions[name].logits(one)[0]), reference, output)
             except CompressError as error:
                 found.failures[name] = error
@@ -142,10 +140,6 @@ def _judge_tokens(
         found.evaluations[name] = Evaluation(*continued, judged[2])
     found.differences = _losses({name: judges[name] for name in found.evaluations})
     return found
-
-
-def _next(outputs: Iterator[Tensor]) -> Tensor:
-    return next(outputs)
 
 
 def _losses(judges: Mapping[str, TokenJudge]) -> list[Difference]:
@@ -216,11 +210,6 @@ def _both_ways(axis: Axis, first: str, second: str, value: float, interval: Inte
         Difference(axis=axis, first=first, second=second, value=value, interval=interval),
         Difference(axis=axis, first=second, second=first, value=-value, interval=turned),
     ]
-
-
-def machine() -> dict[str, str]:
-    """Where it was measured."""
-    return hwprofiles.machine_summary()
 
 
 def loss_of(quality: Quality) -> tuple[str, float, Interval | None] | None:

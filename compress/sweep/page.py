@@ -12,8 +12,10 @@ from compress.report.front_chart import Point, State, Trade, front_caption, fron
 from compress.report.html_page import Drawing, page_html
 from compress.report.markdown import page_markdown
 from compress.report.metric_names import metric_name
-from compress.report.table import Block, Page, Row, Table, Tile, Tone
+from compress.report.speed_rows import speedup_text
+from compress.report.table import Block, Page, Row, Table, Tile
 from compress.report.terminal import print_page
+from compress.report.tiles import TONES
 from compress.sweep.records import Figure, Sweep, Variant
 
 if TYPE_CHECKING:
@@ -115,7 +117,7 @@ def speed_table(found: Sweep) -> Table:
     """Every setting of every variant."""
     rows = [
         (each.name, timing.name, fmt.significant(1000 * timing.baseline_s), fmt.significant(1000 * timing.variant_s),
-         _speedup(timing), timing.verdict)
+         speedup_text(timing), timing.verdict)
         for each in found.done for timing in each.timings
     ]  # fmt: skip
     columns = ("variant", "setting", "baseline ms", "variant ms", "speed-up", "verdict")
@@ -203,7 +205,7 @@ def _variant_row(found: Sweep, variant: Variant) -> Row:
         fmt.times_smaller(found.source_bytes, size) or _NONE,
         NOT_MEASURED if loss is None else _figure(loss),
         NOT_MEASURED if lead is None else fmt.significant(1000 * lead.variant_s),
-        NOT_MEASURED if lead is None else _speedup(lead),
+        NOT_MEASURED if lead is None else speedup_text(lead),
         _NONE if lead is None else lead.verdict,
     )
 
@@ -220,10 +222,6 @@ def _standing(found: Sweep, variant: Variant) -> str:
 
 def _lead(found: Sweep, variant: Variant) -> Timing | None:
     return next((timing for timing in variant.timings if timing.name == found.setting), None)
-
-
-def _speedup(timing: Timing) -> str:
-    return fmt.with_interval(fmt.speedup(timing.speedup, timing.interval), timing.interval)
 
 
 def _figure(figure: Figure) -> str:
@@ -274,10 +272,7 @@ def _tiles(found: Sweep) -> tuple[Tile, ...]:
     lead = _lead(found, picked)
     if lead is not None:
         value, bounds = fmt.speedup(lead.speedup, lead.interval)
-        tones: dict[str, Tone] = {"faster": "good", "slower": "bad", "inconclusive": "open"}
-        tiles.append(
-            Tile(f"Speed-up, {found.setting}", value, f"{bounds}, {lead.verdict}", tones.get(lead.verdict, "even"))
-        )
+        tiles.append(Tile(f"Speed-up, {found.setting}", value, f"{bounds}, {lead.verdict}", TONES[lead.verdict]))
     if picked.artifact_bytes:
         change = fmt.times_smaller(found.source_bytes, picked.artifact_bytes)
         tiles.append(Tile("Size", fmt.size(picked.artifact_bytes), f"{change}, from {fmt.size(found.source_bytes)}"))

@@ -26,6 +26,7 @@ from compress.export.checkpoint import readback, readers, transform_config
 from compress.files import read_json
 from compress.models.folder import refuse_code
 from compress.runtime import probing
+from compress.runtime.greedy import greedy
 
 Ids = NDArray[np.int64]
 Level = Literal["ran", "built", "checked"]
@@ -73,16 +74,17 @@ class Session:
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
-        ids, cache, tokens = torch.tensor([list(prompt)]), None, list[int]()
+        cache = None
+
+        def step(ids: Ids, _: Ids) -> torch.Tensor:
+            nonlocal cache
+            output = self.model(input_ids=torch.from_numpy(ids), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            last: torch.Tensor = output.logits[0, -1]
+            return last
+
         with self.running():
-            for _ in range(count):
-                output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
-                tokens.append(token)
-                if token in stop:
-                    break
-                ids = torch.tensor([[token]])
-        return tokens
+            return greedy(step, prompt, count, stop)
 
     @torch.no_grad()
     def call(self, ids: Ids, past: int) -> Callable[[], None]:

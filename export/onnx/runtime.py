@@ -16,6 +16,7 @@ from compress.export.onnx import providers
 from compress.export.onnx.cache import Cache, Concatenated, Shared
 from compress.models.onnx_interface import GIVEN, Interface
 from compress.runtime import probing
+from compress.runtime.greedy import greedy
 
 Ids = NDArray[np.int64]
 PORTABLE, SHARED = "model.onnx", "model_gqa.onnx"
@@ -126,16 +127,8 @@ class Session:
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """At most `count` tokens after a prompt, the most likely one each time; ends after one of `stop`."""
-        ids, cache = np.asarray([list(prompt)], np.int64), self.cache(1, len(prompt) + count)
-        tokens: list[int] = []
-        while len(tokens) < count:
-            seen = len(prompt) + len(tokens)
-            token = int(cache.run(ids, np.ones((1, seen), np.int64))[0, -1].argmax())
-            tokens.append(token)
-            if token in stop:
-                break
-            ids = np.asarray([[token]], np.int64)
-        return tokens
+        cache = self.cache(1, len(prompt) + count)
+        return greedy(lambda ids, mask: cache.run(ids, mask)[0, -1], prompt, count, stop)
 
     def cache(self, batch: int, length: int) -> Cache:
         """An empty cache for rows of about `length` tokens in all."""

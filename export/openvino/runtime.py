@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from compress import extras
 from compress.errors import InputError, UnsupportedError
 from compress.runtime import probing
+from compress.runtime.greedy import greedy
 
 EXTRA = "openvino"
 GRAPH, DATA = "openvino_model.xml", "openvino_model.bin"
@@ -88,10 +89,13 @@ class Session:
         if self.takes_images:
             return {"images": ids}
         batch, length = ids.shape
-        feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, past + length), np.int64)}
-        for name, (heads, size) in self.cache_shapes.items():
-            feeds[name] = np.zeros((batch, heads, past, size), np.float32)
-        return feeds
+        mask = np.ones((batch, past + length), np.int64)
+        return {"input_ids": ids, "attention_mask": mask, **self.empty_cache(batch, past)}
+
+    def empty_cache(self, rows: int, past: int = 0) -> dict[str, NDArray[Any]]:
+        """Keys and values of so many tokens, all zero."""
+        shapes = self.cache_shapes.items()
+        return {name: np.zeros((rows, heads, past, size), np.float32) for name, (heads, size) in shapes}
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """Every output by name; memory of the runtime, which the next call writes again."""
@@ -108,15 +112,15 @@ class Session:
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
-        feeds, tokens = self.feeds(np.asarray([list(prompt)], np.int64)), list[int]()
-        while len(tokens) < count:
-            found = self.run(feeds)
-            tokens.append(int(found["logits"][0, -1].argmax()))
-            if tokens[-1] in stop:
-                break
-            feeds = {"input_ids": np.asarray([tokens[-1:]], np.int64), **self.present(found)}
-            feeds["attention_mask"] = np.ones((1, len(prompt) + len(tokens)), np.int64)
-        return tokens
+        held = self.empty_cache(1)
+
+        def step(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Any:
+            nonlocal held
+            found = self.run({"input_ids": ids, "attention_mask": mask, **held})
+            held = self.present(found)
+            return found["logits"][0, -1]
+
+        return greedy(step, prompt, count, stop)
 
     def present(self, found: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[Any]]:
         """What a call put out for the cache, as the next call's inputs."""

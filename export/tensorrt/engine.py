@@ -17,6 +17,7 @@ from compress.export.tensorrt import flavours, gpu
 from compress.export.tensorrt.builder import make_logger
 from compress.export.tensorrt.record import Record, read
 from compress.runtime import probing
+from compress.runtime.greedy import Step, greedy
 from compress.target import Placement
 
 DTYPES = {
@@ -123,15 +124,7 @@ class EngineSession:
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
-        feeds, tokens = self._feeds(np.asarray([list(prompt)], np.int64)), list[int]()
-        for _ in range(count):
-            found = self.run(feeds)
-            tokens.append(int(found[self.main][0, -1].argmax()))
-            if tokens[-1] in stop:
-                break
-            mask = np.ones((1, len(prompt) + len(tokens)), np.int64)
-            feeds = self.tokens(np.asarray([tokens[-1:]], np.int64), mask) | present(found, self._cache)
-        return tokens
+        return greedy(continuing(self), prompt, count, stop)
 
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
         """See compress.target.Session: the engine alone, from inputs that lie in the GPU's memory to outputs there; it
@@ -238,6 +231,19 @@ def _holds(ranges: Mapping[str, tuple[list[int], list[int]]], shapes: Mapping[st
         if len(shape) != len(low) or any(not a <= size <= b for a, size, b in zip(low, shape, high, strict=True)):
             return False
     return True
+
+
+def continuing(session: Any) -> Step:
+    """Steps of one row through a session of this folder; the cache stays wherever the session computes."""
+    held = session.empty_cache(1)
+
+    def step(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Any:
+        nonlocal held
+        found = session.run({**session.tokens(ids, mask), **held})
+        held = present(found, held)
+        return found[session.main][0, -1]
+
+    return step
 
 
 def present(found: Mapping[str, Any], cache: Iterable[str]) -> dict[str, Any]:

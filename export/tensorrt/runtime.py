@@ -17,7 +17,8 @@ from compress.errors import InputError, UnsupportedError
 from compress.export.onnx.files import GRAPH
 from compress.export.onnx.runtime import load_onnxruntime
 from compress.export.tensorrt import record
-from compress.export.tensorrt.engine import lacks, present
+from compress.export.tensorrt.engine import continuing, lacks
+from compress.runtime.greedy import greedy
 from compress.target import Placement
 
 MISTAKEN = ["ReluQuantRewrite"]
@@ -92,15 +93,7 @@ class Session:
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
-        feeds, tokens = self._feeds(np.asarray([list(prompt)], np.int64)), list[int]()
-        for _ in range(count):
-            found = self.run(feeds)
-            tokens.append(int(found[self.main][0, -1].argmax()))
-            if tokens[-1] in stop:
-                break
-            mask = np.ones((1, len(prompt) + len(tokens)), np.int64)
-            feeds = self.tokens(np.asarray([tokens[-1:]], np.int64), mask) | present(found, self._cache)
-        return tokens
+        return greedy(continuing(self), prompt, count, stop)
 
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
         """Raises: UnsupportedError; a time here would be mistaken for the engine's."""
