@@ -5,10 +5,14 @@ The names below are imported on first use, so `import compress` stays light.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Else ONNX Runtime starts a thread that reports to its makers, and leaves a file in the temporary folder.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _EXPORTS = {
     "CompressError": "compress.errors",

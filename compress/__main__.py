@@ -8,8 +8,11 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
+
+from compress.cli import streams
 
 
 class _Stop(BaseException):
@@ -23,10 +26,39 @@ class _Stop(BaseException):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code (README, "Exit codes")."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["help"]:  # `compress help run` is `compress run --help`
+        given = [*given[1:], "--help"]
     try:
-        return _run(given)
+        problem = _unfit(given)
+        code = _fail(given, "UsageError", problem, 2) if problem else _run(given)
+        return _told(given, code)
     except _Stop as stop:
         return _fail(given, "Interrupted", "Stopped at once.", 128 + stop.number)
+
+
+def _unfit(given: Sequence[str]) -> str:
+    """What no verb can work with: a report holds its command as text, and relative paths start at a folder."""
+    for word in given:
+        if any("\ud800" <= char <= "\udfff" for char in word):
+            return f"{word!a} is not UTF-8. Rename the file or folder, or link to it under another name."
+    try:
+        os.getcwd()  # noqa: PTH109 (nothing else here needs pathlib)
+    except OSError as error:
+        return f"The current folder cannot be used ({error.strerror}): was it removed? Change to another one."
+    return ""
+
+
+def _told(given: Sequence[str], code: int) -> int:
+    """Write the output now, where a failure can still be told. Returns the exit code."""
+    error = streams.flushed(sys.stdout)
+    if error is None:
+        return code
+    return 141 if isinstance(error, BrokenPipeError) else _lost(given, error)
+
+
+def _lost(given: Sequence[str], error: OSError) -> int:
+    text = f"Standard output cannot be written ({error.strerror}), and what it should have held is lost."
+    return _fail([word for word in given if word != "--json"], "ResourceError", text, 6)
 
 
 def _run(given: list[str]) -> int:
@@ -37,20 +69,20 @@ def _run(given: list[str]) -> int:
 
     try:
         result = app(given, standalone_mode=False)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except (BrokenPipeError, SystemExit) as error:  # whoever read our output has closed it
         if isinstance(error, SystemExit) and not _is_broken_pipe(error):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        streams.silence(sys.stdout)
         return 141
     except typer.TyperException as error:  # wrong options
         context = getattr(error, "ctx", None)
         if error.format_message().startswith("Usage:"):  # called without a verb: the help is the answer
-            print(error.format_message(), file=sys.stderr)
+            streams.say(error.format_message())
             return 2
         where = f" See `{context.command_path} --help`." if context else ""
-        text = error.format_message().rstrip(".") + "."
+        text = error.format_message()
+        text += "" if text.endswith((".", "?")) else "."
         return _fail(given, "UsageError", text + where, 2)
     except typer.Exit as error:
         return error.exit_code
@@ -62,6 +94,9 @@ def _run(given: list[str]) -> int:
     except CompressError as error:
         return _fail(given, type(error).__name__, str(error), error.exit_code)
     except Exception as error:  # the last line of defence: too small a machine, or a bug of ours
+        if isinstance(error, OSError) and error.filename == streams.STDOUT:
+            streams.silence(sys.stdout)
+            return _lost(given, error)
         lacking = exhausted(error)
         if lacking:
             return _fail(given, ResourceError.__name__, lacking, ResourceError.exit_code)
@@ -89,22 +124,36 @@ def _fail(given: Sequence[str], kind: str, message: str, code: int) -> int:
 
     if "--debug" in given:
         traceback.print_exc()
-    if "--json" in given:
-        print(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
-    else:
-        print(f"compress: {visible(message)}", file=sys.stderr)
+    described = {"type": kind, "message": message, "exit_code": code}
+    if "--json" in given and streams.put(json.dumps({"error": described})) is None:
+        return code
+    streams.say(f"compress: {visible(message)}")
     return code
 
 
 def entry() -> None:
     """The console script."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    sys.exit(main())
+    streams.open_closed()
+    streams.name_output()
+    _on_signals(_stop)
+    try:
+        code = main()
+    except _Stop as stop:  # after the last word
+        code = 128 + stop.number
+    _on_signals(signal.SIG_DFL)  # nothing of ours is to be interrupted while Python ends
+    sys.exit(code)
+
+
+def _on_signals(do: Callable[[int, FrameType | None], Any] | int) -> None:
+    """What becomes of SIGINT, SIGTERM and, unless nohup keeps it away, SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, do)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:
-    """Unwind, so that temporary folders are removed."""
+    """Unwind, so that temporary folders are removed. The next signal lets that go on, the one after it ends all."""
+    _on_signals(lambda *_: _on_signals(signal.SIG_DFL))
     raise _Stop(number)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 
 from compress import hwprofiles, manifest
 from compress.completion import build_missing, complete_report
+from compress.defaults import BUDGET_S, LENGTH
 from compress.engine import store
 from compress.engine.disk import disk_errors, require_space
 from compress.engine.workspace import Workspace
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.export import find as find_target
+from compress.files import copy_folder, scratch_folder
 from compress.hwprofiles import Profile
 from compress.inputs import datasets
 from compress.models.loading import load
@@ -36,7 +38,7 @@ from compress.run import require_agreement
 from compress.speed.artifact_speed import measure_artifact
 from compress.speed.end_to_end import Material, read_material
 from compress.speed.footprint import deployable_bytes
-from compress.speed.measure import BUDGET_S, check_processes, thread_count
+from compress.speed.measure import check_processes, thread_count
 from compress.target import (
     Lowered,
     Session,
@@ -61,7 +63,7 @@ class Artifact:
         """The folder that the runtime loads."""
         return self.folder / self.target.FOLDER
 
-    @property
+    @cached_property
     def profile(self) -> Profile:
         """The profile it was made for, as the manifest holds it. Raises: InputError."""
         try:
@@ -77,7 +79,7 @@ class Artifact:
 
     def check(self, *more: str) -> None:
         """Hold what the runtime loads, and `more`, against the manifest. Raises: InputError naming what differs."""
-        manifest.check_files(self.folder, keep=(self.target.FOLDER.split("/")[0], *more))
+        manifest.check_files(self.folder, keep=(self.target.FOLDER, *more))
 
     def model(self) -> Model:
         """The compressed model in the store."""
@@ -88,8 +90,11 @@ class Artifact:
         return self.target.session(self.deployable, thread_count(self.profile))
 
 
-def open_artifact(folder: str | Path) -> Artifact:
-    """Read an artifact's manifest. Raises: UsageError for no such folder, InputError for a malformed manifest."""
+def open_artifact(folder: str | Path | Artifact) -> Artifact:
+    """Read an artifact's manifest; of one that is open already, nothing. Raises: UsageError for no such folder,
+    InputError for a malformed manifest."""
+    if isinstance(folder, Artifact):
+        return folder
     path = Path(folder)
     if not path.is_dir():
         raise UsageError(f"No such artifact: {path}. Give the -o folder of an earlier `compress run`.")
@@ -102,20 +107,25 @@ def open_artifact(folder: str | Path) -> Artifact:
     return Artifact(path, facts)
 
 
-def verify(folder: str | Path, *, timing_cache: str | Path | None = None) -> Verification:
+def verify(
+    folder: str | Path, *, timing_cache: str | Path | None = None, progress: Progress | None = None
+) -> Verification:
     """Check every file against the manifest, then run the artifact here and compare it with its model.
 
     What only this machine can add is added: an engine for its GPU, and to the report how far the check got.
     timing_cache: what TensorRT's builder reads and writes [default: one in the user's cache folder].
     Raises: InputError naming files that differ. The result says whether the outputs agree.
     """
-    artifact = open_artifact(folder)
+    progress, artifact = progress or Progress(quiet=True), open_artifact(folder)
+    progress.begin(f"Checking the files of {artifact.folder}")
     manifest.check_files(artifact.folder)
     kept, bounds = _kept(artifact)
+    if hasattr(artifact.target, "complete"):
+        progress.begin("Building what only this machine can build, where it is missing")
     build_missing(artifact.folder, artifact.target, None if timing_cache is None else Path(timing_cache))
     model = artifact.model()
     ids = read_inputs(model, kept["ids"])
-    found = verify_export(model, artifact.deployable, artifact.profile, ids, bounds)
+    found = verify_export(model, artifact.deployable, artifact.profile, ids, bounds, progress)
     notes = [complete_report(artifact.folder, artifact.target, found)]
     if kept.get("greedy_tokens", []) != list(found.greedy_tokens):
         notes += [
@@ -153,6 +163,7 @@ def export(
     """
     progress = progress or Progress(quiet=True)
     result = open_artifact(result) if isinstance(result, str | Path) else result
+    progress.begin("Checking what is to be exported")
     if isinstance(result, Artifact):  # a damaged model must not get a fresh manifest
         manifest.check_files(result.folder)
     machine = as_profile(profile, target)
@@ -166,30 +177,29 @@ def export(
     needed = deployable_bytes(model.path) + exporter.predict_bytes(specs.values(), model, machine)
     require_space(space.folder.absolute(), needed)
     with space:
+        space.spare(result.folder if isinstance(result, Artifact) else None)
         space.open(
             {"store": model.digest, "profile": hwprofiles.digest(machine), "code": manifest.code_digest()},
         )
         with disk_errors(space.folder):
             for name in (exporter.FOLDER, "model"):
                 shutil.rmtree(space.folder / name, ignore_errors=True)
-            shutil.copytree(model.path, space.folder / "model")
-            progress.tick("Exporting", 0, 2)
+            copy_folder(model.path, space.folder / "model")
+            progress.begin("Exporting")
             lowered = exporter.write(model, machine, space.folder / exporter.FOLDER)
-            progress.tick("Exporting", 1, 2)
-            found = _check(lowered, model, machine, facts)
-            kept = ("manifest.json", "model", exporter.FOLDER)
+            found = _check(lowered, model, machine, facts, progress)
+            kept = (manifest.NAME, "model", exporter.FOLDER)
             manifest.write(space.folder, {**facts, "profile": machine.model_dump(mode="json")}, kept)
-            progress.tick("Exporting", 2, 2)
             space.commit(kept)
     require_agreement(Path(out), found)
     return open_artifact(out)
 
 
-def _check(lowered: Lowered, model: Model, machine: Profile, facts: dict[str, Any]) -> Verification:
+def _check(lowered: Lowered, model: Model, machine: Profile, facts: dict[str, Any], progress: Progress) -> Verification:
     """Verify what was written, and note in `facts` what `verify` will need."""
     kept = facts["verification"]["ids"]
     ids = read_inputs(model, kept)
-    found = verify_export(model, lowered.folder, machine, ids, lowered.bounds)
+    found = verify_export(model, lowered.folder, machine, ids, lowered.bounds, progress)
     facts["verification"] = {
         "bounds": {"shipped": found.bound, "exact": found.exact_bound},
         "ids": kept,
@@ -239,18 +249,19 @@ def evaluate_artifact(
     *,
     against: Model | str | Path | None = None,
     samples: int | None = None,
-    length: int = 512,
+    length: int = LENGTH,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Quality of an artifact in its runtime on other data, beside its uncompressed model."""
-    artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    artifact, progress = open_artifact(folder), progress or Progress(quiet=True)
+    progress.begin(f"Checking the files of {artifact.folder}")
     artifact.check("model")
     source = source_of(artifact, against)
     windows = datasets.quality_windows(source, quality_data, samples=samples, length=length)
-    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
-        baseline, session = baseline_session(source, artifact.profile, Path(scratch)), artifact.session()
-        runners = runners_of(artifact.target, (baseline, Path(scratch)), (session, artifact.deployable))
-        progress = progress or Progress(quiet=True)
+    progress.begin("Exporting the baseline and loading both")
+    with scratch_folder() as scratch:
+        baseline, session = baseline_session(source, artifact.profile, scratch), artifact.session()
+        runners = runners_of(artifact.target, (baseline, scratch), (session, artifact.deployable))
         return evaluate(baseline, session, source, artifact.model(), windows, progress, runners, Amount())
 
 
@@ -265,13 +276,13 @@ def evaluate_tasks(
 
     Raises: as `compress.quality.harness.score_tasks`.
     """
-    artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    artifact = open_artifact(folder)
     artifact.check()
     require_tasks(str(artifact.facts.get("task", "")), artifact.target, request)
     source, machine = source_of(artifact, against), artifact.facts["profile"]
-    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
-        session = baseline_session(source, artifact.profile, Path(scratch))
-        baseline = Arm(session, Path(scratch), {"model": source.digest, "profile": machine})
+    with scratch_folder() as scratch:
+        session = baseline_session(source, artifact.profile, scratch)
+        baseline = Arm(session, scratch, {"model": source.digest, "profile": machine})
         identity = {name: artifact.facts.get(name) for name in ("files", "recipe", "profile")}
         variant = Arm(artifact.session(), artifact.deployable, identity)
         return score_tasks(baseline, variant, artifact.target, request, progress)
@@ -292,7 +303,8 @@ def profile(
     keeps]; processes: as in `measure`. Raises: UnsupportedError for an artifact that runs on another machine only.
     """
     check_processes(processes)
-    artifact = folder if isinstance(folder, Artifact) else open_artifact(folder)
+    progress, artifact = progress or Progress(quiet=True), open_artifact(folder)
+    progress.begin(f"Checking the files of {artifact.folder}")
     artifact.check()
     if not timed_here(artifact.target, artifact.profile):
         raise UnsupportedError(
@@ -307,17 +319,18 @@ def profile(
     else:  # the tokens that the artifact is verified with are the first of its quality data
         kept = (artifact.facts.get("verification") or {}).get("ids") or [[]]
         material = Material(ids=tuple(kept[0]))
-    with tempfile.TemporaryDirectory(prefix="compress-") as scratch:
-        find_target(artifact.profile.target).write(source, artifact.profile, Path(scratch))
+    progress.begin("Exporting the baseline")
+    with scratch_folder() as scratch:
+        find_target(artifact.profile.target).write(source, artifact.profile, scratch)
         return measure_artifact(
-            Path(scratch),
+            scratch,
             artifact.deployable,
             artifact.profile,
             source,
             material,
             budget_s=budget_s,
             processes=processes,
-            progress=progress or Progress(quiet=True),
+            progress=progress,
         )
 
 

@@ -5,10 +5,11 @@ Kernels are timed against the same layer in float32, in alternating rounds, so t
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 import yaml
 
 from compress import hwprofiles
-from compress.errors import UnsupportedError, UsageError
+from compress.errors import ResourceError, UnsupportedError, UsageError
 from compress.files import write_text
 from compress.hwprofiles import Profile
 from compress.progress import Progress
-from compress.speed import kernel_probe
+from compress.speed import kernel_probe, kernel_speed
 from compress.speed.kernel_probe import Probe
+from compress.speed.kernel_speed import Speed
 from compress.speed.measure import thread_count
 
 SIZE = 2048
@@ -34,6 +36,7 @@ MATRIX = 1024
 SLOWER, QUICKER = 0.95, 1.2
 NAME = r"[a-z0-9][a-z0-9._-]*"
 Ratios = dict[tuple[str, int], dict[str, float] | str]
+Speeds = dict[tuple[str, int], list[Speed]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,24 +56,26 @@ def calibrate(base: Profile, name: str, *, size: int = SIZE, progress: Progress 
     here, today = hwprofiles.machine_summary(), datetime.now(UTC).date().isoformat()
     told = f"{here['cpu']}, {threads} thread(s), {today}"
     content = base.model_dump(mode="json")
-    quiet.tick("Measuring memory and matrices", 0, 2)
+    quiet.begin("Measuring memory and matrices")
     content["memory"]["bandwidth_gb_s"] = _figure(read_bandwidth(threads), f"read by torch: {told}")
     content["memory"]["capacity_bytes"] = _capacity(told) or content["memory"]["capacity_bytes"]
-    content["peak"]["dense_gflops_per_core"] |= {
-        key: _figure(matrix_gflops(dtype, threads) / threads, f"{MATRIX}x{MATRIX} products by torch: {told}")
-        for key, dtype in DTYPES.items()
-    }
-    quiet.tick("Measuring memory and matrices", 2, 2)
+    content["peak"]["dense_gflops_per_core"] |= _peaks(size, threads, told)
     ratios = kernel_ratios(size, threads, quiet)
     runtime = content["runtimes"].get("onnxruntime")
-    for entry in runtime["formats"] if runtime else []:
-        _measured(entry, ratios, f"{size}x{size} at batch 1 and {BATCHES['prefill']}, onnxruntime: {told}")
+    if runtime is not None:
+        node_s = kernel_speed.node_seconds(threads)
+        runtime["node_us"] = _figure(node_s * 1e6, f"a chain of {kernel_speed.NODES} products of 16x16: {told}")
+        broken = {kind for kind, found in ratios.items() if isinstance(found, str)}
+        speeds = kernel_speeds(size, threads, node_s, quiet, broken)
+        for entry in runtime["formats"]:
+            _measured(entry, ratios, f"{size}x{size} at batch 1 and {BATCHES['prefill']}, onnxruntime: {told}")
+            _with_speeds(entry, speeds, f"a chain of {size}x{size} at batch 1 and {kernel_speed.ROWS}: {told}")
     content |= {"id": name, "name": f"{here['cpu']}, measured", "detect": None}
     return Profile.model_validate(content)
 
 
 def require_new(path: Path) -> None:
-    """Raises: UsageError where a profile cannot be written: told before a minute of measuring."""
+    """Raises: UsageError, ResourceError where a profile cannot be written: told before a minute of measuring."""
     if path.suffix not in {".yaml", ".yml"}:
         raise UsageError(f"{path}: a profile is a .yaml file. Give -o my-machine.yaml.")
     if not re.fullmatch(NAME, path.stem):
@@ -82,6 +87,8 @@ def require_new(path: Path) -> None:
         raise UsageError(f"{path} exists. Remove it, or give another -o.")
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is not a folder. Make it, or give another -o.")
+    if not os.access(path.parent, os.W_OK):
+        raise ResourceError(f"{path.parent} cannot be written. Give another -o.")
 
 
 def write(profile: Profile, path: Path) -> None:
@@ -120,6 +127,31 @@ def kernel_ratios(size: int, threads: int, progress: Progress) -> Ratios:
     return found
 
 
+def kernel_speeds(
+    size: int, threads: int, node_s: float, progress: Progress, broken: Collection[tuple[str, int]] = ()
+) -> Speeds:
+    """(use, bits) → the figures of the kernel, one per block; none of those that are broken here."""
+    found: Speeds = {}
+    count = 2 + len(kernel_speed.BITS) * len(kernel_speed.BLOCKS)
+    for place, product in enumerate(kernel_speed.products(size)):
+        progress.tick("Timing layers in a chain", place, count)
+        if (product.use, product.bits) not in broken:
+            timed = kernel_speed.measure(product, threads, node_s)
+            found.setdefault((product.use, product.bits), []).append(timed)
+    progress.tick("Timing layers in a chain", count, count)
+    return found
+
+
+def _peaks(size: int, threads: int, told: str) -> dict[str, dict[str, Any]]:
+    """Per core. Of float32 what the faster of torch and onnxruntime reaches, else it would bound nothing; onnxruntime
+    has no other type here."""
+    rates = {key: (matrix_gflops(dtype, threads), f"{MATRIX}x{MATRIX} by torch") for key, dtype in DTYPES.items()}
+    other = kernel_speed.matmul_gflops(size, threads)
+    if other > rates["float32"][0]:
+        rates["float32"] = other, f"{size}x{size} with {kernel_speed.PEAK_ROWS} rows by onnxruntime, faster than torch"
+    return {key: _figure(rate / threads, f"products of {what}: {told}") for key, (rate, what) in rates.items()}
+
+
 def ratio(plain: Probe, probe: Probe, batch: int, threads: int) -> float:
     """Median of the paired ratios of time, plain to probe, over alternating rounds."""
     calls = [_call(each, batch, threads) for each in (plain, probe)]
@@ -154,6 +186,25 @@ def _measured(entry: dict[str, Any], ratios: Ratios, told: str) -> None:
     figures = ", ".join(f"{phase} {value:.2g}x float32" for phase, value in worst.items()) + blocks
     figures += f". Of the class: {entry['note']}" if entry["note"] and entry["evidence"] != "measured" else ""
     entry |= {"state": "fast" if fast else "works", "evidence": "measured", "note": figures, "source": told}
+
+
+def _with_speeds(entry: dict[str, Any], speeds: Speeds, told: str) -> None:
+    """Fill in the figures of one line of a profile's table, where all its widths were timed on its kernel: the slowest
+    of them, for each block."""
+    entry.pop("speeds", None)
+    widths = [(entry["use"], entry["stored_bits"] or bits) for bits in entry["bits"]]
+    found = [speeds.get(width, []) for width in widths]
+    if entry["state"] == "no" or entry.get("format") or entry["element"] != "integer" or not all(found):
+        return
+    timed = [one for each in found for one in each if one.product.operator == entry["kernel"]]
+    figures = []
+    for block in dict.fromkeys(one.product.block for one in timed):
+        alike = [one for one in timed if one.product.block == block]
+        if len(alike) == len(widths) and (block in entry["blocks"] or (not block and not entry["blocks"])):
+            rates = {key: min(getattr(one, key) for one in alike) for key in ("gb_s", "gflops")}
+            figures.append({"block": block or None, **{f"kernel_{key}": _figure(v, told) for key, v in rates.items()}})
+    if figures:
+        entry["speeds"] = figures
 
 
 def _capacity(told: str) -> dict[str, Any] | None:

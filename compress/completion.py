@@ -6,7 +6,6 @@ level (`checked`, `built`, `ran`) when it gets further, and never lowers it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,10 @@ def build_missing(folder: Path, target: Target, timing_cache: Path | None) -> bo
         return False
     if not complete(folder / target.FOLDER, timing_cache):
         return False
-    _restate(folder, _sizes(folder, target), target.FOLDER)
+    content, deployed = manifest.read(folder), _deployed(folder, target)
+    if content.get("metrics") and deployed is not None:
+        content["metrics"]["artifact_bytes"] = deployed
+    _restate(folder, content, target.FOLDER)
     return True
 
 
@@ -69,8 +71,9 @@ def _amended(folder: Path, target: Target, report: Report, found: Verification) 
         "verification": found,
     }
     verdict = reports.verdict_sentence(**sizes, **pieces)
-    described = manifest.describe_files(folder, ("model", target.FOLDER.split("/")[0]), _known(folder))
-    added = manifest.read(folder).get(manifest.ADDED, ())
+    stated = manifest.read(folder)
+    described = manifest.describe_files(folder, ("model", target.FOLDER), stated["files"])
+    added = stated.get(manifest.ADDED, ())
     files = manifest.digests({name: facts for name, facts in described.items() if name not in added})
     return report.model_copy(update={**sizes, "verification": found, "verdict": verdict, "files": files})
 
@@ -80,9 +83,10 @@ def _write(folder: Path, report: Report) -> None:
     write_text(folder / "report.md", reports.to_markdown(report, folder))
     write_text(folder / "report.html", reports.to_html(report, folder))
     assert report.verification is not None
+    content = manifest.read(folder)
     tokens = list(report.verification.greedy_tokens)
-    kept = manifest.read(folder).get("verification") or {}
-    _restate(folder, {"verification": {**kept, "greedy_tokens": tokens}}, "report.")
+    content["verification"] = {**(content.get("verification") or {}), "greedy_tokens": tokens}
+    _restate(folder, content, "report.")
 
 
 def _deployed(folder: Path, target: Target) -> int | None:
@@ -91,20 +95,9 @@ def _deployed(folder: Path, target: Target) -> int | None:
     return None if deployed is None else deployed(folder / target.FOLDER)
 
 
-def _sizes(folder: Path, target: Target) -> dict[str, Any]:
-    metrics, deployed = manifest.read(folder).get("metrics"), _deployed(folder, target)
-    return {"metrics": {**metrics, "artifact_bytes": deployed}} if metrics and deployed is not None else {}
-
-
-def _known(folder: Path, changed: str = "") -> dict[str, manifest.Facts]:
-    """What the manifest says of files, but of those whose paths begin with `changed`."""
-    stated: dict[str, manifest.Facts] = manifest.read(folder)["files"]
-    return {name: facts for name, facts in stated.items() if not changed or not name.startswith(changed)}
-
-
-def _restate(folder: Path, facts: dict[str, Any], changed: str) -> None:
-    """The manifest with other facts, and with the files that are there now, of which those below `changed` are read."""
-    content = manifest.read(folder)
+def _restate(folder: Path, content: dict[str, Any], changed: str) -> None:
+    """The manifest with this content and the files that are there now, of which those below `changed` are read."""
     tops = {name.split("/")[0] for name in content["files"]}
-    content |= facts | {"files": manifest.describe_files(folder, tops, _known(folder, changed))}
-    write_text(folder / manifest.NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    known = {name: facts for name, facts in content["files"].items() if not name.startswith(changed)}
+    content |= {"files": manifest.describe_files(folder, tops, known)}
+    manifest.save(folder, content)

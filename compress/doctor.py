@@ -13,20 +13,33 @@ from importlib import import_module
 from importlib.metadata import Distribution, distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from compress.errors import CompressError
 from compress.records import Record
 
+if TYPE_CHECKING:
+    from compress.speed.provider_probe import Provider
+
 State = Literal["ok", "warning", "failed", "absent"]
 # families of packages that install files of the same names over each other
 FAMILIES = ("onnxruntime", "tensorrt", "torch")
 PACKAGES = ("compress", "torch", "transformers", "safetensors", "onnx", "onnx-ir", "compressed-tensors", "numpy")
-EXTRAS = {"bitsandbytes": "bitsandbytes", "pillow": "images", "tensorrt-rtx": "tensorrt-rtx"}
+# package → extra of ours that installs it
+EXTRAS = {
+    "bitsandbytes": "bitsandbytes",
+    "ray": "distributed",
+    "lm-eval": "eval",
+    "pillow": "images",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
+NVIDIA = ("Tensorrt", "CUDA", "NvTensorRTRTX")
+"""Providers of ONNX Runtime."""
 BUILDERS = {"tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-REMOTE = "AzureExecutionProvider"  # takes any graph, and computes nothing on this machine
 SMALLEST_DISK, SMALLEST_MEMORY = 2e9, 2e9
 TRIALS, TRIAL_SECONDS = 40, 0.004
 # A spread of repeated work beyond this makes small differences invisible: compress.speed.timing needs more rounds then.
@@ -76,7 +89,7 @@ def _packages() -> list[Finding]:
         if name in installed:
             findings.append(Finding(what=name, state="ok", text=f"{name} {installed[name]}"))
         else:
-            text = f"{name} is not installed; `pip install 'compress[{extra}]'` adds it"
+            text = f"not installed; `pip install '.[{extra}]'` adds it"
             findings.append(Finding(what=name, state="absent", text=text))
     return findings
 
@@ -127,6 +140,7 @@ def _torch() -> list[Finding]:
 
 def _onnxruntime() -> list[Finding]:
     from compress.speed import kernel_probe
+    from compress.speed.provider_probe import probe_providers
 
     try:
         import onnxruntime
@@ -148,26 +162,21 @@ def _onnxruntime() -> list[Finding]:
             kernel = ", ".join(sorted(probe.operators))
             findings.append(Finding(what=name, state="ok", text=f"runs as {kernel}, error {done.error:.1g}"))
     works = findings[0].state == "ok"  # float32, without which nothing runs
-    text = f"onnxruntime {onnxruntime.__version__}, {_providers(onnxruntime)}"
-    return [Finding(what="onnxruntime", state="ok" if works else "failed", text=text), *findings]
+    runs, lacking = providers(probe_providers(onnxruntime))
+    text = f"onnxruntime {onnxruntime.__version__}, {runs}"
+    return [Finding(what="onnxruntime", state="ok" if works else "failed", text=text), *findings, *lacking]
 
 
-def _providers(onnxruntime: object) -> str:
-    """Providers that really take a graph: the list of those compiled in proves nothing."""
-    from compress.speed import kernel_probe
-
-    probe, working = kernel_probe.probes()[0], []
-    compiled_in = onnxruntime.get_available_providers()  # type: ignore[attr-defined]
-    for provider in (name for name in compiled_in if name != REMOTE):
-        options = onnxruntime.SessionOptions()  # type: ignore[attr-defined]
-        options.log_severity_level = 4
-        try:
-            session = onnxruntime.InferenceSession(probe.graph, options, providers=[provider])  # type: ignore[attr-defined]
-        except Exception:
-            continue
-        if session.get_providers()[0] == provider:
-            working.append(provider.removesuffix("ExecutionProvider"))
-    return f"runs on {', '.join(working) or 'nothing'}"
+def providers(found: Iterable[Provider]) -> tuple[str, list[Finding]]:
+    """What the runtime runs on, and a line about NVIDIA's providers that are there but take no graph."""
+    found = list(found)
+    working = ", ".join(each.name for each in found if not each.problem) or "nothing"
+    lacking = [each for each in found if each.problem and each.name in NVIDIA]
+    if not lacking:
+        return f"runs on {working}", []
+    told = "; ".join(f"{each.name} does not run here ({each.problem})" for each in lacking)
+    text = f"{told}. Only needed for nvidia profiles"
+    return f"runs on {working}", [Finding(what="onnxruntime, NVIDIA", state="absent", text=text)]
 
 
 def _tensorrt() -> list[Finding]:

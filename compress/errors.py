@@ -7,6 +7,7 @@ allowed and what to do; the command prints it as one paragraph. Anything else th
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
@@ -82,7 +83,8 @@ _NO_MEMORY: tuple[str, ...] = (
     "Failed to allocate memory",
 )
 _NO_MEMORY = (*_NO_MEMORY, "Cannot allocate memory", "can't start new thread")
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -94,15 +96,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or isinstance(error, MemoryError)
 
 
+def place_of(error: OSError) -> str | None:
+    """The file that an error is about: of a copy the one that is written, which is the second where a disk is full."""
+    found = error.filename2 if error.errno in FULL and error.filename2 else error.filename
+    return None if found is None else os.fsdecode(found) if isinstance(found, bytes | os.PathLike) else str(found)
+
+
 def exhausted(error: BaseException) -> str:
     """What this machine has too little of, or does not let us use; empty for any other error."""
     if is_out_of_memory(error):
         return "Out of memory. `compress plan` predicts what a run needs."
     if not isinstance(error, OSError):
         return ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
+    if error.errno in FULL:
+        where = f" while writing {place_of(error)}" if error.filename else ""
         return f"No space left{where}. Free some, or name another disk: TMPDIR for temporary files, -o for the output."
     if error.errno in _REFUSED:
         return f"{error.filename or 'A file'} cannot be used: {error.strerror}."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Too many files are open. Allow more: `ulimit -n` tells and sets how many a process may open."
+    if error.errno == errno.EAGAIN:
+        return "No further process or thread may be started. Allow more: `ulimit -u` tells and sets how many."
+    if "temporary directory" in str(error):  # of the standard library, without a name
+        return "No folder for temporary files can be written. Let TMPDIR name one that can."
     return ""

@@ -84,6 +84,11 @@ def write(
     Args: facts: what it was made from, JSON-able; known: as `describe_files`.
     """
     content = {"schema_version": SCHEMA, **facts, "versions": versions(), "files": describe_files(folder, keep, known)}
+    save(folder, content)
+
+
+def save(folder: Path, content: Mapping[str, Any]) -> None:
+    """Put a manifest in place, whole at any time."""
     write_text(folder / NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
@@ -166,7 +171,7 @@ def note(path: Path) -> None:
         content["files"] |= {name: _facts(folder / name) for name in names}
         if len(changed) == 1 and names[0] not in PAGES:
             content[ADDED] = sorted({*content.get(ADDED, ()), names[0]})
-        write_text(folder / NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        save(folder, content)
         changed.append(folder / NAME)
 
 

@@ -74,7 +74,7 @@ def open_engine(
         raise UsageError(f"threads={threads}: allowed are numbers from 1.")
     profile, refused = artifact.profile, list[str]()
     for name, target in _candidates(artifact, profile, engine):
-        manifest.check_files(artifact.folder, keep=(target.FOLDER.split("/")[0],))
+        manifest.check_files(artifact.folder, keep=(target.FOLDER,))
         try:
             return _opened(artifact, profile, target, task, threads, anyway, refused)
         except UnsupportedError as error:
@@ -93,7 +93,7 @@ def _candidates(artifact: Artifact, profile: Profile, engine: str | None) -> Ite
     for name in dict.fromkeys((profile.target, *TARGETS)):
         target = find_target(name)
         folder = target.FOLDER
-        if folder in found or folder.split("/")[0] not in tops or not (artifact.folder / folder).is_dir():
+        if folder in found or folder not in tops or not (artifact.folder / folder).is_dir():
             continue
         found.append(folder)
         if engine in (None, folder):

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from compress.engine import output_grids, store
+from compress.engine.applying import left
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
 from compress.engine.layerpass import Pass
@@ -32,7 +33,7 @@ from compress.layer import LayerSpec
 from compress.models.model import Model
 from compress.passes import PASSES, find
 from compress.progress import Progress
-from compress.records import LayerResult, PassResult
+from compress.records import PassResult
 from compress.spec import Call, parse_pipeline
 
 
@@ -127,6 +128,7 @@ class Pipeline:
             raise UsageError(f"{self}: needs calibration data. Give --data FILE (in Python: calibration=FILE).")
         self.check_dtype(model, None if calibration is None else calibration.dtype)
         resolution = self.resolve(model)
+        planned(resolution)  # refuses what a layer's shape does not allow, before any work
         keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
         target = Path(keeper.name) if keeper else folder
         assert target is not None
@@ -145,7 +147,7 @@ class Pipeline:
         layers = resolution.structure.layers
         touched = {result.layer for result in done}  # a rescaling reaches layers that the pass was not asked to treat
         skipped = [
-            LayerResult(layer=name, users=layers[name].users, pass_text=text, changed=False, reason=reason)
+            left(layers[name], text, reason)
             for name, reason in resolution.skipped[index].items()
             if name not in touched
         ]

@@ -18,7 +18,16 @@ from compress.layer import LayerKind, LayerSpec
 from compress.memory import allowed_memory
 from compress.models.model import Model, Task
 from compress.pipeline import Pipeline, planned
-from compress.predict import Sizes, artifact_bytes, deployed_bytes, disk_bytes, model_bytes, peak_memory, seconds
+from compress.predict import (
+    Sizes,
+    artifact_bytes,
+    deployed_bytes,
+    disk_bytes,
+    model_bytes,
+    peak_memory,
+    predicted_parts,
+    seconds,
+)
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer, PredictedLatency
 from compress.speed import roofline
@@ -48,19 +57,22 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     stored = model_bytes(specs.values(), model)
     memory = peak_memory(sizes, artifact)
     refused = [choice for choice in choices.values() if isinstance(choice, Refusal)]
+    deployed = deployed_bytes(target, specs.values(), model, profile, artifact)
+    larger = () if refused else _larger(deployed, model.source_bytes)
     return Plan(
         model=model.source,
         profile=profile.id,
         recipe=str(pipeline),
         layers=layers,
         matches=_matches([str(item) for item in pipeline.passes], resolution.matches),
-        warnings=(*model.warnings, *_warnings(layers, resolution), *_too_large(memory)),
+        warnings=(*model.warnings, *_warnings(layers, resolution), *larger, *_too_large(memory)),
+        notes=_notes(layers, predicted_parts(target, specs.values(), model, profile)),
         target=profile.target,
         refusals=_refusals(choices),
         other_targets=other_targets(specs, profile) if refused else (),
         refused_settings=bool(refused) and all(choice.usage for choice in refused),
         source_bytes=model.source_bytes,
-        predicted_artifact_bytes=deployed_bytes(target, specs.values(), model, profile),
+        predicted_artifact_bytes=deployed,
         predicted_model_bytes=stored,
         predicted_peak_memory_bytes=memory,
         predicted_disk_bytes=disk_bytes(sizes, specs.values(), model, artifact),
@@ -72,22 +84,28 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
 def _latency(
     model: Model, specs: Mapping[str, LayerSpec], choices: Choices, profile: Profile
 ) -> tuple[PredictedLatency, ...]:
-    """The roofline over the profile's grid; none for image classifiers, whose layers are met more than once a call."""
+    """Over the profile's grid; none for image classifiers, whose layers are met more than once a call."""
     if model.image is not None:
         return ()
+    arms = latency_arms(model, specs, choices, profile)
+    return roofline.predict(*arms, profile, decodes=model.task is Task.CAUSAL_LM)
+
+
+def latency_arms(
+    model: Model, specs: Mapping[str, LayerSpec], choices: Choices, profile: Profile
+) -> tuple[roofline.Arm, roofline.Arm]:
+    """The variant and the uncompressed baseline of a language model or encoder, as their latency is predicted."""
     runtime = profile.runtimes.get(find_target(profile.target).RUNTIME)
     # of a chip whose engines are built elsewhere, and of torch, the machine's own type still tells what is fastest
-    own = runtime or next(iter(profile.runtimes.values()))
-    return roofline.predict(
-        specs.values(),
-        {name: choice.stored_bytes for name, choice in choices.items() if not isinstance(choice, Refusal)},
-        model.config.get_text_config(),
-        profile,
-        float_dtype=own.float_dtype,
-        threads=thread_count(profile),
-        decodes=model.task is Task.CAUSAL_LM,
-        rounded=[name for name, choice in choices.items() if not isinstance(choice, Refusal) and choice.rounds_inputs],
+    float_dtype = (runtime or next(iter(profile.runtimes.values()))).float_dtype
+    taken = {name: choice for name, choice in choices.items() if not isinstance(choice, Refusal)}
+    lowered = roofline.Lowered(
+        stored={name: choice.stored_bytes for name, choice in taken.items()},
+        rounded=[name for name, choice in taken.items() if choice.rounds_inputs],
+        speeds={name: choice.speed for name, choice in taken.items() if choice.speed is not None},
     )
+    machine = roofline.rates(profile, thread_count(profile), runtime, float_dtype)
+    return roofline.arms(specs.values(), lowered, model.config.get_text_config(), machine, float_dtype)
 
 
 def refusal(plan: Plan) -> CompressError | None:
@@ -182,17 +200,35 @@ def _refusals(choices: Choices) -> tuple[str, ...]:
     return tuple(f"{len(names)} layer(s), first {names[0]}: {reason}" for reason, names in grouped.items())
 
 
-def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution) -> tuple[str, ...]:
+def _notes(layers: tuple[PlannedLayer, ...], parts: Mapping[str, int]) -> tuple[str, ...]:
+    """What kernels that are not fast for every use have to say, and what an artifact consists of that holds its model
+    in several forms. parts: their bytes by name."""
     grouped: dict[tuple[str, str, str], int] = {}
     for row in layers:
         if row.kernel == "works":
             key = (row.operator, row.format, row.note)
             grouped[key] = grouped.get(key, 0) + 1
     found = [
-        f"{count} layer(s) in {form} work through {operator} but are not fast here: {note}"
+        f"{count} layer(s) in {form} run through {operator}, whose speed depends on the use: {note}"
         for (operator, form, note), count in grouped.items()
     ]
-    found += [
+    if parts:
+        told = " + ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items())
+        found.append(f"The artifact's folder holds {told} (predicted); its size above is of what is deployed.")
+    return tuple(found)
+
+
+def _larger(artifact: int, source: int) -> tuple[str, ...]:
+    if artifact <= source:
+        return ()
+    return (
+        f"The artifact is predicted larger than the source: {artifact / 1e6:,.1f} MB against {source / 1e6:,.1f} MB. "
+        "Fewer bits, or passes for the layers that none touches, would make it smaller.",
+    )
+
+
+def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution) -> tuple[str, ...]:
+    found = [
         f"{name} no longer shares its weight: a pass names it alone, which stores it twice."
         for name in resolution.untied
     ]
@@ -200,5 +236,8 @@ def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution) -> tuple
     left = [row for row in layers if not row.passes and row.kind != str(LayerKind.EXPERT)]
     share = sum(row.stored_bytes for row in left) / whole
     if share > 0.25 and not any(row.kernel == "no" for row in layers):  # a refused layer's bytes are not known
-        found.append(f"{len(left)} layer(s) that no pass touches take {share:.0%} of the artifact: {left[0].layer} …")
+        more = " and others" if len(left) > 1 else ""
+        found.append(
+            f"{len(left)} layer(s) that no pass touches take {share:.0%} of the artifact: {left[0].layer}{more}"
+        )
     return tuple(found)

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.engine.layerpass import Pass
 from compress.engine.modelpass import ModelPass
+from compress.formats.codebook import Codebook
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile
 from compress.inputs.images import BATCH, CALIBRATION_SAMPLES
@@ -19,9 +20,9 @@ from compress.models.image_source import ImageSource
 from compress.models.model import Model, Task
 from compress.recipe import Recipe
 
-# Fitted: resident memory of the process with its libraries loaded and a graph captured.
-BASE_MEMORY = 830_000_000
-BASE_SECONDS = 45.0
+# Fitted: resident memory of the process with its libraries loaded, a graph captured and its sessions timed.
+BASE_MEMORY = 1_150_000_000
+BASE_SECONDS = 100.0
 """Fitted: load, capture, verification, and the timing of a small grid."""
 HOST_GFLOPS_PER_CORE = 40.0  # of the machine that compresses for another one
 QUALITY_IMAGES = 1000
@@ -170,7 +171,7 @@ def _training(specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, v
     whole = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
     grids: dict[int, int] = {}
     for spec in specs:
-        if spec.segment >= 0 and isinstance(spec.format, IntGrid):
+        if spec.segment >= 0 and isinstance(spec.format, IntGrid | Codebook):
             grids[spec.segment] = grids.get(spec.segment, 0) + spec.shape[0] * spec.shape[1] * 4
     found = [0]
     for item in passes:
@@ -208,10 +209,17 @@ def artifact_bytes(target: Any, specs: Iterable[LayerSpec], model: Model, profil
     return int(target.predict_bytes(specs, model, profile))
 
 
-def deployed_bytes(target: Any, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
-    """Bytes of what the machine needs, where the folder also holds other forms of the same model."""
-    predict = getattr(target, "predict_deployed_bytes", target.predict_bytes)
-    return int(predict(specs, model, profile))
+def deployed_bytes(target: Any, specs: Iterable[LayerSpec], model: Model, profile: Profile, artifact: int) -> int:
+    """Bytes of what the machine needs, where the folder also holds other forms of the same model; else `artifact`,
+    those of the whole folder."""
+    predict = getattr(target, "predict_deployed_bytes", None)
+    return artifact if predict is None else int(predict(specs, model, profile))
+
+
+def predicted_parts(target: Any, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> dict[str, int]:
+    """Bytes by part of the target's folder, where it holds several forms of the same model; else nothing."""
+    predict = getattr(target, "predict_parts", None)
+    return {} if predict is None else dict(predict(specs, model, profile))
 
 
 def model_bytes(specs: Iterable[LayerSpec], model: Model) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
+from compress import defaults
 from compress.errors import UsageError, nearest
 from compress.export import TARGETS
 from compress.hwprofiles.strict_yaml import parse_yaml
@@ -27,8 +28,8 @@ class CalibrationSettings(Record):
     the memory, is faster on processors with units for it, and is how a bfloat16 checkpoint runs elsewhere."""
 
     data: str | None = None
-    samples: int = Field(default=128, ge=1)
-    length: int = Field(default=512, ge=2)
+    samples: int = Field(default=defaults.SAMPLES, ge=1)
+    length: int = Field(default=defaults.LENGTH, ge=2)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -38,7 +39,7 @@ class QualitySettings(Record):
 
     data: str | None = None
     samples: int | None = Field(default=None, ge=1)
-    length: int = Field(default=512, ge=2)
+    length: int = Field(default=defaults.LENGTH, ge=2)
     generation: int = Field(default=8, ge=0)
     generation_tokens: int = Field(default=32, ge=1)
     gates: dict[str, float] = Field(default_factory=dict)
@@ -65,7 +66,7 @@ class Recipe(Record):
     calibration: CalibrationSettings = CalibrationSettings()
     quality: QualitySettings = QualitySettings()
     tasks: TaskSettings | None = None
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    seed: int = Field(default=defaults.SEED, ge=0, lt=1 << 63)
     summary: str = ""
 
     def for_target(self, target: str) -> Recipe:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from compress import hwprofiles, manifest
+from compress import defaults, hwprofiles, manifest
 from compress.engine.disk import disk_errors, require_space
 from compress.engine.workspace import Workspace
 from compress.errors import InputError, UsageError
@@ -35,9 +35,6 @@ from compress.speed.end_to_end import material_of
 from compress.speed.measure import thread_count
 from compress.target import Lowered, require_tools, timed_here, write_baseline
 
-QUALITY_SAMPLES = 128
-"""Windows; images are all taken unless a number is given."""
-
 
 def run(request: Request, progress: Progress | None = None) -> Report:
     """Load, plan, calibrate, compress, export, verify, evaluate, measure, report.
@@ -49,6 +46,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     started = time.monotonic()
     request = replace(request, recipe=request.recipe.for_target(request.profile.target))
     require_tools(find_target(request.profile.target), request.profile)
+    progress.begin(f"Reading the model {request.model}")
     model = load(request.model)
     pipeline = Pipeline.parse(request.recipe.passes)
     plan = make_plan(model, request.recipe, request.profile, pipeline)
@@ -56,8 +54,10 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     check_gates(request.recipe.quality.gates, model.task, generation=request.recipe.quality.generation > 0)
     if request.recipe.tasks is not None:
         require_tasks(model.task, find_target(request.profile.target), request_of(request.recipe.tasks))
+    progress.begin("Reading the data")
     calibration, windows = load_data(model, request)
     with Workspace(request.out, request.overwrite) as space:
+        space.spare(request.model, request.data, request.recipe.calibration.data, request.recipe.quality.data)
         journal = space.open(fingerprint(model, request, calibration, windows))
         with disk_errors(space.folder):
             require_space(space.folder, plan.predicted_disk_bytes)
@@ -72,7 +72,9 @@ def run(request: Request, progress: Progress | None = None) -> Report:
             compress_memory = peak_memory()
             lowered = _export_both(result, request.profile, space.folder, progress)
             inputs = verification_inputs(windows)
-            verification = verify_export(result.model, lowered.folder, request.profile, inputs, lowered.bounds)
+            verification = verify_export(
+                result.model, lowered.folder, request.profile, inputs, lowered.bounds, progress
+            )
             evaluation = _evaluate(space.folder, result, request, windows, progress)
             tasks = score_exported(space.folder, request.recipe.tasks, request.profile, model.digest, progress)
             speed = _measure(space.folder, request, model, windows, progress)
@@ -82,6 +84,7 @@ def run(request: Request, progress: Progress | None = None) -> Report:
                 peak_memory_bytes=peak_memory(),
             )
             found = Found(plan, result, lowered, verification, evaluation, speed, cost, tasks)
+            progress.begin("Writing the report")
             report = write_report(space.folder, request, model, windows, found)
             space.commit(kept(request))
     require_agreement(request.out, verification)
@@ -118,7 +121,7 @@ def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samp
     """Calibration and quality windows, or images, from --data (split) or from the recipe's own files."""
     recipe, seed = request.recipe, request.recipe.seed
     cal, qual = recipe.calibration, recipe.quality
-    samples = qual.samples or (QUALITY_SAMPLES if model.image is None else None)
+    samples = qual.samples or (defaults.QUALITY_SAMPLES if model.image is None else None)
     wanted = cal.samples if "samples" in cal.model_fields_set else None
     if request.data and not (cal.data or qual.data):
         return datasets.split(
@@ -163,21 +166,21 @@ def _export_both(result: Result, profile: Profile, folder: Path, progress: Progr
     target = find_target(profile.target)
     for name in (target.FOLDER, "baseline"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    progress.tick("Exporting", 0, 3)
+    progress.begin("Exporting: tracing the model")
     graph = target.capture(result.model, profile)
-    progress.tick("Exporting", 1, 3)
+    progress.begin("Exporting: writing the baseline")
     write_baseline(target, result.source, profile, folder / "baseline", graph)
     result.source.release()
-    progress.tick("Exporting", 2, 3)
+    progress.begin("Exporting: writing the artifact")
     lowered = target.write(result.model, profile, folder / target.FOLDER, graph)
     result.model.release()
-    progress.tick("Exporting", 3, 3)
     return lowered
 
 
 def _evaluate(folder: Path, result: Result, request: Request, windows: Samples, progress: Progress) -> Evaluation:
     profile, settings = request.profile, request.recipe.quality
     target, threads = find_target(profile.target), thread_count(profile)
+    progress.begin("Loading the baseline and the artifact")
     baseline = target.session(folder / "baseline", threads)
     artifact = target.session(folder / target.FOLDER, threads)
     runners = runners_of(target, (baseline, folder / "baseline"), (artifact, folder / target.FOLDER))

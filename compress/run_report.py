@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import asked, manifest
+from compress.defaults import BUDGET_S
 from compress.export import find as find_target
 from compress.files import write_text
 from compress.hwprofiles import Profile
@@ -25,10 +26,9 @@ from compress.records import Plan, Report, RunCost, Speed, Verification
 from compress.records.task import Tasks
 from compress.report import to_html, to_markdown, verdict_sentence
 from compress.speed.footprint import deployable_bytes
-from compress.speed.measure import BUDGET_S
 from compress.target import Lowered
 
-KEPT = ("manifest.json", "model", "report.html", "report.json", "report.md")
+KEPT = (manifest.NAME, "model", "report.html", "report.json", "report.md")
 """What an artifact holds beside its target's folder."""
 
 

@@ -31,6 +31,15 @@ def stack(rounders: Sequence[Rounder], rows: Sequence[int]) -> Rounder:
     return together
 
 
+def column_order(hessian: Tensor, step: int, order: str) -> Tensor:
+    """(in,) int64: `static` by descending diagonal of the Hessian, runs of `step` columns staying together by their
+    largest; `given` as they stand."""
+    units = torch.arange(len(hessian)).reshape(-1, step)
+    if order == "static":
+        units = units[torch.argsort(hessian.diagonal()[units].amax(-1), descending=True, stable=True)]
+    return units.flatten()
+
+
 def matched(weight: Tensor, cross: Tensor, factor: Tensor, columns: Tensor, share: float) -> Tensor:
     """The real-valued weight whose output on the inputs that the layer will get comes closest to that of `weight` on
     the inputs that it was made for.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from compress.hwprofiles import Profile, Runtime
+    from compress.hwprofiles import KernelSpeed, Profile, Runtime
     from compress.layer import LayerSpec
     from compress.models.model import Model
     from compress.records import Bounds, Kernel
@@ -113,6 +113,11 @@ class Choice(Protocol):
         """Whether its kernel rounds inputs to 8 bits by itself, where the layer leaves them in float."""
         ...
 
+    @property
+    def speed(self) -> KernelSpeed | None:
+        """What the profile measured of its kernel; none where it did not."""
+        ...
+
 
 class LogitsRunner(Protocol):
     """A runtime that computes logits: a `Session`, or less."""
@@ -187,7 +192,8 @@ class Target(Protocol):
     """The module of a target.
 
     It may also have `TAKES_GRAPHS`, whether it takes models that were given as ONNX, `predict_deployed_bytes`, as
-    `predict_bytes` of what the machine needs where that is not the whole folder, `plan_together(specs)`, the refusals
+    `predict_bytes` of what the machine needs where that is not the whole folder, `predict_parts`, its bytes by
+    the name of each form of the model that it holds, `plan_together(specs)`, the refusals
     (by layer) of what it does not take side by side,
     `profile_operators(folder, threads, bind)`, what the runtime's profiler tells (compress.speed.operators),
     `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,

@@ -25,10 +25,13 @@ TARGETS: dict[str, str] = {
     "onnx": "compress.export.onnx.target",
     "tensorrt": "compress.export.tensorrt.target",
     "openvino": "compress.export.openvino.target",
+    "native": "compress.export.native.target",
     "checkpoint": "compress.export.checkpoint.target:COMPRESSED_TENSORS",
     "checkpoint-gptq": "compress.export.checkpoint.target:GPTQ",
     "checkpoint-awq": "compress.export.checkpoint.target:AWQ",
     "checkpoint-bnb": "compress.export.checkpoint.target:BITSANDBYTES",
+    "checkpoint-aqlm": "compress.export.checkpoint.target:AQLM",
+    "checkpoint-vptq": "compress.export.checkpoint.target:VPTQ",
 }
 
 

@@ -12,12 +12,13 @@ if __name__ != "compress.hwprofiles":
 from compress.hwprofiles.detect import detect, machine_summary
 from compress.hwprofiles.facts import machine
 from compress.hwprofiles.files import digest, load, names
-from compress.hwprofiles.schema import Element, Figure, Gpu, Profile, ProfileError, Runtime, Support, Use
+from compress.hwprofiles.schema import Element, Figure, Gpu, KernelSpeed, Profile, ProfileError, Runtime, Support, Use
 
 __all__ = [
     "Element",
     "Figure",
     "Gpu",
+    "KernelSpeed",
     "Profile",
     "ProfileError",
     "Runtime",

@@ -70,7 +70,7 @@ def _nothing_fits(profiles: list[Profile], facts: Mapping[str, str]) -> str:
     reasons = "; ".join(f"{profile.id} {_unmet(profile, facts)}" for profile in classes)
     example = FOLDER / "cpu-x86-avx2.yaml"
     return (
-        f"no hardware profile fits this machine ({found}): {reasons}. Name one of these if it is near enough, or write "
+        f"No hardware profile fits this machine ({found}): {reasons}. Name one of these if it is near enough, or write "
         f"your own: copy {example} to my-machine.yaml, edit id, isa, detect, peak and runtimes, and give that path "
         "as the profile."
     )

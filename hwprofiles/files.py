@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,13 +37,13 @@ def load(path_or_id: str | Path) -> Profile:
     """A shipped profile by its id, or the profile in a `.yaml` file."""
     text = str(path_or_id)
     if text in names():
-        return _read(FOLDER / f"{text}.yaml")
+        return _read(FOLDER / f"{text}.yaml", _shipped)
     path = Path(path_or_id)
     if path.suffix not in {".yaml", ".yml"} and len(path.parts) <= 1 and not path.is_file():
         raise ProfileError(
-            f"unknown hardware profile '{text}'.{nearest(text, names())} Or give the path of a .yaml file of your own."
+            f"Unknown hardware profile '{text}'.{nearest(text, names())} Or give the path of a .yaml file of your own."
         )
-    return _read(path)
+    return _read(path, contents)
 
 
 def digest(profile: Profile) -> str:
@@ -50,15 +52,15 @@ def digest(profile: Profile) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(path: Path) -> Profile:
-    found = contents(path)
+def _read(path: Path, look: Callable[[Path], dict[Any, Any]]) -> Profile:
+    found = look(path)
     try:
         return Profile.model_validate(found)
     except ValidationError as error:
         problems = sorted(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
         more = f"; and {len(problems) - SHOWN_ERRORS} more" if len(problems) > SHOWN_ERRORS else ""
         told = "; ".join(_sentence(each) for each in problems[:SHOWN_ERRORS])
-        raise ProfileError(f"hardware profile {path}: {told}{more}") from None
+        raise ProfileError(f"Hardware profile {path}: {told}{more}") from None
 
 
 def contents(path: Path) -> dict[Any, Any]:
@@ -81,31 +83,37 @@ def _source(path: Path, name: object) -> dict[Any, Any]:
     parts = tuple(sorted(part.stem for part in PARTS.glob("*.yaml")))
     if name not in (*names(), *parts):
         raise ProfileError(
-            f"hardware profile {path}: like: found {_short.repr(name)}.{nearest(str(name), (*names(), *parts))}"
+            f"Hardware profile {path}: like: found {_short.repr(name)}.{nearest(str(name), (*names(), *parts))}"
         )
-    return contents((PARTS if name in parts else FOLDER) / f"{name}.yaml")
+    return _shipped((PARTS if name in parts else FOLDER) / f"{name}.yaml")
+
+
+@cache
+def _shipped(path: Path) -> dict[Any, Any]:
+    """The same of a file of ours, read once: many profiles are like another. Nobody changes what it holds."""
+    return contents(path)
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
     found = _parse(path)
     if not isinstance(found, dict):
-        raise ProfileError(f"hardware profile {path}: a mapping of keys is expected, found {_short.repr(found)}")
+        raise ProfileError(f"Hardware profile {path}: a mapping of keys is expected, found {_short.repr(found)}")
     return found
 
 
 def _parse(path: Path) -> object:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ProfileError(f"hardware profile {path}: it is no regular file")
+            raise ProfileError(f"Hardware profile {path}: it is no regular file")
         if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise ProfileError(f"hardware profile {path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
+            raise ProfileError(f"Hardware profile {path}: {path.stat().st_size} bytes, at most {MAX_BYTES} are read")
         return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ProfileError(f"hardware profile {path}: {error.strerror or error}") from error
+        raise ProfileError(f"Hardware profile {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, ProfileError):
             raise
-        raise ProfileError(f"hardware profile {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ProfileError(f"Hardware profile {path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _sentence(problem: ErrorDetails) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
@@ -41,6 +42,10 @@ def nearest(name: str, allowed: tuple[str, ...]) -> str:
     close = get_close_matches(name, allowed, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"{hint} Allowed: {', '.join(sorted(allowed)) or 'none'}."
+
+
+def _without_empty(told: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in told.items() if value or key not in keys}
 
 
 class Closed(BaseModel):
@@ -110,12 +115,27 @@ class Peak(Closed):
         return self
 
 
+class KernelSpeed(Closed):
+    """How fast a kernel is, on the whole machine and with layers that no cache holds. A product of r rows takes stored
+    bytes / kernel_gb_s, plus the operations of r - 1 rows / kernel_gflops.
+
+    kernel_gb_s: stored bytes a second at one row; kernel_gflops: billions of operations a second of the rows beyond
+    the first, a multiply-add being two. block: input columns per scale that it was measured with; null: one scale per
+    output channel, or none.
+    """
+
+    block: Count | None = None
+    kernel_gb_s: Figure
+    kernel_gflops: Figure
+
+
 class Lowering(Closed):
     """One operator of a runtime and how well it runs.
 
     `fast` pays off; `works` runs, and may save size only; `no` is refused.
     `blocks`: input columns per scale that the kernel knows; empty: one scale per output channel.
     `accuracy_level`: the operator's attribute of that name, to be written as it stands here.
+    `speeds`: what predictions go by instead of the machine's peaks, one per block; empty where it was not measured.
     """
 
     state: State
@@ -125,6 +145,13 @@ class Lowering(Closed):
     evidence: Evidence
     note: str = ""
     source: Text
+    speeds: tuple[KernelSpeed, ...] = ()
+
+    def speed(self, block: int = 0) -> KernelSpeed | None:
+        """The figures of the measured block that is nearest by ratio, the smaller of two; block 0: a scale per output
+        channel, or none."""
+        far = ((abs(math.log((one.block or 1) / (block or 1))), one.block or 0, one) for one in self.speeds)
+        return min(far, key=lambda each: each[:2], default=(0, 0, None))[2]
 
 
 class FormatSupport(Lowering):
@@ -148,15 +175,19 @@ class FormatSupport(Lowering):
             raise ValueError(f"state '{self.state}' needs the name of its kernel")
         if self.stored_bits is not None and self.stored_bits < max(self.bits):
             raise ValueError(f"stored_bits {self.stored_bits} cannot hold codes of {max(self.bits)} bits")
+        if self.state == "no" and self.speeds:
+            raise ValueError("state 'no' is refused, so it has no speeds")
+        timed = [one.block for one in self.speeds]
+        if len(set(timed)) < len(timed):
+            raise ValueError("speeds lists a block twice")
+        if foreign := [block for block in timed if (block not in self.blocks if self.blocks else block is not None)]:
+            raise ValueError(f"speeds: block {foreign[0]} is none of blocks, {list(self.blocks)}")
         return self
 
     @model_serializer(mode="wrap")
     def _dumped(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `format` where there is none, so that digests are those of before the key."""
-        told: dict[str, Any] = dump(self)
-        if self.format is None:
-            told.pop("format", None)
-        return told
+        """Without `format` and `speeds` where there are none, so that digests are those of before the keys."""
+        return _without_empty(dump(self), "format", "speeds")
 
     def describe(self) -> str:
         """`weight_only 4 bit (MatMulNBits, block 16, 32)`."""
@@ -179,7 +210,10 @@ class Support(Lowering):
 
 
 class Runtime(Closed):
-    """One runtime on this machine: its ceilings, and the operator for each use of a weight."""
+    """One runtime on this machine: its ceilings, and the operator for each use of a weight.
+
+    node_us: microseconds that a node of a graph takes beyond what it computes; null where it was not measured.
+    """
 
     opset: Count
     ir_version: Count
@@ -187,6 +221,7 @@ class Runtime(Closed):
     float_dtype: Dtype
     min_version: Text
     checked_with: str = ""
+    node_us: Figure | None = None
     formats: tuple[FormatSupport, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -200,6 +235,11 @@ class Runtime(Closed):
         if twice:
             raise ValueError(f"formats lists twice: {', '.join(twice)}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _dumped(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As of a line of `formats`."""
+        return _without_empty(dump(self), "node_us")
 
     def support(self, use: Use, bits: int, element: Element = "integer", format: str | None = None) -> Support:
         """Which operator a weight of this use and width runs on: the entry for the format of that name, else the one

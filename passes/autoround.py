@@ -16,8 +16,8 @@ from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.layer import LayerKind, LayerSpec
 from compress.training import distill
-from compress.training.soft import SoftRounding
-from compress.training.trainable import lend, lend_experts, lending
+from compress.training.soft import SoftRounding, lend_soft
+from compress.training.trainable import lending
 
 # how far a grid may shrink or grow: AutoRound's clip factors shrink only, but a start by range search has shrunk it
 SHRINK, GROW = 0.7, 1.3
@@ -97,13 +97,7 @@ def _keep(soft: dict[str, SoftRounding]) -> None:
 
 def _loss(runner: Runner, soft: dict[str, SoftRounding], place: int) -> Tensor:
     """Mean squared error of the block's output as a share of its mean square."""
-    stacked = {}
-    for name, each in soft.items():
-        if each.layer.kind is LayerKind.EXPERT:
-            stacked[name] = each.weight()
-        else:
-            lend(runner.root, each.layer, each.weight())
-    lend_experts(runner.root, stacked)
+    lend_soft(runner.root, soft.values())
     target = runner.targets(place)
     power = target.square().mean()
     return (runner.forward(place) - target).square().mean() / torch.where(power > 0, power, 1.0)

@@ -51,12 +51,13 @@ class BiasCorrect(BlockPass):
         done: dict[str, Layer] = {}
         if block.runner is None or not names:
             return Changed(done, skipped=skipped)
-        wanted = _means(block.runner, block.source.values(), names, reference=True)
+        _put(block.runner, block.source.values())
+        wanted = _means(block.runner, names, reference=True)
         skipped |= {name: "it does not run on the calibration data" for name in names if name not in wanted}
         current = dict(block.layers)
         _put(block.runner, current.values())
         for name, mean in wanted.items():  # in the order in which they first ran
-            found = _means(block.runner, [current[name]], [name], reference=False)[name]
+            found = _means(block.runner, [name], reference=False)[name]
             done[name] = current[name] = _shifted(current[name], mean - found)
             _put(block.runner, [current[name]])
         return Changed(done, skipped=skipped)
@@ -85,13 +86,12 @@ def _put(runner: Runner, layers: Iterable[Layer]) -> None:
         placing.put_layer(runner.root, layer)
 
 
-def _means(runner: Runner, layers: Iterable[Layer], names: list[str], *, reference: bool) -> Means:
-    """Mean output (out,) float32 of some layers over all calibration data, with `layers` put in place before.
+def _means(runner: Runner, names: list[str], *, reference: bool) -> Means:
+    """Mean output (out,) float32 of some layers over all calibration data, with the block as it now is.
 
     reference: on the inputs of the uncompressed prefix, not of the compressed one. Layers that do not run are absent;
     the others come in the order in which they first ran.
     """
-    _put(runner, layers)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = dict.fromkeys(names, 0)
 

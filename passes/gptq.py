@@ -108,7 +108,9 @@ class Gptq(BlockQuantPass):
             layer, stats = block.layers[name], block.stats.get(name)
             # layers that are fed the same tensor have the same statistics, so they can share a solve
             alone = stats is None or layer.groups > 1 or stats.guided is not None
-            key = name if alone else (id(stats), item.damp, item.order, item.mismatch, item.resolved_format().step)
+            form = item.resolved_format()
+            alike = (id(stats), item.damp, item.order, item.mismatch, form.step, form.codes_per_unit)
+            key = name if alone else alike
             together.setdefault(key, []).append((item, layer))
         changed: dict[str, Layer] = {}
         for pairs in together.values():
@@ -128,10 +130,7 @@ class Gptq(BlockQuantPass):
 
     def columns(self, hessian: Tensor) -> Tensor:
         """(in,) int64: the order in which columns are taken; those that the format decides together stay so."""
-        units = torch.arange(len(hessian)).reshape(-1, self.resolved_format().step)
-        if self.order == "static":
-            units = units[torch.argsort(hessian.diagonal()[units].amax(-1), descending=True, stable=True)]
-        return units.flatten()
+        return solve.column_order(hessian, self.resolved_format().step, self.order)
 
     def target(self, weight: Tensor, stats: LayerStats, system: System) -> Tensor:
         """The weight (out, in) to come close to."""
@@ -163,10 +162,10 @@ class System:
     doubled: int
 
     def codes(self, weight: Tensor, rounder: Rounder, step: int) -> Tensor:
-        """Codes (out, in / step · …) in stored order."""
+        """Codes in stored order, (rows of codes, in / step · …)."""
         found = solve.compensate(weight[:, self.columns], self.factor, rounder, step)
         places = torch.argsort(self.columns[::step])
-        return found.reshape(len(weight), len(places), -1)[:, places].flatten(1)
+        return found.reshape(len(found), len(places), -1)[:, places].flatten(1)
 
 
 def _solved(pairs: Sequence[tuple[Gptq, Layer]], stats: LayerStats) -> list[Layer]:
@@ -180,7 +179,8 @@ def _solved(pairs: Sequence[tuple[Gptq, Layer]], stats: LayerStats) -> list[Laye
     forms = [item.resolved_format() for item, _ in pairs]
     params = [item.fit(target, stats) for (item, _), target in zip(pairs, targets, strict=True)]
     rounders = [form.rounder(each, system.columns) for form, each in zip(forms, params, strict=True)]
-    codes = torch.split(system.codes(whole, solve.stack(rounders, rows), forms[0].step), rows)
+    code_rows = [form.code_rows(count) for form, count in zip(forms, rows, strict=True)]
+    codes = torch.split(system.codes(whole, solve.stack(rounders, rows), forms[0].step), code_rows)
     notes, damp = _notes(first, stats, system), system.damp
     del system, rounders  # as large as the Hessian, and no longer needed
     can_refit = stats.hessian is not None and forms[0].step == 1 and any(item.refit for item, _ in pairs)
@@ -199,6 +199,11 @@ def _grouped(item: Gptq, layer: Layer, stats: LayerStats) -> Layer:
     """A grouped convolution: each group of output channels sees its own input channels of a patch, which stand
     together."""
     size, rows, form = layer.shape[1], layer.shape[0] // layer.groups, item.resolved_format()
+    if form.code_rows(layer.shape[0]) != layer.shape[0]:
+        raise UsageError(
+            f"gptq: {form} puts several output rows into one code, and {layer.name} is a convolution in "
+            f"{layer.groups} groups, whose rows are decided apart. Choose another format for it, or leave it out."
+        )
     whole = torch.eye(layer.groups * size) if stats.hessian is None else stats.hessian
     starts = range(0, layer.groups * size, size)
     systems = [item.prepare(whole[start : start + size, start : start + size]) for start in starts]

@@ -15,7 +15,7 @@ from compress.engine.part import Part
 from compress.errors import InputError
 from compress.formats.int_grid import IntGrid
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
-from compress.maths import bnb
+from compress.maths import bnb, products
 
 WEIGHT = IntGrid(8, "channel")
 LIMIT = 127
@@ -48,7 +48,7 @@ class LlmInt8(LayerPass):
 
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
         weight = layer.float_weight().half()
-        if not bool(torch.isfinite(weight).all()):
+        if not products.all_finite(weight):
             raise InputError(
                 f"llm_int8: the weight of {layer.name} holds magnitudes above 65504 or NaN, which float16 cannot. "
                 "Leave it out (ignore), or use rtn(format=int8(channel))."

@@ -18,6 +18,7 @@ from compress.engine.stream import BlockStream
 from compress.errors import UnsupportedError, UsageError
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths.rotation import Kind, Rotation, rotation
+from compress.models.attention import attentions
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
 from compress.wiring.heads import find_heads, turned_heads
@@ -115,6 +116,7 @@ class _Turning:
             outer = self._outer(self.item.r1)
         count = len(self.model.structure.blocks)
         for index in range(count):
+            self.stage.progress.tick("Rotating blocks", index, count)
             started = time.perf_counter()
             done = self._block(index)
             seconds = (time.perf_counter() - started) / max(1, len(done.layers))
@@ -184,8 +186,7 @@ class _Turning:
 
     def _turn_values(self, part: LoadedPart, index: int) -> tuple[dict[str, Layer], str]:
         """Values and output layer rotated, or why they are not."""
-        config = self.model.config.get_text_config()
-        size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        size = attentions(self.model.config.get_text_config())[index].size
         maker = torch.Generator().manual_seed(self.item.seed + 1 + index)
         kind: Kind = "random" if self.item.r1 == "random" else "hadamard"
         block = Block(part.name, part.layers, part.layers, {}, part.plain, {}, self.stream.runner(index))

@@ -14,14 +14,15 @@ from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
-from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.layer import ActSpec, Layer, LayerSpec
 from compress.models.model import Model, Task
 from compress.models.placing import replace_input_rounding
 from compress.training import distill
-from compress.training.soft import SoftInput, SoftRounding
-from compress.training.trainable import lend, lend_experts, lend_tensor
+from compress.training.soft import SoftInput, SoftRounding, SoftWeight, lend_soft
+from compress.training.soft_codebook import parted, soft_codebooks
+from compress.training.trainable import lend_tensor
 
-Trained = Literal["scales", "norms", "biases", "inputs"]
+Trained = Literal["scales", "codebooks", "norms", "biases", "inputs"]
 
 
 class Tune(ModelPass):
@@ -31,10 +32,10 @@ class Tune(ModelPass):
     or image; for an encoder the squared error of its hidden states as a share of theirs. Both models are in memory at
     once, with the gradients. The iterate of least loss on held-out calibration batches is kept, the start included.
 
-    Settings: `parts` what is trained: `scales` of layers on integer grids, `norms` (every stored vector that is no
-    layer's, whatever the targets), `biases`, `inputs` static input grids; `steps`; `batch` calibration batches per
-    step; `lr` (Adam, relative to the size of what is trained, to 0 along a cosine); `minutes` at most; `seed`. Codes
-    stay as they are.
+    Settings: `parts` what is trained: `scales` of layers on integer grids, `codebooks` entries and scales of layers in
+    them, `norms` (every stored vector that is no layer's, whatever the targets), `biases`, `inputs` static input grids;
+    `steps`; `batch` calibration batches per step; `lr` (Adam, relative to the size of what is trained, to 0 along a
+    cosine); `minutes` at most; `seed`. Codes stay as they are.
     """
 
     name: ClassVar[str] = "tune"
@@ -43,8 +44,10 @@ class Tune(ModelPass):
     after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
     training: ClassVar[bool] = True
     per_layer: ClassVar[bool] = False
+    done: ClassVar[str] = "tuned"
+    """For the report's notes."""
 
-    parts: tuple[Trained, ...] = ("scales", "norms", "biases")
+    parts: tuple[Trained, ...] = ("scales", "codebooks", "norms", "biases")
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=1, ge=1)
     lr: float = Field(default=1e-3, gt=0, le=1)
@@ -53,7 +56,7 @@ class Tune(ModelPass):
 
     @property
     def trained_copies(self) -> float:
-        return 8.5 if "scales" in self.parts else 0.0
+        return 8.5 if {"scales", "codebooks"} & set(self.parts) else 0.0
 
     @property
     def trained_batches(self) -> int:
@@ -62,14 +65,20 @@ class Tune(ModelPass):
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return spec
 
+    def student(self, stage: Stage) -> Student:
+        """What is trained."""
+        return Student(stage, frozenset(self.parts))
+
     def apply(self, stage: Stage) -> None:
         assert stage.calibration is not None
         batches = stage.calibration.batches()
-        one = _Student(stage, frozenset(self.parts))
+        one = self.student(stage)
         teacher = stage.whole(stage.original).requires_grad_(False)
         groups = one.groups(self.lr)
         if not groups:
-            raise UsageError(f"tune: the model has nothing of {', '.join(self.parts)} to train. Name other parts.")
+            raise UsageError(
+                f"{self.name}: the model has nothing of {', '.join(self.parts)} to train. Name other parts."
+            )
         train, held = distill.split(len(batches))
         outcome = distill.fit(
             groups,
@@ -79,11 +88,12 @@ class Tune(ModelPass):
             distill.Budget(self.steps, self.batch, self.minutes),
             schedule="cosine",
             seed=self.seed,
+            tell=lambda done, steps: stage.progress.tick("Tuning steps", done, steps),
         )
-        one.write(stage, f"tuned with the whole model: {outcome.describe()}")
+        one.write(stage, f"{self.done} with the whole model: {outcome.describe()}")
 
 
-class _Student:
+class Student:
     """The compressed model in memory, with what is trained in place of what is stored."""
 
     def __init__(self, stage: Stage, parts: frozenset[Trained]) -> None:
@@ -91,7 +101,9 @@ class _Student:
         self.module = stage.whole()
         layers = {name: layer for s in model.structure.segments for name, layer in model.layers(s).items()}
         chosen = {name: layers[name] for name in stage.chosen}
-        self.soft = {
+        self.books = soft_codebooks(chosen.values()) if "codebooks" in parts else {}
+        self.parted = parted(self.books)
+        self.grids = {
             name: SoftRounding(layer, None)
             for name, layer in chosen.items()
             if isinstance(layer.format, IntGrid) and "scales" in parts
@@ -104,6 +116,7 @@ class _Student:
         learned = {name: layer.act for name, layer in chosen.items() if layer.act and _has_grid(layer.act)}
         self.inputs = {name: SoftInput(act) for name, act in learned.items() if "inputs" in parts}
         self.norms = _vectors(self.module, model) if "norms" in parts else {}
+        self.weights: tuple[SoftWeight, ...] = (*self.grids.values(), *self.books.values())
         self._install()
 
     def _install(self) -> None:
@@ -117,29 +130,31 @@ class _Student:
 
     def groups(self, lr: float) -> list[distill.Group]:
         """What is trained; vectors at a rate that is relative to their size."""
-        scales = [each.factor for each in self.soft.values()]
+        scales = [each.factor for each in self.grids.values()]
+        scales += [each.factor for each in self.books.values() if each.form.scale != "none"]
         groups = [distill.Group([*scales, *(each.log_scale for each in self.inputs.values())], lr)]
-        for tensor in (*self.biases.values(), *self.norms.values()):
+        books = {id(each.book): each.book for name, each in self.books.items() if name not in self.parted}
+        for tensor in (*books.values(), *self.biases.values(), *self.norms.values()):
             groups.append(distill.Group([tensor], lr * (float(tensor.square().mean().sqrt()) or 1.0)))
         return [group for group in groups if group.tensors]
 
     def outputs(self, batch: Tensor) -> Tensor:
         """The model's output, with gradients."""
-        stacked = {}
-        for name, each in self.soft.items():
-            if each.layer.kind is LayerKind.EXPERT:
-                stacked[name] = each.weight()
-            else:
-                lend(self.module, each.layer, each.weight())
-        lend_experts(self.module, stacked)
+        lend_soft(self.module, self.weights)
         return _outputs(self.module, batch)
 
     def layer(self, layer: Layer) -> Layer:
         """A layer as it now is."""
         name = layer.name
-        done = self.soft[name].rounded() if name in self.soft else layer
+        soft = self.grids.get(name) or self.books.get(name)
+        done = soft.rounded() if soft else layer
         act = self.inputs[name].rounded() if name in self.inputs else layer.act
         return replace(done, act=act, bias=self.biases.get(name, layer.bias))
+
+    def notes(self, name: str, note: str) -> tuple[str, ...]:
+        """For the report, of one layer."""
+        kept = "the entries of its codebook stayed: layers that this pass is not for hold them too"
+        return (note, kept) if name in self.parted else (note,)
 
     def write(self, stage: Stage, note: str) -> None:
         """All segments of the tuned model."""
@@ -147,10 +162,10 @@ class _Student:
         for segment in model.structure.segments:
             plain = model.plain(segment)
             layers = {
-                name: replace(self.layer(layer), notes=(note,)) if name in stage.chosen else layer
+                name: replace(self.layer(layer), notes=self.notes(name, note)) if name in stage.chosen else layer
                 for name, layer in model.layers(segment).items()
             }
-            trained = {*self.soft, *self.biases, *self.inputs}
+            trained = {*self.grids, *self.books, *self.biases, *self.inputs}
             skipped = dict.fromkeys((set(layers) & set(stage.chosen)) - trained, "nothing of what is trained is in it")
             norms = {name: self.norms.get(name, tensor) for name, tensor in plain.items()}
             stage.write(segment, layers, norms, skipped=skipped)

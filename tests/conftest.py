@@ -32,7 +32,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of real models, where it is there."""
-    folder = Path(os.environ.get("COMPRESS_ASSETS", ASSETS))
+    folder = Path(os.environ.get("COMPRESS_ASSETS") or ASSETS)
     if not folder.is_dir():
         pytest.skip("the folder of real models is not here (COMPRESS_ASSETS names it)")
     return folder

@@ -4,12 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 
-from compress import hwprofiles, recipe
+from compress import defaults, hwprofiles, recipe
+from compress.__main__ import main
+from compress.cli.engine import FOLDERS
 from compress.cli.main import app
 from compress.errors import CompressError
+from compress.export import TARGETS, find
 from compress.formats import NAMES
+from compress.models.loading import load
 from compress.passes import table
 from compress.pipeline import Pipeline
 from compress.quality.metrics import METRICS
@@ -29,13 +34,55 @@ def test_every_command_of_the_readme_exists() -> None:
     named = set(re.findall(r"`compress ([a-z]+)", README)) | set(
         re.findall(r"^(?:\S*/)?compress ([a-z]+)", README, re.M)
     )
-    assert named <= set(GROUP.commands)
+    assert named <= {*GROUP.commands, "help"}
 
 
 def test_every_option_has_help() -> None:
     for name, command in GROUP.commands.items():
         for parameter in command.params:
             assert parameter.name == "help" or getattr(parameter, "help", None), f"{name}: {parameter.name}"
+
+
+def test_the_list_of_commands_has_whole_sentences_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    told = capsys.readouterr().out
+    assert "..." not in told.partition("Commands:")[2] and "Example: compress run " in told
+    assert main(["help", "plan"]) == 0
+    assert "What a run would touch" in capsys.readouterr().out
+
+
+def test_help_names_every_target_and_the_folders_they_write(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help"]) == 0
+    told = re.sub(r"\s+", "", capsys.readouterr().out)
+    assert "Exporttarget:" + ",".join(TARGETS) in told
+    assert set(FOLDERS) == {find(name).FOLDER for name in TARGETS}
+
+
+def test_the_defaults_of_the_readme_are_those_of_the_program() -> None:
+    told = dict(re.findall(r"^\| `--([a-z-]+)` \| ([^|]+) \|", README, re.M))
+    assert told["samples"] == f"{defaults.SAMPLES} windows, {defaults.IMAGES} images"
+    assert told["quality-samples"] == f"{defaults.QUALITY_SAMPLES} windows, all images"
+    assert told["length"] == str(defaults.LENGTH) and told["seed"] == str(defaults.SEED)
+    assert float(told["budget"]) == defaults.BUDGET_S
+    assert told["calibration-dtype"] == recipe.CalibrationSettings().dtype
+
+
+def test_the_image_classifier_of_the_readme_is_one(tmp_path: Path) -> None:
+    text = re.search(r"```python\n# net\.py\n(.*?)```", README, re.S)
+    assert text is not None
+    file = tmp_path / "net.py"
+    file.write_text(text[1])
+    net = re.search(r"net = (nn\.Sequential\(.*\))", text[1])
+    assert net is not None
+    torch.save(eval(net[1], {"nn": torch.nn}).state_dict(), tmp_path / "net.pt")
+    model = load(f"{file}:make")
+    assert model.image is not None and model.image.described()["output"]["classes"] == 10
+
+
+def test_the_presets_are_listed_with_their_summaries(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told and recipe.load(name).summary in told for name in recipe.presets())
 
 
 @pytest.mark.parametrize("name", sorted(table()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from compress import calibrate, doctor, hwprofiles
 from compress.__main__ import main
 from compress.errors import UnsupportedError, UsageError
 from compress.hwprofiles import Profile
-from compress.speed import kernel_probe
+from compress.speed import kernel_probe, kernel_speed, provider_probe
 
 PROBES = kernel_probe.probes()
 
@@ -89,11 +90,67 @@ def test_doctor_fails_with_4_where_a_backend_does_not_work(
     assert broken.model_dump() in told["findings"]
 
 
+LOG = (
+    "\x1b[1;31m2026-01-01 15:53:35.002 [E:onnxruntime:Default, provider_bridge.cc:2458 operator()] a.cc:2043 Get() "
+    "[ONNXRuntimeError] : 1 : FAIL : Failed to load library libonnxruntime_providers_cuda.so with error: "
+    "libcublasLt.so.13: cannot open shared object file: No such file or directory\n\x1b[m"
+)
+
+
+class Runtime:
+    """As ONNX Runtime with two providers, one of whose libraries is missing."""
+
+    SessionOptions = object
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, *_: object, providers: list[str], enable_fallback: int) -> Runtime:  # noqa: N802
+        if providers[0].startswith("CUDA"):
+            os.write(2, LOG.encode())
+        return self
+
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"]
+
+
+def test_a_provider_without_its_libraries_is_one_line_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    runs, (found,) = doctor.providers(provider_probe.probe_providers(Runtime()))
+    assert runs == "runs on CPU"
+    assert found.state == "absent" and "libcublasLt.so.13: cannot open" in found.text
+    assert found.text.endswith("Only needed for nvidia profiles")
+    assert capfd.readouterr().err == ""
+
+
+def test_standard_error_is_back_after_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="x"), provider_probe.captured_stderr():
+        raise ValueError("x")
+    os.write(2, b"told")
+    assert capfd.readouterr().err == "told"
+
+
+def test_why_a_provider_takes_no_graph_is_its_first_error() -> None:
+    other = "2026-01-01 15:53 [E:onnxruntime:, inference_session.cc:1 x] CUDA failure 100: no device\nmore"
+    assert provider_probe.reason(other, "") == "CUDA failure 100: no device"
+    assert provider_probe.reason("", "Install TensorRT.\nmore") == "Install TensorRT."
+    assert provider_probe.reason("", "") == "it takes no graph here"
+
+
+def test_doctor_names_every_extra_that_a_user_may_install() -> None:
+    import tomllib
+
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf8")
+    extras = set(tomllib.loads(text)["project"]["optional-dependencies"]) - {"test", "dev"}
+    assert set(doctor.EXTRAS.values()) == extras
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Profile]:
     """A calibration of small layers, with times that are made up."""
     monkeypatch.setattr(calibrate, "READ_BYTES", 1 << 16)
     monkeypatch.setattr(calibrate, "MATRIX", 32)
+    monkeypatch.setattr(kernel_speed, "CHAIN_BYTES", 1)
+    monkeypatch.setattr(kernel_speed, "NODES", 2)
 
     def run(decode: float, prefill: float) -> Profile:
         made = {"decode": decode, "prefill": prefill}
@@ -120,6 +177,7 @@ def test_a_kernel_that_computes_wrongly_here_is_not_called_usable(
     monkeypatch.setattr(kernel_probe, "check", lambda probe, threads: bad)
     support = quick(2.0, 2.0).runtime("onnxruntime").support("weight_only", 4)
     assert support.state == "no" and "off by 0.3" in support.note
+    assert not support.speeds
 
 
 def test_a_calibrated_profile_says_where_its_numbers_come_from(quick: Callable[..., Profile]) -> None:
@@ -129,6 +187,52 @@ def test_a_calibrated_profile_says_where_its_numbers_come_from(quick: Callable[.
     assert found.detect is None  # it is one machine's, never picked by itself
     untimed = found.runtime("onnxruntime").support("embedding", 8)
     assert untimed == hwprofiles.load("cpu-x86-avx2").runtime("onnxruntime").support("embedding", 8)
+
+
+def test_a_calibrated_profile_has_figures_of_each_kernel_that_was_timed(
+    quick: Callable[..., Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row takes 2 ms and 64 rows 4.52 ms, in a chain of two layers of 64 x 64; a chain of nodes is as long."""
+    spans = {kernel_speed.ONE_CALLS: 2e-3, kernel_speed.ROWS_CALLS: 4.52e-3, kernel_speed.PEAK_CALLS: 1e-9}
+    monkeypatch.setattr(kernel_speed, "times", lambda _call, count: [spans[count]] * count)
+    monkeypatch.setattr(kernel_speed, "NODES", 100)  # 20 microseconds each
+    found = quick(2.0, 2.0)
+    runtime = found.runtime("onnxruntime")
+    assert runtime.node_us is not None and (runtime.node_us.value, runtime.node_us.state) == (20, "measured")
+    speed = runtime.support("weight_only", 4).speed(32)
+    assert speed is not None and (speed.block, speed.kernel_gb_s.state) == (32, "measured")
+    stored = 64 * 64 // 2 + 2 * 64 * 64 // 32
+    assert speed.kernel_gb_s.value == pytest.approx(stored / (1e-3 - 20e-6) / 1e9, rel=0.01)
+    assert speed.kernel_gflops.value == pytest.approx(2 * 64 * 64 * 63 / 1.26e-3 / 1e9, rel=0.01)
+    assert runtime.support("weight_only", 3).speed(32) == speed  # stored as 4 bits
+    for use, bits in (("float", 32), ("weight_and_activation", 8)):
+        alone = runtime.support(use, bits).speed()  # type: ignore[arg-type]
+        assert alone is not None and alone.block is None
+    for use, bits in (("float", 16), ("lookup", 4), ("embedding", 8)):
+        assert runtime.support(use, bits).speed(32) is None  # type: ignore[arg-type]
+    assert "onnxruntime, faster than torch" in found.peak.dense_gflops_per_core["float32"].source
+
+
+def test_where_torch_multiplies_faster_its_rate_is_the_peak(
+    quick: Callable[..., Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_speed, "times", lambda _call, count: [1e3] * count)
+    peak = quick(2.0, 2.0).peak.dense_gflops_per_core["float32"]
+    assert "by torch" in peak.source and "onnxruntime" not in peak.source
+
+
+def test_a_chain_computes_what_its_layers_do_one_after_another() -> None:
+    """Each with weights of its own: onnxruntime keeps equal ones once, which a cache would hold."""
+    for product in kernel_speed.products(128):
+        probe = replace(PROBES[0], graph=kernel_probe.chain(product, 3), bound=kernel_probe.ROUNDED)
+        weight = product.decoded
+        whole = replace(
+            probe,
+            make=kernel_probe.rows(128),
+            answer=lambda x, weight=weight: x @ weight.T @ np.roll(weight, 1, 0).T @ np.roll(weight, 2, 0).T,
+            operators=frozenset({product.operator}),
+        )
+        assert kernel_probe.check(whole).problem == "", product.name
 
 
 def test_a_written_profile_is_read_back_whole(quick: Callable[..., Profile], tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from compress.hwprofiles import Profile
 from compress.inputs.prompts import read_reader
 from compress.models.model import Task
 from compress.records import Footprint, Speed
+from compress.records.speed import END_TO_END
 from compress.report.end_to_end_rows import end_to_end_table
 from compress.runtime.generation import continue_prompts
 from compress.runtime.sampling import Sampling
 from compress.speed.end_to_end import (
-    NAME,
     OUTPUT_TOKENS,
     Material,
     measure_end_to_end,
@@ -137,7 +137,7 @@ def test_a_model_without_a_tokenizer_says_why_there_is_no_request(
         speed(),
         lambda: measure_end_to_end(folder, folder, lm_profile, Task.CAUSAL_LM, Material(ids=(1, 2)), budget_s=1.0),
     )
-    assert found.end_to_end is None and "no tokenizer" in found.unavailable[NAME]
+    assert found.end_to_end is None and "no tokenizer" in found.unavailable[END_TO_END]
     table = end_to_end_table(found)
     assert "no tokenizer" in table.notes[0] and table.rows[0][1] == "not measured"
 

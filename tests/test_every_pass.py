@@ -20,6 +20,7 @@ FITTING |= {
     "adaquant": f"{FITTING['rtn']}, adaquant(steps=2)",
     "autoround": f"{FITTING['rtn']}, autoround(steps=2)",
     "tune": f"{FITTING['rtn']}, tune(steps=2)",
+    "pv_tuning": f"{FITTING['rtn']}, pv_tuning(steps=2)",
     "bias_correct": f"{FITTING['rtn']}, bias_correct(add=true)",
 }
 LARGEST_ERROR = 0.2

@@ -18,7 +18,13 @@ from compress.speed.footprint import deployable_bytes, footprint
 from compress.target import Refusal, Target, require_tools, timed_here
 
 # what the second model of each target is made with, where its runtime does not take int8 of everything
-RECIPES = {"checkpoint-awq": "rtn(format=int4(group=32))", "checkpoint-gptq": "rtn(format=int8(channel))"}
+RECIPES = {
+    "checkpoint-aqlm": "rtn(format=codebook(vector=4, entries=16, stages=2))",
+    "checkpoint-awq": "rtn(format=int4(group=32))",
+    "checkpoint-gptq": "rtn(format=int8(channel))",
+    "checkpoint-vptq": "rtn(format=codebook(vector=4, entries=16, stages=2, out))",
+    "native": "rtn(format=codebook(vector=4, entries=16, stages=2))",
+}
 FUNCTIONS = [name for name, _ in inspect.getmembers(Target, inspect.isfunction) if not name.startswith("_")]
 
 

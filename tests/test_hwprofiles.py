@@ -163,7 +163,7 @@ def test_avx2_warns_of_saturation_and_offers_seven_bits() -> None:
 
 
 def test_an_unknown_id_or_runtime_names_the_nearest() -> None:
-    with pytest.raises(ProfileError, match=rf"unknown hardware profile 'cpu-x86-avx512-vni'.*Did you mean '{VNNI}'"):
+    with pytest.raises(ProfileError, match=rf"Unknown hardware profile 'cpu-x86-avx512-vni'.*Did you mean '{VNNI}'"):
         load("cpu-x86-avx512-vni")
     with pytest.raises(ProfileError, match=r"has no runtime 'onnx'.*Did you mean 'onnxruntime'"):
         load(VNNI).runtime("onnx")
@@ -216,6 +216,22 @@ def formats(data: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def speed(block: int, rate: float = 30.0) -> dict[str, Any]:
+    """Figures of a kernel, as a profile has them."""
+    figure = {"value": rate, "state": "measured", "source": "made up"}
+    return {"block": block, "kernel_gb_s": figure, "kernel_gflops": dict(figure, value=300.0)}
+
+
+def test_figures_of_kernels_change_the_digest_and_their_absence_does_not(own: Callable[..., Path]) -> None:
+    """Digests of profiles without them stay those of before there were any."""
+    dumped = load(VNNI).model_dump(mode="json")
+    assert "node_us" not in dumped["runtimes"]["onnxruntime"]
+    assert not any("speeds" in entry for entry in formats(dumped))
+    timed = load(own(lambda data: formats(data)[2].update(speeds=[speed(32)])))
+    assert digest(timed) != digest(load(own()))
+    assert Profile.model_validate(timed.model_dump(mode="json")) == timed
+
+
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
@@ -229,6 +245,16 @@ def formats(data: dict[str, Any]) -> list[dict[str, Any]]:
         (lambda data: formats(data).append(formats(data)[0]), "lists twice: float 32 bit"),
         (lambda data: formats(data)[2].update(stored_bits=3), "stored_bits 3 cannot hold codes of 4 bits"),
         (lambda data: formats(data)[2].update(kernel=""), "needs the name of its kernel"),
+        (lambda data: formats(data)[2].update(speeds=[speed(32, 0)]), r"speeds\.0\.kernel_gb_s\.value: found 0"),
+        (lambda data: formats(data)[2].update(speeds=[speed(32, -1)]), r"speeds\.0\.kernel_gb_s\.value: found -1"),
+        (lambda data: formats(data)[2].update(speeds=[speed(32, float("inf"))]), r"kernel_gb_s\.value: found inf"),
+        (lambda data: formats(data)[2].update(speeds=[{**speed(32), "gb": 1}]), r"speeds\.0\.gb: unknown key"),
+        (lambda data: formats(data)[2].update(speeds=[{"block": 32}]), r"kernel_gflops: this key is missing"),
+        (lambda data: formats(data)[2].update(speeds=[speed(32), speed(32)]), "speeds lists a block twice"),
+        (lambda data: formats(data)[2].update(speeds=[speed(48)]), "block 48 is none of blocks"),
+        (lambda data: formats(data)[0].update(speeds=[speed(32)]), r"block 32 is none of blocks, \[\]"),
+        (lambda data: formats(data)[2].update(state="no", speeds=[speed(32)]), "refused, so it has no speeds"),
+        (lambda data: data["runtimes"]["onnxruntime"].update(node_us=1.5), r"node_us: found 1\.5"),
     ],
 )
 def test_a_wrong_value_names_file_key_value_and_rule(
@@ -268,9 +294,9 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, content: bytes, to
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path, "none.yaml"):
-        with pytest.raises(ProfileError, match=r"hardware profile .*: (No such file|Is a directory)"):
+        with pytest.raises(ProfileError, match=r"Hardware profile .*: (No such file|Is a directory)"):
             load(path)
-    with pytest.raises(ProfileError, match="unknown hardware profile ''"):
+    with pytest.raises(ProfileError, match="Unknown hardware profile ''"):
         load("")
 
 

@@ -42,7 +42,16 @@ def test_a_file_instead_of_a_folder_is_refused(copy: Path) -> None:
 
 def test_a_folder_without_config_is_refused(copy: Path) -> None:
     (copy / "config.json").unlink()
-    assert "has no config.json" in refusal(InputError, lambda: load(copy))
+    assert "has no config.json" in refusal(UsageError, lambda: load(copy))
+
+
+def test_a_folder_around_a_models_names_the_folder_inside(copy: Path, tmp_path: Path) -> None:
+    around = tmp_path / "around"
+    around.mkdir()
+    copy.rename(around / "hf")
+    assert f"Did you mean {around / 'hf'}?" in refusal(UsageError, lambda: load(around))
+    (around / "manifest.json").write_text("{}")
+    assert "the model that it was made from" in refusal(UsageError, lambda: load(around))
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00\xff"])

@@ -16,6 +16,7 @@ from compress.hwprofiles import Profile
 from compress.profiles import as_profile
 from compress.progress import Progress
 from compress.records import Speed
+from compress.records.speed import leading
 from compress.speed.footprint import footprint
 from compress.speed.measure import measure, settings_of
 from compress.speed.timing_process import TimingRequest, last_line, time_in_process
@@ -117,7 +118,7 @@ def test_a_process_that_says_nothing_is_no_success() -> None:
 
 @pytest.mark.parametrize(("name", "number"), [("SIGINT", 2), ("SIGTERM", 15)])
 def test_a_process_that_a_signal_stops_is_an_interruption_and_no_failure(name: str, number: int) -> None:
-    code = f"import os, signal; os.kill(os.getpid(), signal.{name}); signal.pause()"
+    code = f"import os, signal; signal.signal(signal.{name}, signal.SIG_DFL); os.kill(os.getpid(), signal.{name})"
     with pytest.raises(Interrupted) as caught:
         last_line([sys.executable, "-c", code], 60.0, "it failed")
     assert caught.value.signal_number == number
@@ -127,3 +128,8 @@ def test_settings_lead_with_decode_and_are_cut_to_what_the_model_reads(profile: 
     assert settings_of(profile, True, 10) == [("decode", 1, 9), ("decode", 2, 9), ("prefill", 1, 10)]
     assert settings_of(profile, False, 64) == [("encode", 1, 16)]
     assert settings_of(profile, False, 64, is_image=True) == [("infer", 1, 1), ("infer", 2, 1)]
+
+
+def test_decoding_with_the_smallest_batch_leads_in_whatever_order_settings_are_timed() -> None:
+    assert leading([("prefill", 1, 16), ("decode", 4, 128), ("decode", 1, 128)]) == ("decode", 1, 128)
+    assert leading([("prefill", 4, 16), ("prefill", 1, 16)]) == ("prefill", 4, 16)

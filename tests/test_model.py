@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress.errors import CompressError, InputError, UnsupportedError
+from compress.errors import CompressError, UnsupportedError, UsageError
 from compress.models.folder import positions
 
 
@@ -100,7 +100,7 @@ def test_every_block_and_layer_is_found(make_llama: Callable[..., Path]) -> None
     assert len(model.structure.layers) == 16
     assert model.structure.head == "lm_head"
     assert model.structure.layers["model.layers.1.mlp.down_proj"].shape == (64, 96)
-    with pytest.raises(InputError, match=r"no config\.json"):
+    with pytest.raises(UsageError, match=r"no config\.json"):
         compress.load(Path(__file__).parent)
 
 

@@ -125,6 +125,30 @@ def test_more_memory_than_there_is_is_a_warning_of_the_plan_and_stops_a_run(
 def test_untouched_layers_are_told_where_they_take_much(model: Model) -> None:
     found = planned(model, "rtn(format=int4(group=32), targets=[*.q_proj])")
     assert any("that no pass touches take" in text for text in found.warnings)
+    alone = planned(model, "rtn(format=int4(group=32))").warnings
+    (told,) = [text for text in alone if text.startswith("1 layer(s) that no pass touches")]
+    assert told.endswith(": model.embed_tokens"), "a single layer has no others"
+
+
+def test_a_kernel_that_is_fast_for_some_uses_is_a_note_that_says_for_which(model: Model) -> None:
+    found = planned(model, "rtn(format=int8(group=32))")
+    (note,) = found.notes
+    assert "decode is" in note and "faster than float32" in note and "recipe w8a8-int8 is quicker" in note
+    assert not any("not fast" in text for text in found.warnings)
+
+
+def test_an_artifact_larger_than_its_source_is_warned_of_and_its_parts_are_told() -> None:
+    folder, chip = quickstart.folder(), hwprofiles.load("nvidia-h200")
+    wide = make_plan(compress.load(folder), recipe.of_passes("rtn(format=int8(group=32))"), chip)
+    assert (wide.predicted_artifact_bytes > wide.source_bytes) == any(
+        "larger than the source" in t for t in wide.warnings
+    )
+    assert plan._larger(2_000_000, 1_000_000)[0].startswith(
+        "The artifact is predicted larger than the source: 2.0 MB against 1.0 MB."
+    )
+    assert not plan._larger(1, 1)
+    (told,) = plan._notes((), {"the engine": 3_000_000, "the graph": 1_500_000})
+    assert told.startswith("The artifact's folder holds the engine 3.0 MB + the graph 1.5 MB (predicted)")
 
 
 def test_a_profile_that_lacks_the_runtime_is_exit_code_2(llama: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -112,7 +112,7 @@ def test_every_cost_is_in_a_column_called_predicted() -> None:
         ("compressed model size", "630 MB"),
         ("peak memory of the run", "4.1 GB"),
         ("disk needed by the run", "5.6 GB"),
-        ("time", "50.0 min"),
+        ("time", "50.0 min on idle cores of this machine"),
     )
     for table in plan_tables(plan()):
         for index, title in enumerate(table.columns):
@@ -147,12 +147,14 @@ def test_tied_layers_and_notes_of_fast_kernels_are_told() -> None:
 
 def test_refusals_come_first_and_have_no_size() -> None:
     refused = layer("lm_head", kernel="no", operator="", stored_bytes=0, note="no kernel for 3 bit")
-    found = plan(*blocks(1), refused, refusals=("1 layer(s), first lm_head: no kernel for 3 bit",), warnings=("slow",))
+    reasons = ("1 layer(s), first lm_head: no kernel for 3 bit",)
+    found = plan(*blocks(1), refused, refusals=reasons, warnings=("slow",), other_targets=("native", "checkpoint"))
     text = shown(found)
     assert text.index("A run would stop here") < text.index("refused: 1 layer(s), first lm_head") < text.index("slow")
     assert tables(found)["layers"].rows[-1] == ("lm_head", "1", "gptq", "int4(group=32)", "-", "no", "-")
     assert "smaller" not in text
-    assert "The artifact size leaves out the refused layers." in text
+    assert "would be stored with: --target native or checkpoint" in text
+    assert not {"cost", "latency"} & set(tables(found))
 
 
 def test_equal_warnings_are_shown_once() -> None:
@@ -161,7 +163,7 @@ def test_equal_warnings_are_shown_once() -> None:
 
 @pytest.mark.parametrize(("width", "lines"), [(120, 45), (80, 60)])
 def test_a_model_of_150_layers_takes_a_screen_or_two(width: int, lines: int) -> None:
-    found = plan(warnings=("1 layer(s) in int8(group=32) work but are not fast here: " + "they are rounded. " * 12,))
+    found = plan(notes=("1 layer(s) in int8(group=32) run through MatMulNBits: " + "they are rounded. " * 12,))
     assert len(found.layers) > 150
     assert len(shown(found, width).splitlines()) <= lines
 

@@ -102,7 +102,7 @@ def test_what_was_not_measured_is_not_drawn() -> None:
 
 def test_a_predicted_speed_has_a_row_of_its_own() -> None:
     rows = table(report(), "quality").rows
-    assert rows[-1][:3] == ("plan, predicted", "400 kB", "4.00x at best")
+    assert rows[-1][:3] == ("plan, predicted", "400 kB", "4.00x")
     assert rows[1][2] == "2.50x (2.40 to 2.60)"
     row = table(report(), "latency").rows[0]
     assert row[-2:] == ("4.00x", "2.50x (2.40 to 2.60)")

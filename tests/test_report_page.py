@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from compress.records import Gate, Report, Verification
+from compress.records.speed import LONGER, EveryRound
 from compress.report import to_html, to_markdown
 from compress.report.curve_chart import curve_chart
 from compress.report.front_chart import Point, front_chart
 from compress.report.next_steps import argument, next_steps
 from compress.report.rows import build_page
+from compress.report.tiles import tiles_of
+from compress.report.verdict import verdict_sentence
 from helpers.chart_report import (
     HOSTILE,
     Seen,
@@ -85,7 +88,8 @@ def test_a_missed_gate_names_the_layers_to_leave_out() -> None:
 
 
 def test_the_next_steps_follow_what_was_found() -> None:
-    assert "--budget" in next_steps(report(speed=speed(timing("inconclusive", 1.05))))[0]
+    longer = "`compress profile OUT --budget 60 --processes 3` settles the speed at decode batch 1 prompt 128"
+    assert next_steps(report(speed=speed(timing("inconclusive", 1.05))))[0].startswith(longer)
     assert "no fast" in next_steps(report(speed=speed(timing("slower", 0.5))))[0].replace("without a", "no")
     assert "times it" in next_steps(report(speed=None))[0]
     broken = Verification(
@@ -94,6 +98,34 @@ def test_the_next_steps_follow_what_was_found() -> None:
     )  # fmt: skip
     assert next_steps(report(verification=broken))[0].startswith("Do not use this artifact")
     assert "What to do next" in printed(report()) and "## What to do next" in to_markdown(report())
+
+
+def test_a_timing_of_few_or_disturbed_rounds_is_provisional_wherever_it_is_told() -> None:
+    whole = timing()
+    rounds = EveryRound(
+        disturbed=5, causes={}, left_out=True, rounds=18, speedup=2.5, interval=whole.interval, control=whole.control
+    )
+    few = whole.model_copy(update={"rounds": 13, "every_round": rounds, "warnings": (f"few. {LONGER}",)})
+    found = report(speed=speed(few))
+    assert few.provisional == "13 rounds, 5 disturbed" and not whole.provisional
+    assert tiles_of(found)[0].detail.endswith("; provisional: 13 rounds, 5 disturbed")
+    said = verdict_sentence(source_bytes=2, artifact_bytes=1, speed=found.speed)
+    assert "; provisional: 13 rounds, 5 disturbed)" in said
+    page = build_page(found, Path("my-out"))
+    assert page.next_steps[0].startswith("`compress profile my-out --budget 60 --processes 3`")
+    assert any(text.endswith("compress profile my-out --budget 60 --processes 3") for text in page.warnings)
+
+
+def test_what_to_do_next_is_under_the_cards_and_many_warnings_are_folded() -> None:
+    noisy = to_html(report(warnings=tuple(f"trouble with {name}" for name in "abcdef")))
+    header = noisy[: noisy.index("</header>")]
+    assert header.index('class="tiles"') < header.index("What to do next") < header.index('class="facts"')
+    shown, _, folded = noisy[noisy.index('class="warnings"') :].partition("<details>")
+    assert shown.count("trouble with") == 3 and folded.startswith("<summary>More warnings: 3</summary>")
+    assert (
+        "<details>"
+        not in to_html(report(warnings=("a", "b", "c"))).partition('class="warnings"')[2].split("</section>")[0]
+    )
 
 
 def test_commands_name_the_real_folder_as_a_shell_takes_it() -> None:

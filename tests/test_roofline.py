@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import compress
 from compress import hwprofiles
 from compress.errors import UnsupportedError
+from compress.export import find
 from compress.export.onnx import matmul_bnb4
 from compress.export.onnx.lowering import Choice
 from compress.formats import parse_format
-from compress.hwprofiles import Runtime
+from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.models.attention import attentions
-from compress.plan import make_plan
+from compress.pipeline import Pipeline, planned
+from compress.plan import latency_arms, make_plan
 from compress.profiles import as_profile
 from compress.recipe import of_passes
 from compress.records import PredictedLatency
 from compress.speed import roofline
-from compress.target import Refusal
+from compress.target import Refusal, plan_layers
 
 CONFIG = SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, hidden_size=64, num_hidden_layers=0)
 
@@ -33,19 +38,28 @@ def spec(name: str = "a", form: str | None = None, kind: LayerKind = LayerKind.L
     return made if form is None else LayerSpec(**{**made.__dict__, "format": parse_format(form)})
 
 
-def decode(*specs: LayerSpec, stored: int = 0, config: object = CONFIG, **settings: object) -> PredictedLatency:
-    profile = hwprofiles.load("cpu-x86-avx2")
-    found = roofline.predict(
-        specs,
-        {each.name: stored for each in specs},
-        config,
-        profile,
-        float_dtype="float32",
-        threads=2,
-        decodes=True,
-        **settings,  # type: ignore[arg-type]
+def predict(
+    *specs: LayerSpec,
+    stored: int = 0,
+    config: object = CONFIG,
+    rounded: Sequence[str] = (),
+    profile: Profile | None = None,
+    threads: int = 2,
+) -> dict[tuple[str, int, int], PredictedLatency]:
+    """By phase, batch and prompt. With a profile's own figures of int4 in blocks of 32 where it has some."""
+    machine = profile or hwprofiles.load("cpu-x86-avx2")
+    runtime = machine.runtime("onnxruntime")
+    speed = runtime.support("weight_only", 4).speed(32)
+    lowered = roofline.Lowered(
+        {each.name: stored for each in specs}, rounded, {each.name: speed for each in specs} if speed else {}
     )
-    return next(one for one in found if one.phase == "decode" and one.batch == 1)
+    rates = roofline.rates(machine, threads, runtime)
+    arms = roofline.arms(specs, lowered, config, rates, "float32")
+    return {(one.phase, one.batch, one.prompt): one for one in roofline.predict(*arms, machine, decodes=True)}
+
+
+def decode(*specs: LayerSpec, **settings: Any) -> PredictedLatency:
+    return predict(*specs, **settings)["decode", 1, 128]
 
 
 def test_a_large_layer_decodes_in_the_time_of_reading_its_weights() -> None:
@@ -66,17 +80,8 @@ def test_prefill_is_bound_by_arithmetic_and_faster_where_inputs_are_rounded() ->
     peak = profile.peak.dense_gflops_per_core["float32"].value * 2e9
     times = {}
     for rounded in ((), ("a",)):
-        found = roofline.predict(
-            [spec(form="int4(group=32)")],
-            {"a": 1_125_000},
-            CONFIG,
-            profile,
-            float_dtype="float32",
-            threads=2,
-            decodes=True,
-            rounded=rounded,
-        )
-        times[rounded] = max(found, key=lambda one: one.batch * one.prompt if one.phase == "prefill" else 0)
+        found = predict(spec(form="int4(group=32)"), stored=1_125_000, rounded=rounded)
+        times[rounded] = found["prefill", 1, 128]
     plain = times[()]
     assert plain.bound == "arithmetic"
     assert plain.variant_s == pytest.approx(2 * 2_000_000 * plain.batch * plain.prompt / peak)
@@ -98,6 +103,80 @@ def test_a_longer_context_costs_the_reading_of_its_keys_and_values() -> None:
     bandwidth = hwprofiles.load("cpu-x86-avx2").memory.bandwidth_gb_s.value * 1e9
     found = decode(config=config)
     assert found.baseline_s == pytest.approx(3 * 2 * found.prompt * 2 * 16 * 4 / bandwidth)
+
+
+def figure(value: float) -> dict[str, object]:
+    return {"value": value, "state": "measured", "source": "made up"}
+
+
+def calibrated(tmp_path: Path, *, node_us: float | None = None) -> Profile:
+    """A profile with figures of int4 at two blocks and of float32."""
+    told = hwprofiles.load("cpu-x86-avx2").model_dump(mode="json")
+    runtime = told["runtimes"]["onnxruntime"]
+    if node_us is not None:
+        runtime["node_us"] = figure(node_us)
+    for entry in runtime["formats"]:
+        if (entry["use"], entry["bits"]) == ("weight_only", [4]):
+            rates = {32: (25.0, 500.0), 128: (20.0, 800.0)}
+            entry["speeds"] = [
+                {"block": block, "kernel_gb_s": figure(read), "kernel_gflops": figure(further)}
+                for block, (read, further) in rates.items()
+            ]
+        if (entry["use"], entry["bits"]) == ("float", [32]):
+            entry["speeds"] = [{"kernel_gb_s": figure(40.0), "kernel_gflops": figure(400.0)}]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**told, "id": "mine"}))
+    return hwprofiles.load(path)
+
+
+def test_a_kernels_own_figures_take_the_place_of_the_machines_peaks(tmp_path: Path) -> None:
+    """A row reads the stored bytes, and each further one multiplies: 2 operations for each of 2 million weights."""
+    found = predict(spec(form="int4(group=32)"), stored=1_125_000, profile=calibrated(tmp_path), rounded=("a",))
+    first, float_first = 1_125_000 / 25e9, 8_000_000 / 40e9
+    assert found["decode", 1, 128].variant_s == pytest.approx(first)
+    assert found["decode", 1, 128].baseline_s == pytest.approx(float_first)
+    assert found["decode", 4, 128].variant_s == pytest.approx(first + 3 * 4e6 / 500e9)
+    prefill = found["prefill", 1, 128]
+    assert prefill.variant_s == pytest.approx(first + 127 * 4e6 / 500e9)
+    assert prefill.baseline_s == pytest.approx(float_first + 127 * 4e6 / 400e9)
+    assert (found["decode", 1, 128].bound, prefill.bound) == ("memory", "arithmetic")
+
+
+def test_figures_of_the_whole_machine_are_not_multiplied_by_its_threads(tmp_path: Path) -> None:
+    one, many = (decode(spec(), profile=calibrated(tmp_path), threads=threads) for threads in (1, 16))
+    assert one == many
+
+
+def test_a_node_costs_its_time_for_every_layer_attention_and_small_operator(tmp_path: Path) -> None:
+    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, num_hidden_layers=3)
+    free, costly = (decode(spec(), config=config, profile=calibrated(tmp_path, node_us=us)) for us in (None, 1000))
+    nodes = 1 + 3 + 3 * roofline.SMALL_NODES
+    assert costly.baseline_s - free.baseline_s == pytest.approx(nodes * 1e-3)
+    assert (free.bound, costly.bound) == ("memory", "overhead")
+
+
+def test_a_block_that_was_not_timed_goes_by_the_nearest_one_that_was(tmp_path: Path) -> None:
+    support = calibrated(tmp_path).runtime("onnxruntime").support("weight_only", 4)
+    blocks = {block: speed.block for block in (0, 16, 32, 64, 128, 256) if (speed := support.speed(block))}
+    assert blocks == {0: 32, 16: 32, 32: 32, 64: 32, 128: 128, 256: 128}
+
+
+def test_a_plan_goes_by_the_figures_of_the_kernel_that_each_layer_is_lowered_to(llama: Path, tmp_path: Path) -> None:
+    model = compress.load(llama)
+    profile = calibrated(tmp_path)
+    recipe = of_passes("rtn(format=int4(group=32))")
+    plan, specs = make_plan(model, recipe, profile), planned(Pipeline.parse(recipe.passes).resolve(model))
+    variant, baseline = latency_arms(model, specs, plan_layers(find("onnx"), specs, profile), profile)
+    setting = roofline.Setting("decode", 1, 128)
+    ours, plain = variant.layers(setting), baseline.layers(setting)
+    for row in plan.layers:
+        if row.kind == "linear":
+            rate = 25e9 if row.operator == "MatMulNBits" else 40e9
+            stored = row.stored_bytes if row.passes else 4 * row.shape[0] * row.shape[1]
+            assert ours[row.layer].seconds == pytest.approx(stored / rate)
+            assert plain[row.layer].seconds == pytest.approx(4 * row.shape[0] * row.shape[1] / 40e9)
+    told = next(one for one in plan.predicted_latency if (one.phase, one.batch, one.prompt) == setting)
+    assert (told.variant_s, told.baseline_s) == (variant.whole(setting).seconds, baseline.whole(setting).seconds)
 
 
 def test_a_plan_predicts_every_setting_of_the_profiles_grid(llama: Path) -> None:

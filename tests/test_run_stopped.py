@@ -39,11 +39,23 @@ def test_a_signal_ends_a_verb_that_keeps_nothing_without_a_traceback(
     given = [sys.executable, "-m", "compress", "profile", str(finished[0]), "--budget", "3"]
     with subprocess.Popen(given, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **NEUTRAL) as child:
         assert child.stderr is not None
-        assert "Timing settings" in child.stderr.readline()
+        assert any("Timing settings" in line for line in child.stderr)
         child.send_signal(number)
         _, errors = child.communicate(timeout=120)
     assert child.returncode == code, errors
     assert "Stopped" in errors and "Traceback" not in errors
+
+
+def test_verify_says_what_it_does_unless_it_is_quiet(
+    finished: tuple[Path, Done], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = finished[0]
+    assert main(["verify", str(out)]) == 0
+    told = capsys.readouterr().err
+    stages = ("Checking the files of", "Running the model in torch", "Comparing the artifact with its model: 0/")
+    assert all(stage in told for stage in stages)
+    assert main(["verify", str(out), "-q"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_changed_code_of_ours_is_another_run(

@@ -98,6 +98,7 @@ def test_what_an_override_says_of_the_format_beats_the_pass(
         ("gptq(bits=9)", "2 to 8 bits, found 9"),
         ("gptq(format=int12)", "Unknown format 'int12'"),
         ("gptq(format=int4(grop=32))", "Did you mean 'group'"),
+        ("gptq(format=int4(grop=32))", "symmetric, tensor, token. Such as int4"),
         ("gptq(format=int4(chanel))", "Did you mean 'channel'"),
         ("gptq(damp=0)", "greater than 0"),
         ("gptq(4)", "given by name"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compress
-from compress.engine import store
+from compress.engine import segment_files, store
 from compress.engine.journal import Journal
 from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass, Pass
@@ -174,8 +174,8 @@ def killed_at(step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shutil, "rmtree", dying(shutil.rmtree, begin))
         patch.setattr(Journal, "add", dying(Journal.add))
-        for name in ("write_segment", "write_text", "write_structure"):
-            patch.setattr(store, name, dying(getattr(store, name)))
+        for module, name in ((segment_files, "write_segment"), (store, "write_text"), (store, "write_structure")):
+            patch.setattr(module, name, dying(getattr(module, name)))
         yield
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress.engine import store
+from compress.engine import segment_files, store
 from compress.engine.journal import Journal
 from compress.engine.workspace import Workspace
 from compress.errors import InputError, Interrupted, UsageError
@@ -39,6 +39,19 @@ def test_a_stored_model_holds_exactly_what_the_passes_made(llama: Path, text_fil
         assert torch.equal(again.layer(spec).float_weight(), result.model.layer(spec).float_weight()), name
     plain = model.plain(OUTER)
     assert all(torch.equal(plain[name], tensor) for name, tensor in again.plain(OUTER).items())
+
+
+def test_a_store_is_described_without_reading_its_files_whole_or_again_for_each_layer(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Pipeline.parse("rtn(format=int4(group=32))").run(compress.load(llama), folder=tmp_path / "m").model
+    opened: list[str] = []
+    open_file = store.open_file
+    monkeypatch.setattr(store, "open_file", lambda path: opened.append(path.name) or open_file(path))
+    monkeypatch.setattr(store, "digest_files", lambda _files: pytest.fail("read whole"))
+    again = store.open_store(tmp_path / "m", hashed=False)
+    assert again.structure.layers == made.structure.layers and again.digest == ""
+    assert sorted(opened) == sorted(map(segment_files.segment_file, made.structure.segments))
 
 
 def test_the_stored_bytes_are_those_of_the_formats(llama: Path, tmp_path: Path) -> None:
@@ -85,7 +98,7 @@ class StopAfter(Progress):
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_a_stopped_run_resumes_to_the_same_bytes_without_repeating_blocks(
-    llama: Path, text_file: Path, tmp_path: Path, blocks: int
+    llama: Path, text_file: Path, tmp_path: Path, blocks: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = compress.load(llama)
     calibration = calibrate(model, text_file, samples=8, length=64)
@@ -95,11 +108,18 @@ def test_a_stopped_run_resumes_to_the_same_bytes_without_repeating_blocks(
         Pipeline.parse(RECIPE).run(
             model, calibration, folder=tmp_path / "m", journal=Journal(journal), progress=StopAfter(blocks)
         )
-    written = {index: (tmp_path / "m" / store.segment_file(index)).stat().st_mtime_ns for index in range(blocks)}
-    result = Pipeline.parse(RECIPE).run(model, calibration, folder=tmp_path / "m", journal=Journal(journal))
+    written = {
+        index: (tmp_path / "m" / segment_files.segment_file(index)).stat().st_mtime_ns for index in range(blocks)
+    }
+    capsys.readouterr()
+    again = Progress()
+    result = Pipeline.parse(RECIPE).run(
+        model, calibration, folder=tmp_path / "m", journal=Journal(journal), progress=again
+    )
+    assert capsys.readouterr().err.splitlines()[0] == f"Resuming {tmp_path}: {blocks} of 3 blocks are done"
     assert bytes_of(tmp_path / "m") == bytes_of(tmp_path / "whole")
     for index, moment in written.items():
-        assert (tmp_path / "m" / store.segment_file(index)).stat().st_mtime_ns == moment
+        assert (tmp_path / "m" / segment_files.segment_file(index)).stat().st_mtime_ns == moment
     assert len([layer for layer in result.passes[0].layers if layer.changed]) == 21
 
 
@@ -177,7 +197,7 @@ def test_changing_one_user_of_a_tied_weight_unties_it_and_is_reported(llama: Pat
 def test_names_of_one_tensor_are_each_stored_with_it(tmp_path: Path) -> None:
     shared = torch.arange(6.0).reshape(2, 3)
     layers = {name: Layer(name, LayerKind.LINEAR, shared, users=(name,)) for name in ("a", "b")}
-    store.write_segment(tmp_path, 0, layers, {"c": shared, "empty": torch.zeros(0)})
+    segment_files.write_segment(tmp_path, 0, layers, {"c": shared, "empty": torch.zeros(0)})
     found = load_file(tmp_path / "block-0000.safetensors")
     assert all(torch.equal(found[name], shared) for name in ("a.weight", "b.weight", "c"))
 

@@ -44,6 +44,7 @@ TRIED = (
     *("int4(group=32, float_zero)", "int3(group=32)", "int2(group=32)"),
     *("fp8_e4m3(channel)", "mxfp4", "nvfp4", "mxfp8_e4m3"),
     *("nf4(block=64)", "nf4(block=64, double)", "table(bits=3, group=32)"),
+    *("codebook(vector=4, entries=16, stages=2)", "codebook(vector=4, entries=16, stages=2, out)"),
 )
 UNTRIED = (
     *("int5", "int6", "int7", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"),

@@ -234,8 +234,8 @@ def test_a_variant_whose_output_is_no_number_fails_alone(
 ) -> None:
     real = judge.stream_logits
 
-    def broken(model: Any, windows: Any) -> Any:
-        for place, output in enumerate(real(model, windows)):
+    def broken(model: Any, windows: Any, **more: Any) -> Any:
+        for place, output in enumerate(real(model, windows, **more)):
             formats = {str(spec.format) for spec in model.structure.layers.values()}
             if place == 3 and any("int4" in text for text in formats):
                 raise InputError("NaN in block 0")

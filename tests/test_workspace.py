@@ -17,14 +17,10 @@ import compress
 from compress import manifest
 from compress.engine import workspace
 from compress.engine.disk import disk_errors
-from compress.engine.workspace import MANIFEST, Workspace
+from compress.engine.workspace import Workspace
 from compress.errors import CompressError, InputError, Interrupted, ResourceError, UnsupportedError, UsageError
 from compress.progress import Named, Progress
 from helpers.workspaces import KEEP, begin, fill, names, whole
-
-
-def test_the_name_of_the_manifest_is_that_of_the_manifest() -> None:
-    assert manifest.NAME == MANIFEST
 
 
 def test_a_commit_leaves_the_output_alone_beside_nothing(tmp_path: Path) -> None:
@@ -67,7 +63,7 @@ def test_overwrite_replaces_nothing_but_an_artifact_or_an_empty_folder(tmp_path:
             fill(other, "old")
     else:
         out.mkdir()
-        (out / ("notes" if kind == "files" else MANIFEST)).write_text("{}")
+        (out / ("notes" if kind == "files" else manifest.NAME)).write_text("{}")
     before = names(tmp_path)
     with (
         pytest.raises(UsageError, match=r"no folder with a manifest\.json.*Move it away"),

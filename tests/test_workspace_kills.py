@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from compress import manifest
 from compress.engine import workspace
-from compress.engine.workspace import MANIFEST, Workspace
+from compress.engine.workspace import Workspace
 from compress.errors import UsageError
 from helpers.workspaces import KEEP, Killed, begin, fill, names, whole
 
@@ -77,7 +78,7 @@ def test_a_kill_at_any_point_of_a_replacement_leaves_the_old_or_the_new_output_w
             continue
         with Workspace(out, overwrite=True) as resumed:
             resumed.open({"model": "a"})
-            if not (resumed.folder / MANIFEST).exists():
+            if not (resumed.folder / manifest.NAME).exists():
                 fill(resumed.folder, "new")
             resumed.commit(KEEP)
         assert whole(out) == "new" and names(out.parent) == ["out"]

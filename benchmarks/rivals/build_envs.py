@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from interop.build_envs import python_of  # noqa: E402  (the benchmarks folder is no package)
 
-NAMES = ("light", "llmcompressor", "gptqmodel", "nncf")
+NAMES = ("light", "llmcompressor", "gptqmodel", "nncf", "vq")
 TORCH = "torch==2.13.0"
 DEFAULT = HERE.parents[1] / ".venv-rivals"
 

@@ -109,7 +109,7 @@ def finish(job: Job, package: str, weights: Mapping[str, Tensor], bits: float, f
     save_file(tensors, job.out / "model.safetensors", metadata={"format": "pt"})
     facts = {
         "rival": package,
-        "version": version(package),
+        "version": figures["version"] if "version" in figures else version(package),
         "torch": torch.__version__,
         "settings": job.settings,
         "calibration": ids_digest(job.ids),

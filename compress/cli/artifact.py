@@ -14,10 +14,10 @@ from compress.cli.options import (
     BudgetOpt,
     DebugOpt,
     JsonOpt,
-    LengthOpt,
     ProcessesOpt,
     QuietOpt,
 )
+from compress.defaults import BUDGET_S, LENGTH
 from compress.errors import InputError, UsageError
 from compress.progress import Progress
 
@@ -33,13 +33,15 @@ def verify(
         ),
     ] = None,
     as_json: JsonOpt = False,
+    quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Check every file of an artifact, run it here, and compare it with its model; on the GPU that it is for, build its
-    TensorRT engine and complete the report."""
+    """Check all files, run the artifact, compare with its model.
+
+    On the GPU that it is for, this builds its TensorRT engine and completes the report."""
     from compress.artifact import verify as verify_artifact
 
-    found = verify_artifact(artifact, timing_cache=timing_cache)
+    found = verify_artifact(artifact, timing_cache=timing_cache, progress=Progress(quiet))
     word = "agrees" if found.agrees else "DOES NOT AGREE"
     text = (
         f"{artifact}: all files as written; {found.level} in {found.runtime} and {word} with the model "
@@ -60,7 +62,9 @@ def evaluate(
         str | None,
         typer.Option("--tasks", help="Instead of --data: tasks of lm-evaluation-harness, a,b (extra `eval`)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="With --tasks: samples per task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="With --tasks: samples per task [default: all].")
+    ] = None,
     task_path: Annotated[
         Path | None, typer.Option("--task-path", help="With --tasks: a folder of your own; code in it is run.")
     ] = None,
@@ -79,12 +83,14 @@ def evaluate(
     quality_samples: Annotated[
         int | None, typer.Option("--quality-samples", min=1, help="Quality windows [default: all].")
     ] = None,
-    length: LengthOpt = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=2, help=f"Tokens per window [default: {LENGTH}].")
+    ] = None,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Quality of an artifact on other data or on labelled tasks, beside its uncompressed model."""
+    """Quality on other data or tasks, beside the original model."""
     if tasks is not None:
         _only_tasks(data, quality_samples, length)
         return _evaluate_tasks(artifact, tasks, limit, task_path, chat, keep, max_loss, model, as_json, quiet)
@@ -98,7 +104,7 @@ def evaluate(
     from compress.report.parts import show_quality
 
     found = evaluate_artifact(
-        artifact, data, against=model, samples=quality_samples, length=length or 512, progress=Progress(quiet)
+        artifact, data, against=model, samples=quality_samples, length=length or LENGTH, progress=Progress(quiet)
     )
     if as_json:
         parts = {"baseline": found.baseline, "artifact": found.artifact, "memory": found.memory}
@@ -156,22 +162,21 @@ def profile(
             "the artifact keeps].",
         ),
     ] = None,
-    budget: BudgetOpt = None,
+    budget: BudgetOpt = BUDGET_S,
     processes: ProcessesOpt = 1,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Latency, load time and memory of an artifact against its uncompressed model, measured here."""
+    """Latency, load time and memory against the original, here."""
     from compress.artifact import profile as profile_artifact
     from compress.report.parts import show_speed
-    from compress.speed.measure import BUDGET_S
 
     found = profile_artifact(
         artifact,
         against=model,
         inputs=inputs,
-        budget_s=budget or BUDGET_S,
+        budget_s=budget,
         processes=processes,
         progress=Progress(quiet),
     )

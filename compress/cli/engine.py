@@ -14,14 +14,18 @@ import typer
 
 from compress.cli.options import ArtifactArg, DebugOpt, JsonOpt, OverwriteOpt, QuietOpt
 from compress.errors import InputError, UsageError, visible
+from compress.export import TARGETS
 
 if TYPE_CHECKING:
     from compress.runtime.engine import Engine, Generated
     from compress.runtime.generation import Continuation
     from compress.runtime.predictions import Rows
 
+FOLDERS = tuple(dict.fromkeys(name.partition("-")[0] for name in TARGETS))
+"""What the targets write into: that of `checkpoint-gptq` is `checkpoint`."""
 EngineOpt = Annotated[
-    str | None, typer.Option("--engine", help="Folder of the artifact to load: onnx, checkpoint [default: what fits].")
+    str | None,
+    typer.Option("--engine", help=f"Folder of the artifact to load: {', '.join(FOLDERS)} [default: what runs here]."),
 ]
 ThreadsOpt = Annotated[int | None, typer.Option("--threads", min=1, help="Threads [default: the profile's].")]
 AnywayOpt = Annotated[
@@ -60,7 +64,9 @@ def generate(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Continue prompts with a language model's artifact in its runtime; text is printed as it comes."""
+    """Continue prompts with a language model's artifact.
+
+    In its runtime; text is printed as it comes."""
     from compress.runtime.sampling import Sampling
 
     if system is not None and not chat:
@@ -110,7 +116,7 @@ def predict(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Classes of images, or embeddings of texts, by an artifact in its runtime."""
+    """Classes of images, or embeddings of texts, by an artifact."""
     from compress.runtime.predictions import write_arrays
 
     if (source is None) == (not text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,16 +26,22 @@ def passes(
     from compress.passes import find, table
 
     if name is None:
-        show(
-            {key: entry.summary for key, entry in table().items()},
-            "\n".join(f"{key:<12} {entry.summary}" for key, entry in table().items()),
-            as_json,
-        )
+        found = {key: entry.summary for key, entry in table().items()}
+        show(found, columns(found), as_json)
         return 0
     from compress.describe import describe_pass, pass_settings
 
     cls = find(name)
     show({"name": name, "settings": pass_settings(cls)}, describe_pass(cls), as_json)
+    return 0
+
+
+def recipes(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
+    """List the recipes that ship, for --recipe."""
+    from compress.recipe import load, presets
+
+    found = {name: load(name).summary for name in presets()}
+    show(found, columns(found), as_json)
     return 0
 
 
@@ -44,7 +51,7 @@ def hardware_list(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
     from compress import hwprofiles
 
     found = {name: hwprofiles.load(name).name for name in hwprofiles.names()}
-    show(found, "\n".join(f"{key:<24} {text}" for key, text in found.items()), as_json)
+    show(found, columns(found), as_json)
     return 0
 
 
@@ -52,7 +59,7 @@ def hardware_list(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
 def hardwareshow(
     name: Annotated[str, typer.Argument(help="Profile id or file.")], as_json: JsonOpt = False, debug: DebugOpt = False
 ) -> int:
-    """One profile: memory, peaks, and which formats run on which kernel."""
+    """One profile: memory, peaks, the kernel of each format."""
     from compress.describe import describe_profile
     from compress.profiles import as_profile
 
@@ -82,7 +89,7 @@ def hardware_calibrate(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Measure this machine (about a minute) and write a profile with its numbers."""
+    """Measure this machine and write a profile. Takes about a minute."""
     from compress.calibrate import calibrate, require_new, write
     from compress.describe import describe_profile
     from compress.profiles import as_profile
@@ -96,7 +103,9 @@ def hardware_calibrate(
 
 
 def doctor(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
-    """What this machine and this installation can do; 4 where something that a run needs does not work."""
+    """What works on this machine and in this installation.
+
+    Ends with 4 where something that a run needs does not work."""
     from compress.doctor import diagnose
 
     found = diagnose(Path.cwd())
@@ -104,6 +113,12 @@ def doctor(as_json: JsonOpt = False, debug: DebugOpt = False) -> int:
     lines = [f"{one.state:<8} {one.what:<{width}}  {one.text}" for one in found.findings]
     show(found, "\n".join(lines), as_json)
     return 0 if found.healthy else 4
+
+
+def columns(rows: Mapping[str, str]) -> str:
+    """Names beside their texts, aligned by the longest name."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
 
 
 def show(content: Any, text: str, as_json: bool) -> None:

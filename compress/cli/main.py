@@ -36,6 +36,7 @@ from compress.cli.options import (
     SeedOpt,
     TargetOpt,
 )
+from compress.defaults import BUDGET_S, QUICKSTART
 from compress.errors import UsageError
 from compress.progress import Progress
 
@@ -49,6 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Compress a model for the machine at hand, and report what it cost and gained.",
+    epilog="Example: compress run path/to/model --recipe w4a16 --data text.txt -o out",
 )
 
 
@@ -82,7 +84,7 @@ def run(
     dtype: DtypeOpt = None,
     seed: SeedOpt = None,
     device: Annotated[str, typer.Option(help="Where blocks run during calibration: cpu or cuda.")] = "cpu",
-    budget: BudgetOpt = None,
+    budget: BudgetOpt = BUDGET_S,
     max_loss: cli_sweep.MaxLossOpt = None,
     max_latency: cli_sweep.MaxLatencyOpt = None,
     max_size: cli_sweep.MaxSizeOpt = None,
@@ -94,16 +96,17 @@ def run(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Compress MODEL: passes, export, verification, quality, speed, report. Several recipes are compared in one."""
+    """Compress a model and report what it cost and gained.
+
+    Passes, export, verification, quality, speed, report; several recipes are compared in one."""
     from compress.profiles import as_profile
-    from compress.speed.measure import BUDGET_S
 
     given: list[tuple[str | None, str | None]] = [(name, None) for name in recipe or ()]
     given += [(None, text) for text in passes or ()]
     limits = cli_sweep.limits_of(max_loss, max_latency, max_size, prefer, several=len(given) > 1)
     chosen = [_recipe(*each, samples, quality_samples, length, seed, dtype) for each in given or [(None, None)]]
     machine, command = as_profile(profile, target), "compress " + shlex.join(sys.argv[1:])
-    asked = (machine, out, data, _device(device), overwrite, command, budget or BUDGET_S)
+    asked = (machine, out, data, _device(device), overwrite, command, budget)
     if len(chosen) > 1:
         from compress.sweep.setup import SweepRequest
 
@@ -117,13 +120,13 @@ def run(
 @app.command()
 def quickstart(
     out: OutOpt = Path("quickstart-out"),
-    recipe: RecipeOpt = None,
+    recipe: RecipeOpt = QUICKSTART,
     overwrite: OverwriteOpt = False,
     as_json: JsonOpt = False,
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Compress the small code model that ships with this package; needs no network."""
+    """Compress the small model that ships here; needs no network."""
     from compress.quickstart import request
 
     return _run(request(out, recipe, overwrite), quiet, as_json)
@@ -143,7 +146,9 @@ def plan(
     as_json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """What a run would touch, store and cost; reads config.json only, so the weights need not be there."""
+    """What a run would touch, store and cost.
+
+    Reads config.json only, so the weights need not be there."""
     from compress.models.loading import load
     from compress.plan import make_plan, refusal
     from compress.profiles import as_profile
@@ -170,7 +175,9 @@ def export(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Export an artifact's model for another profile or target, without calibrating again."""
+    """Export an artifact's model for another profile or target.
+
+    Without calibrating again."""
     from compress.artifact import export as export_artifact
     from compress.profiles import as_profile
 
@@ -195,6 +202,7 @@ app.command()(cli_report.reproduce)
 app.command()(cli_engine.generate)
 app.command()(cli_engine.predict)
 app.command(hidden=True)(cli_sweep.worker)
+app.command()(cli_info.recipes)
 app.command()(cli_info.passes)
 app.command()(cli_info.doctor)
 app.add_typer(cli_info.hardware, name="hardware")

@@ -37,7 +37,9 @@ def report(
     as_json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Show the report of a run again, or print it as HTML, Markdown, JSON, a model card or an in-toto statement."""
+    """Show the report of a run again, or print it another way.
+
+    As HTML, Markdown, JSON, a model card or an in-toto statement."""
     chosen = {
         "--html": as_html,
         "--markdown": as_markdown,
@@ -67,14 +69,16 @@ def report(
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(help="The earlier artifact's folder, or its report.json.")],
-    after: Annotated[Path, typer.Argument(help="The newer one's.")],
+    before: Annotated[
+        Path, typer.Argument(metavar="BEFORE", help="The earlier artifact's folder, or its report.json.")
+    ],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="The newer one's.")],
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
             "--fail-if",
-            help="Exit with 3 where this is so: 'latency>+3%' (change of B against A), 'kl>0.05' (B's own value). May "
-            "be repeated.",
+            help="Exit with 3 where this is so: 'latency>+3%' (AFTER against BEFORE), 'kl>0.05' (AFTER's own value). "
+            "May be repeated.",
         ),
     ] = None,
     allow_cross_machine: Annotated[
@@ -86,7 +90,9 @@ def compare(
     as_json: JsonOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """What changed from one report to another, with intervals; 3 where a condition of --fail-if is so."""
+    """What changed between two reports, with intervals.
+
+    Ends with 3 where a condition of --fail-if is so."""
     from compress.comparison import compare as compare_reports
     from compress.comparison.conditions import judge, parse
     from compress.comparison.page import comparison_page
@@ -135,7 +141,9 @@ def reproduce(
     quiet: QuietOpt = False,
     debug: DebugOpt = False,
 ) -> int:
-    """Repeat the run of a report and compare what comes out, byte for byte and figure by figure; 3 where it differs."""
+    """Repeat the run of a report and compare what comes out.
+
+    Byte for byte and figure by figure; ends with 3 where it differs."""
     from compress.comparison.reproduction import Places
     from compress.comparison.reproduction import reproduce as repeat
     from compress.progress import Progress

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from compress.cli.info import console
-from compress.cli.options import DebugOpt, JsonOpt, QuietOpt
+from compress.cli.options import RECIPE_HELP, DebugOpt, JsonOpt, QuietOpt
 from compress.errors import UsageError
 from compress.progress import Progress
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RecipesOpt = Annotated[
     list[str] | None,
-    typer.Option("--recipe", "-r", help="A preset name or a recipe file (YAML). Several: compared in one report."),
+    typer.Option("--recipe", "-r", help=f"{RECIPE_HELP}. Several: compared in one report."),
 ]
 PassesListOpt = Annotated[
     list[str] | None,
@@ -44,7 +44,11 @@ MaxSizeOpt = Annotated[
 ]
 PreferOpt = Annotated[
     str | None,
-    typer.Option("--prefer", help="What decides among those within the limits [default: latency,size,loss]."),
+    typer.Option(
+        "--prefer",
+        help="What decides among those within the limits: one or several of latency, size, loss, the first named first "
+        "[default: latency,size,loss].",
+    ),
 ]
 WorkersOpt = Annotated[int, typer.Option("--workers", min=1, help="Recipes compressed at a time, where memory holds.")]
 ExecutorOpt = Annotated[
@@ -86,7 +90,9 @@ def run_sweep(request: SweepRequest, workers: int, executor: str, quiet: bool, a
 
 
 def worker(as_json: JsonOpt = False, quiet: QuietOpt = False, debug: DebugOpt = False) -> int:
-    """One recipe of a sweep: the task as JSON on standard input, the answer as one line of JSON on standard output."""
+    """Internal, started by `compress run`: one recipe of several.
+
+    The task comes as JSON on standard input, the answer is a line of JSON on standard output."""
     from compress.sweep.executor import read_task
     from compress.sweep.variant import work
 

@@ -6,7 +6,6 @@ or data `module:callable` must be named again by the user.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,6 +22,7 @@ from compress.comparison.figures import excludes
 from compress.comparison.records import Change
 from compress.comparison.speed import STABLE
 from compress.errors import InputError, UsageError
+from compress.files import scratch_folder
 from compress.hwprofiles import Profile
 from compress.inputs.datasets import Samples
 from compress.models.loading import load
@@ -96,8 +96,8 @@ def _folder(out: Path | None) -> Iterator[Path]:
     if out is not None:
         yield out
         return
-    with tempfile.TemporaryDirectory(prefix="compress-reproduce-") as scratch:
-        yield Path(scratch) / "out"
+    with scratch_folder("compress-reproduce-") as scratch:
+        yield scratch / "out"
 
 
 def request_of(report: Report, places: Places, out: Path) -> Request:

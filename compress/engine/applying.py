@@ -58,9 +58,13 @@ def apply_block(
         if name not in found.layers:
             reason = found.skipped.get(name)
             assert reason, f"{item.name} neither changed {name} nor said why"
-            users = block.layers[name].users
-            results.append(LayerResult(layer=name, users=users, pass_text=text, changed=False, reason=reason))
+            results.append(left(block.layers[name], text, reason))
     return layers, dict(found.plain), results
+
+
+def left(layer: Layer | LayerSpec, text: str, reason: str) -> LayerResult:
+    """The row in the report of a layer that a pass left as it was. Args: text: the pass as it was written."""
+    return LayerResult(layer=layer.name, users=layer.users, pass_text=text, changed=False, reason=reason)
 
 
 def checked(

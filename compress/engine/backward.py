@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compress.engine.stream import BlockStream
 from compress.errors import InputError, UnsupportedError
 from compress.layer import LayerKind
+from compress.maths import products
 from compress.maths.activations import allocate, rest
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
@@ -65,19 +66,21 @@ def saliency(
     windows = [window for batch in batches for window in torch.split(batch, 1)]
     stream = BlockStream(model, windows, device=device, spill=spill)
     stream.start(model.layers(OUTER))
+    progress = progress or Progress(quiet=True)
+    progress.begin("Running all blocks, to go back through them")
     doors = _forward(stream)
     gradients = _tail(stream)
     found = _Found(windows, columns, spill)
     count = len(model.structure.blocks)
     for index in reversed(range(count)):
+        progress.tick("Going back through blocks", count - 1 - index, count)
         here = [name for name in columns if specs[name].segment == index]
         stream.load(index, model.layers(index), model.plain(index))
         for place, gradient in enumerate(gradients):
             gradient.copy_(_back(stream, index, here, doors[index][place], gradient, found.adding(place)))
             rest(gradient, doors[index][place])
         stream.release(index)
-        if progress is not None:
-            progress.tick("Going back through blocks", count - index, count)
+        progress.tick("Going back through blocks", count - index, count)
     sizes = [batch.numel() for batch in batches]
     whole = {name: found.normalised(name) for name in columns}
     return {name: list(torch.split(values, sizes)) for name, values in whole.items() if values is not None}
@@ -168,7 +171,7 @@ class _Found:
             return None
         values = self._room[name]
         mean = values.mean(0, dtype=torch.float64)
-        if not bool(torch.isfinite(mean).all()):
+        if not products.all_finite(mean):
             raise InputError(f"The loss has no finite gradient at {name}. Check the model and the data.")
         if not bool((mean > 0).all()):
             return None

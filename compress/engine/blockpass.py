@@ -52,7 +52,8 @@ class Block:
     name: module path; layers: all of its layers as they now are; source: the same before any pass lost something of
     them (rescaled as they are now); chosen: those that the pass is for, each with the
     pass's settings for it (overrides applied); plain: its other stored tensors by name (norm weights and the like);
-    stats: of the chosen layers; runner: None where the pass needs no data.
+    stats: of the chosen layers; runner: None where the pass needs no data; ahead: layers that the pass is for too,
+    whose turn comes later, with settings as in chosen (`Pass.in_turn`).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Block:
     plain: Mapping[str, Tensor]
     stats: Mapping[str, LayerStats]
     runner: Runner | None = None
+    ahead: Mapping[str, Pass] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compress.errors import ResourceError
+from compress.errors import FULL, ResourceError, exhausted, place_of
+from compress.files import is_short_write
 
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EFBIG)
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a ResourceError; what was finished stays for a resume."""
+    """Turn a full or read-only disk into a ResourceError; what was finished stays for a resume. An error about a file
+    elsewhere, such as one for temporary files, is told of that place."""
     try:
         yield
     except OSError as error:
-        # numpy's short write carries no number: "1048576 requested and 0 written"
-        is_short = error.errno is None and "requested and" in str(error) and str(error).endswith("written")
-        if is_short or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _is_elsewhere(error, folder) and (lacking := exhausted(error)):
+            raise ResourceError(lacking) from error
+        if is_short_write(error) or error.errno in FULL:
             raise ResourceError(
                 f"No space left while writing {_told(folder)}. Free some, then repeat the command: finished work is "
                 "kept."
@@ -44,6 +47,16 @@ def require_space(folder: Path, needed: int) -> None:
             f"{existing} has {free / 1e6:.0f} MB free; this run needs about {needed * 1.05 / 1e6:.0f} MB. "
             "Free some, or give an -o on another disk."
         )
+
+
+def _is_elsewhere(error: OSError, folder: Path) -> bool:
+    """Whether an error names a file outside of a folder, and not one on the way to it."""
+    place = place_of(error)
+    if place is None:
+        return False
+    named, ours = (Path(os.path.abspath(name)) for name in (place, folder))  # noqa: PTH100 (nothing is resolved)
+    output = next((part for part in (ours, *ours.parents) if part.suffix == ".partial"), ours)
+    return not named.is_relative_to(output.parent) and not output.is_relative_to(named)
 
 
 def _told(path: Path) -> Path:

@@ -12,6 +12,7 @@ from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.stream import BlockRunner, BlockStream, collected
 from compress.errors import InputError
 from compress.layer import Layer
+from compress.maths import products
 from compress.models import placing
 from compress.models.model import Model
 from compress.models.placing import whole_module
@@ -86,7 +87,7 @@ class ImageStream:
     def advance(self, index: int) -> None:
         """Run the module on every batch. Raises: InputError where it puts out NaN or infinite values."""
         outputs = [self._logits(images) for images in self.hidden]
-        if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        if not all(map(products.all_finite, outputs)):
             raise InputError("The model puts out NaN or infinite values. The run stops here; check model and recipe.")
         self.hidden = outputs
 

@@ -109,6 +109,12 @@ class Pass(BaseModel, ABC):
         return False
 
     @property
+    def surveys(self) -> bool:
+        """Whether, taking its layers in turn, it is also told the second moments of those whose turn comes later, in
+        the block before any has changed: to learn what they are to share (`Block.ahead`)."""
+        return False
+
+    @property
     def row_groups(self) -> int:
         """How many groups of a layer's output rows `Stat.GUIDED` tells apart; 0 where it is not asked for."""
         return 0
@@ -145,6 +151,11 @@ class Pass(BaseModel, ABC):
     def with_outputs(self, layer: Layer, outputs: Histogram) -> Layer:
         """The finished layer with a grid for its outputs."""
         return layer
+
+    def settle(self, chosen: Mapping[str, tuple[Pass, LayerSpec]]) -> Mapping[str, Pass]:
+        """The passes, each with its overrides, for the layers of a segment that this one was chosen for, with what
+        depends on all of them filled in: what layers share, say. Only those that change need be given back."""
+        return {}
 
     def check(self, model: Model) -> None:
         """Raises: UnsupportedError for a kind of model that it cannot treat; asked before work starts."""
@@ -206,6 +217,9 @@ def _printable(value: Any) -> Any:
 class Quantizing(Pass, ABC):
     """Settings of passes that quantize weights: `format` in its own text; `bits` and `group_size` are shorthand."""
 
+    shares: ClassVar[bool] = False
+    """Whether it learns what several layers then hold in common (`Format.holders`)."""
+
     format: FormatField = IntGrid(4, group=128)
     bits: int | None = None
     group_size: int | None = None
@@ -246,6 +260,17 @@ class Quantizing(Pass, ABC):
                 f"{self.name}: {form} decides {form.step} input columns together, and {spec.name} has {columns}, which "
                 f"is no multiple of it. Choose another format, or leave the layer out (ignore=[{spec.name}])."
             )
+        if not self.shares and any(count > 1 for count in form.holders.values()):
+            raise UsageError(
+                f"{self.name}: {form} is held by several layers in common, but each layer gets one of its own here. "
+                "Leave share out, or use a pass that learns it for several layers (vptq)."
+            )
+        try:
+            form.tensor_specs(spec.shape)
+        except UsageError as error:
+            raise UsageError(
+                f"{self.name}: layer {spec.name}: {error} Or leave it out (ignore=[{spec.name}])."
+            ) from error
         return replace(spec, format=form)
 
     def resolved_format(self) -> Format:

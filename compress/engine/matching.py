@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -85,10 +85,24 @@ def resolve(passes: Sequence[Pass], structure: Structure) -> Resolution:
             assigned[name].append((index, _with_overrides(item, structure.layers[name], name, structure)))
         if item.rescales:
             _check_reach(item, chosen, assigned, structure)
+        _settle(item, chosen, assigned, structure)
         counts.append(count)
         skipped.append(left_out)
     done = {name: tuple(items) for name, items in assigned.items()}
     return Resolution(structure, done, tuple(counts), tuple(skipped), untied)
+
+
+def _settle(
+    item: Pass, chosen: Sequence[str], assigned: Mapping[str, list[tuple[int, Pass]]], structure: Structure
+) -> None:
+    """Let a pass settle what depends on which layers of a segment it treats together (`Pass.settle`)."""
+    segments: dict[int, dict[str, tuple[Pass, LayerSpec]]] = {}
+    for name in chosen:
+        spec = structure.layers[name]
+        segments.setdefault(spec.segment, {})[name] = (assigned[name][-1][1], spec)
+    for together in segments.values():
+        for name, settled in item.settle(together).items():
+            assigned[name][-1] = (assigned[name][-1][0], settled)
 
 
 def _hits(pattern: str, structure: Structure) -> dict[str, set[str]]:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from compress.engine import store
-from compress.engine.applying import checked
+from compress.engine import segment_files
+from compress.engine.applying import checked, left
 from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass
 from compress.engine.originals import Sources
@@ -63,26 +63,19 @@ class Stage:
         Args: skipped: chosen layers that are as they were, with why.
         Raises: InputError for values that are not finite.
         """
-        done = {}
-        skipped = skipped or {}
+        skipped, done, sources = skipped or {}, dict(layers), dict[str, Layer]()
         for name, layer in layers.items():
-            if name not in self.chosen or name in skipped:
-                done[name] = layer
-                if name in skipped:
-                    self.results.append(_left(layer, str(self.item), skipped[name]))
-                    self.sources.keep(segment, {name: layer}, {name: self.sources.of(layer)})
-                continue
-            before = self.model.layer(self.model.structure.layers[name])
-            source = self.sources.of(before)
-            done[name], result = checked(self.item, before, layer, source, LayerStats(), str(self.item), seconds)
-            self.results.append(result)
-            self.sources.keep(segment, {name: done[name]}, {name: source})
-        store.write_segment(self.folder, segment, done, plain)
+            if name in skipped:
+                self.results.append(left(layer, str(self.item), skipped[name]))
+                sources[name] = self.sources.of(layer)
+            elif name in self.chosen:
+                before = self.model.layer(self.model.structure.layers[name])
+                source = sources[name] = self.sources.of(before)
+                done[name], result = checked(self.item, before, layer, source, LayerStats(), str(self.item), seconds)
+                self.results.append(result)
+        self.sources.keep(segment, sources)
+        segment_files.write_segment(self.folder, segment, done, plain)
         self.written.add(segment)
-
-
-def _left(layer: Layer, text: str, reason: str) -> LayerResult:
-    return LayerResult(layer=layer.name, users=layer.users, pass_text=text, changed=False, reason=reason)
 
 
 class ModelPass(Pass, ABC):

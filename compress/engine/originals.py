@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from compress.engine import store
+from compress.engine import segment_files, store
 from compress.layer import Layer
 from compress.models.model import Model
 
@@ -41,17 +41,17 @@ class Sources:
         kept = self._earlier(spec.segment)
         return kept[layer.name] if layer.name in kept else self.original.layer(spec)
 
-    def keep(self, segment: int, done: Mapping[str, Layer], sources: Mapping[str, Layer]) -> None:
+    def keep(self, segment: int, sources: Mapping[str, Layer]) -> None:
         """Keep what later stages cannot read elsewhere. Comes before the segment is noted as finished.
 
-        Args: done: layers as the stage leaves them; sources: the same before any pass lost something of them.
+        Args: sources: layers of the segment, each before any pass lost something of it.
         """
-        kept = {name: sources[name] for name in done if self._is_lost(name, sources[name])}
+        kept = {name: source for name, source in sources.items() if self._is_lost(name, source)}
         if kept:
             target = folder_of(self.folder, self.number)
             target.mkdir(exist_ok=True)
             # the layers outside the blocks come in two parts
-            store.write_segment(target, segment, self._kept(self.number, segment) | kept, {})
+            segment_files.write_segment(target, segment, self._kept(self.number, segment) | kept, {})
 
     def _is_lost(self, name: str, source: Layer) -> bool:
         """Whether a layer that this stage is the first to lose something of was not the original's before."""
@@ -71,7 +71,7 @@ class Sources:
 
     def _kept(self, number: int, segment: int) -> dict[str, Layer]:
         folder = folder_of(self.folder, number)
-        if not (folder / store.segment_file(segment)).is_file():
+        if not (folder / segment_files.segment_file(segment)).is_file():
             return {}
         layers_only = replace(self.original.structure, plain={segment: ()})
         return store.read_segment(folder, segment, layers_only)[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from compress.engine import store
+from compress.engine import segment_files, store
 from compress.engine.image_stream import Stream, open_stream
 from compress.engine.layer_stats import Stat
 from compress.engine.layerpass import Pass
@@ -33,7 +33,7 @@ def fit(resolution: Resolution, calibration: Calibration | None, folder: Path, d
     }
     if not asking or calibration is None:
         return
-    model = store.open_store(folder)
+    model = store.open_store(folder, hashed=False)
     stream = open_stream(model, calibration.batches(), device=device, spill=folder)
     stream.start(model.layers(OUTER))
     last = len(model.structure.blocks) - 1
@@ -46,7 +46,7 @@ def fit(resolution: Resolution, calibration: Calibration | None, folder: Path, d
                 stream.advance(index)
         stream.release(index)
         if changed:
-            store.write_segment(folder, index, layers | changed, plain)
+            segment_files.write_segment(folder, index, layers | changed, plain)
 
 
 def _fitted(stream: Stream, index: int, layers: Mapping[str, Layer], asking: Mapping[str, Pass]) -> dict[str, Layer]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,16 @@ from compress.records import LayerResult
 
 Found = tuple[int, LayerResult]
 """A layer's result with the place of its pass in the pipeline."""
+
+
+def as_data(found: Iterable[Found]) -> list[Any]:
+    """Results as a journal keeps them."""
+    return [[place, result.model_dump(mode="json")] for place, result in found]
+
+
+def from_data(data: Iterable[Any]) -> list[Found]:
+    """What `as_data` made results of."""
+    return [(place, LayerResult.model_validate(item)) for place, item in data]
 
 
 @dataclass(frozen=True)
@@ -74,27 +85,36 @@ class SegmentPasses:
             chosen = {name: found_pass for name in names if (found_pass := self._pass_for(name, place)) is not None}
             if chosen:
                 found += [(place, result) for result in self._apply(item, chosen, segment)]
-        self.sources.keep(index, {name: layers[name] for name in names}, segment.source)
+        self.sources.keep(index, {name: segment.source[name] for name in names})
         return found
 
     def _apply(self, item: Pass, chosen: dict[str, Pass], segment: _Segment) -> list[LayerResult]:
         """One pass: to all chosen layers at once, or to one group after the other where it takes them in turn."""
         results: list[LayerResult] = []
         self.turns = self._turns(item, list(chosen), segment.index)
+        survey, ahead = self._survey(item, segment, chosen), dict(chosen)
         for group in [tuple(chosen)] if self.turns is None else self.turns.groups:
-            part = {name: chosen[name] for name in group}
+            part = {name: ahead.pop(name) for name in group}
             with products.fast():
-                stats = self._collect(item, segment, group)
+                stats = {**survey, **self._collect(item, segment, group)}
             memory.give_back()
             if isinstance(item, BlockPass):
-                results += self._apply_block(item, part, segment, stats)
+                results += self._apply_block(item, part, segment, stats, ahead)
             else:
                 results += self._apply_layers(part, segment, stats, str(item))
             if self.turns is not None:
                 with products.fast():
                     self.turns.settle(group)
+            survey = {name: stats for name, stats in survey.items() if name in ahead}
             memory.give_back()
         return results
+
+    def _survey(self, item: Pass, segment: _Segment, names: Iterable[str]) -> dict[str, LayerStats]:
+        """Second moments of the inputs of all layers, before the first turn, for a pass that asks for them."""
+        if self.turns is None or self.stream is None or not item.surveys:
+            return {}
+        with products.fast():
+            return self.stream.collect(segment.index, names, {Stat.HESSIAN})
 
     def ahead_in_turn(self, layers: Mapping[str, Layer]) -> bool:
         """Whether turns will carry the reference stream over a block: where one pass alone changes it, taking all that
@@ -129,12 +149,17 @@ class SegmentPasses:
         return results
 
     def _apply_block(
-        self, item: BlockPass, chosen: dict[str, Pass], segment: _Segment, stats: dict[str, LayerStats]
+        self,
+        item: BlockPass,
+        chosen: dict[str, Pass],
+        segment: _Segment,
+        stats: dict[str, LayerStats],
+        ahead: dict[str, Pass],
     ) -> list[LayerResult]:
         index, layers, plain, source = segment.index, segment.layers, segment.plain, segment.source
         runner = self.stream.runner(index) if self.stream is not None and index != OUTER else None
         name = "outside the blocks" if index == OUTER else self.model.structure.blocks[index]
-        block = Block(name, dict(layers), source, chosen, dict(plain), stats, runner)
+        block = Block(name, dict(layers), source, chosen, dict(plain), stats, runner, dict(ahead))
         changed, changed_plain, results = apply_block(item, block, source, str(item))
         layers.update(changed)
         plain.update(changed_plain)

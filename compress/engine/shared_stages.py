@@ -17,7 +17,7 @@ from typing import Any
 
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
-from compress.files import write_text
+from compress.files import copy_folder, read_json, write_text
 from compress.inputs.datasets import Calibration
 
 RESULTS = "results.json"
@@ -38,8 +38,8 @@ class SharedStages:
         for place in places:
             shutil.rmtree(place, ignore_errors=True)
             if (known / place.name).is_dir():
-                shutil.copytree(known / place.name, place, copy_function=_link)
-        return json.loads((known / RESULTS).read_text(encoding="utf8"))
+                copy_folder(known / place.name, place, _link)
+        return read_json(known / RESULTS)
 
     def give(self, key: str, places: Sequence[Path], results: Any) -> None:
         """Keep a stage that was just finished, for those that come after. places: its folders, as far as they are."""
@@ -50,7 +50,7 @@ class SharedStages:
         making.mkdir(parents=True)
         for place in places:
             if place.is_dir():
-                shutil.copytree(place, making / place.name, copy_function=_link)
+                copy_folder(place, making / place.name, _link)
         write_text(making / RESULTS, json.dumps(results))
         try:
             making.rename(known)

@@ -15,13 +15,13 @@ from compress.engine.matching import Resolution
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.originals import Sources, folder_of
 from compress.engine.part import LOSSY
-from compress.engine.segment import Found
+from compress.engine.segment import Found, as_data, from_data
+from compress.engine.segment_files import segment_file
 from compress.engine.shared_stages import SharedStages, stage_key
 from compress.engine.walk import Walk
 from compress.inputs.datasets import Calibration
 from compress.models.model import Model
 from compress.progress import Progress
-from compress.records import LayerResult
 
 DONE = "done"
 SHARED = "shared"
@@ -51,18 +51,19 @@ class Stages:
         """All stages in order; those that the journal names as done are taken as they are, and need not be there."""
         groups = cut(self.passes)
         found: list[Found] = []
+        self._tell_resumed(groups)
         for number, places in enumerate(groups):
             is_last = number == len(groups) - 1
             steps = Steps(self.journal, "" if is_last else f"stage-{number}/") if self.journal is not None else None
             if steps is not None and DONE in steps:
-                found += [(place, LayerResult.model_validate(item)) for place, item in steps.get(DONE)]
+                found += from_data(steps.get(DONE))
                 continue
             if is_last or self.shared is None:
                 results = self._stage(number, places, self.folder if is_last else self._folder(number), steps)
             else:
                 results = self._taken(self.shared, number, places, steps)
             if steps is not None:
-                steps.add(DONE, [[place, result.model_dump(mode="json")] for place, result in results])
+                steps.add(DONE, as_data(results))
             found += results
             if not is_last:  # only now does nothing read what this stage started from
                 self._remove(number - 1)
@@ -70,6 +71,17 @@ class Stages:
             self._remove(number)
             _remove(folder_of(self.folder, number))
         return found
+
+    def _tell_resumed(self, groups: Sequence[Sequence[int]]) -> None:
+        """At once, where an earlier try finished anything: what is not computed again."""
+        if self.journal is None or not self.journal.steps:
+            return
+        prefixes = [f"stage-{number}/" for number in range(len(groups) - 1)] + [""]
+        number = next((place for place, each in enumerate(prefixes) if each + DONE not in self.journal), -1)
+        steps, count = Steps(self.journal, prefixes[number]), len(self.original.structure.blocks)
+        kept = sum(segment_file(index) in steps for index in range(count))
+        stage = f"in stage {number % len(groups) + 1} of {len(groups)} " if len(groups) > 1 else ""
+        self.progress.note(f"Resuming {self.journal.path.parent}: {stage}{kept} of {count} blocks are done")
 
     def _taken(self, shared: SharedStages, number: int, places: Sequence[int], steps: Steps | None) -> list[Found]:
         """A stage that another recipe has finished, or its result for those that come after."""
@@ -80,9 +92,9 @@ class Stages:
         if known is not None:
             if steps is not None:
                 steps.add(SHARED, ", ".join(map(str, passes)))
-            return [(place, LayerResult.model_validate(item)) for place, item in known]
+            return from_data(known)
         results = self._stage(number, places, self._folder(number), steps)
-        shared.give(key, folders, [[place, result.model_dump(mode="json")] for place, result in results])
+        shared.give(key, folders, as_data(results))
         return results
 
     def _folder(self, number: int) -> Path:
@@ -95,7 +107,7 @@ class Stages:
 
     def _stage(self, number: int, places: Sequence[int], folder: Path, steps: Steps | None) -> list[Found]:
         original = replace(self.original, structure=self.resolution.structure)
-        model = store.open_store(self._folder(number - 1)) if number else original
+        model = store.open_store(self._folder(number - 1), hashed=False) if number else original
         later = {name for name, found in self.resolution.passes.items() if found and found[-1][0] > places[-1]}
         before, now = self._lossy(range(places[0])), self._lossy(places)
         sources = Sources(original, self.folder, number, before, now, later)
@@ -124,6 +136,7 @@ class Stages:
         chosen = {name: one for name, passes in self.resolution.passes.items() for at, one in passes if at == place}
         calibration = self.calibration if item.needs_data else None
         stage = Stage(item, model, self.original, chosen, calibration, folder, self.device, self.progress, sources)
+        self.progress.begin(f"Pass over the whole model: {item.name}")
         item.apply(stage)
         missing = set(model.structure.segments) - stage.written
         assert not missing, f"{item.name} left segment {min(missing)} out"

@@ -4,107 +4,33 @@
 `outer.safetensors` or `block-0000.safetensors`. A file's header carries, under the one key `compress`, JSON with the
 layers in it: name, kind, users, shape, format text (null: a plain weight), input grid text, transforms of the input.
 Tensor names are `<layer>.weight` (plain) or `<layer>.weight.<part>` (the format's tensors), `<layer>.bias`,
-`<layer>.act.<part>` (a static input grid), and the names of plain tensors. `open_store` gives a `Model` that reads it.
+`<layer>.act.<part>` (a static input grid), and the names of plain tensors. A tensor that several layers hold in common
+is written once, and the header's `aliases` give its name for the others. `open_store` gives a `Model` that reads it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.errors import InputError, ResourceError, UsageError
-from compress.files import parse_json, read_json, sync_file, umask, whole_file, write_text
+from compress.engine.segment_files import SCHEMA, read_header, segment_file
+from compress.errors import InputError, UsageError
+from compress.files import read_json, sync_file, whole_file, write_text
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
 from compress.models.loading import load, reopen
 from compress.models.model import Model
-from compress.models.skeleton import OUTER, Structure
-from compress.models.weights import digest_files, open_file, read_tensor
+from compress.models.skeleton import Structure
+from compress.models.weight_files import digest_files, open_file, read_tensor
 from compress.transforms import parse_transform
-
-SCHEMA = 1
-HEADER = "compress"
-
-
-def segment_file(segment: int) -> str:
-    """File name of a segment."""
-    return "outer.safetensors" if segment == OUTER else f"block-{segment:04d}.safetensors"
-
-
-def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
-    """Write one segment's file, complete or absent. Raises: OSError for a full disk and the like."""
-    tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
-    for layer in layers.values():
-        tensors |= _layer_tensors(layer)
-    _part_shared(tensors)
-    header = json.dumps({"schema": SCHEMA, "layers": [_describe(layer) for layer in layers.values()]}, sort_keys=True)
-    for stale in folder.glob(".tmp*"):  # the library's own scratch file, where a run was killed while it wrote
-        stale.unlink()
-    path = folder / segment_file(segment)
-    with whole_file(path) as beside, _disk_failures(path):
-        save_file(dict(sorted(tensors.items())), beside, metadata={HEADER: header})
-        beside.chmod(0o666 & ~umask())  # the library writes files that only their owner can read
-
-
-def _part_shared(tensors: dict[str, Tensor]) -> None:
-    """Give names that share a tensor one each, such as users of a tied weight that a later stage tells apart."""
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.data_ptr() in seen:
-            tensors[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
-
-
-@contextmanager
-def _disk_failures(path: Path) -> Iterator[None]:
-    """The library's errors while it writes, as the OSError that they hold only as text: 'I/O … (os error 28)'."""
-    try:
-        yield
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise ResourceError(f"{path} could not be written ({error}). Look at its disk, then repeat.") from error
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
-
-
-def _layer_tensors(layer: Layer) -> dict[str, Tensor]:
-    if isinstance(layer.weight, QuantTensor):
-        tensors = {f"{layer.name}.weight.{part}": tensor for part, tensor in layer.weight.tensors.items()}
-    else:
-        tensors = {f"{layer.name}.weight": layer.weight.contiguous()}
-    if layer.bias is not None:
-        tensors[f"{layer.name}.bias"] = layer.bias.contiguous()
-    if layer.act is not None:
-        tensors |= {f"{layer.name}.act.{part}": tensor for part, tensor in (layer.act.params or {}).items()}
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-def _describe(layer: Layer) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "kind": str(layer.kind),
-        "users": list(layer.users),
-        "shape": list(layer.shape),
-        "format": str(layer.format) if layer.format else None,
-        "act": str(layer.act.format) if layer.act else None,
-        "act_static": sorted(layer.act.params or {}) if layer.act and layer.act.static else None,
-        "bias": layer.bias is not None,
-        **({"pre": [str(transform) for transform in layer.pre]} if layer.pre else {}),
-    }
 
 
 def write_structure(
@@ -129,7 +55,7 @@ def write_structure(
         with whole_file(folder / path.name) as copy:
             shutil.copyfile(path, copy)
     if config:
-        changed = {**json.loads((folder / "config.json").read_text(encoding="utf8")), **config}
+        changed = {**read_json(folder / "config.json"), **config}
         write_text(folder / "config.json", json.dumps(changed, indent=2) + "\n")
     write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
     sync_file(folder)
@@ -143,6 +69,7 @@ class StoreReader:
     structure: Structure
     keeper: object = None
     _handles: dict[int, Any] = field(default_factory=dict, repr=False)
+    _aliases: dict[int, dict[str, str]] = field(default_factory=dict, repr=False)
 
     def _handle(self, segment: int) -> Any:
         if segment not in self._handles:
@@ -165,7 +92,11 @@ class StoreReader:
         return Layer(spec.name, spec.kind, weight, bias, act, spec.users, spec.groups, pre=spec.pre)
 
     def _tensor(self, segment: int, key: str) -> Tensor:
-        return read_tensor(self._handle(segment), key, self.folder / segment_file(segment))
+        handle, path = self._handle(segment), self.folder / segment_file(segment)
+        if segment not in self._aliases:
+            aliases = read_header(handle, path)["aliases"]
+            self._aliases[segment] = {str(name): str(owner) for name, owner in aliases.items()}
+        return read_tensor(handle, self._aliases[segment].get(key, key), path)
 
     def _check(self, spec: LayerSpec, tensors: Mapping[str, Tensor], wanted: Mapping[str, TensorSpec]) -> None:
         """Codes of another shape would be read as if they had the right one. Raises: InputError."""
@@ -206,31 +137,26 @@ class StoreReader:
         return sum((self.folder / segment_file(s)).stat().st_size for s in self.structure.segments)
 
 
-def read_header(folder: Path, segment: int) -> list[dict[str, Any]]:
-    """The layer descriptions of a segment's file. Raises: InputError for a file that is no store."""
+def _read_specs(folder: Path, segment: int, structure: Structure) -> dict[str, LayerSpec]:
+    """The layers of a segment by name, as its file describes them. Raises: InputError for a file that is no store."""
     path = folder / segment_file(segment)
-    metadata = open_file(path).metadata() or {}
-    try:
-        header = parse_json(metadata[HEADER])
-        layers: list[dict[str, Any]] = [dict(item) for item in header["layers"]]
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a file of a compress store ({error!r}). Run `compress run` again.") from error
-    if header.get("schema") != SCHEMA:
-        raise InputError(f"{path} has store schema {header.get('schema')}; this version reads {SCHEMA}.")
-    return layers
+    handle = open_file(path)
+    layers: list[dict[str, Any]] = read_header(handle, path)["layers"]
+    specs = (_read_spec(item, handle, path, structure) for item in layers)
+    return {spec.name: replace(spec, segment=segment) for spec in specs}
 
 
 def read_segment(folder: Path, segment: int, structure: Structure) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """Layers and plain tensors of one written segment."""
-    items = read_header(folder, segment)
-    specs = {str(item["name"]): _read_spec(item, segment, structure, folder) for item in items}
+    specs = _read_specs(folder, segment, structure)
     reader = StoreReader(folder, structure)
     return {name: reader.layer(spec) for name, spec in specs.items()}, reader.plain(structure.plain[segment])
 
 
-def open_store(folder: Path, keeper: object = None) -> Model:
-    """A store as a Model whose layers carry their formats. keeper: kept alive as long as the model.
+def open_store(folder: Path, keeper: object = None, *, hashed: bool = True) -> Model:
+    """A store as a Model whose layers carry their formats.
 
+    Args: keeper: kept alive as long as the model; hashed=False: its digest stays empty, and no file is read whole.
     Raises: InputError for a malformed store.
     """
     info_path = folder / "structure.json"
@@ -242,27 +168,25 @@ def open_store(folder: Path, keeper: object = None) -> Model:
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
     model = reopen(module, folder) if module else load(folder, weights=False)
-    layers = {}
+    layers: dict[str, LayerSpec] = {}
     for segment in model.structure.segments:
-        for item in read_header(folder, segment):
-            spec = _read_spec(item, segment, model.structure, folder)
-            layers[spec.name] = spec
+        layers |= _read_specs(folder, segment, model.structure)
     _check_whole(folder, model.structure, layers)
     order = {name: place for place, name in enumerate(model.structure.layers)}
     ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
     structure = replace(model.structure, layers=ordered)
-    digest = digest_files(folder / segment_file(segment) for segment in structure.segments)
+    files = (folder / segment_file(segment) for segment in structure.segments)
     return replace(
         model,
         structure=structure,
         weights=StoreReader(folder, structure, keeper),
-        digest=digest,
+        digest=digest_files(files) if hashed else "",
         source_digest=source_digest,
     )
 
 
-def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder: Path) -> LayerSpec:
-    path = folder / segment_file(segment)
+def _read_spec(item: dict[str, Any], handle: Any, path: Path, structure: Structure) -> LayerSpec:
+    """One layer of an opened segment."""
     try:
         name = str(item["name"])
         base = structure.layers.get(name) or _untied(structure, name)
@@ -272,16 +196,15 @@ def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder:
         act = ActSpec(parse_format(item["act"]), item.get("act_static") is not None) if item["act"] else None
         pre = tuple(parse_transform(str(text)) for text in item.get("pre", []))
         has_bias = bool(item["bias"])
+        if form is not None:
+            form.tensor_specs(shape)
     except (KeyError, TypeError, ValueError, IndexError, UsageError) as error:
         raise InputError(f"{path} describes a layer badly ({error!r}). Run `compress run` again.") from error
     if not users or not set(users) <= set(base.users):
         raise InputError(f"{path}: layer {name} is used by {users}, but by config.json only by {base.users}.")
     if shape != base.shape:
-        raise InputError(f"{folder}: layer {name} is {shape} in the store, but {base.shape} by config.json.")
-    dtype = base.source_dtype
-    handle = open_file(path)
-    if form is None:
-        dtype = read_tensor(handle, f"{name}.weight", path).dtype
+        raise InputError(f"{path.parent}: layer {name} is {shape} in the store, but {base.shape} by config.json.")
+    dtype = base.source_dtype if form is not None else read_tensor(handle, f"{name}.weight", path).dtype
     return replace(
         base,
         name=name,
@@ -289,7 +212,6 @@ def _read_spec(item: dict[str, Any], segment: int, structure: Structure, folder:
         format=form,
         act=act,
         pre=pre,
-        segment=segment,
         source_dtype=dtype,
         has_bias=has_bias,
         bias_dtype=read_tensor(handle, f"{name}.bias", path).dtype if has_bias else None,

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from compress import memory
-from compress.engine import backward, store
+from compress.engine import backward, segment_files, store
 from compress.engine.image_stream import Stream, open_stream, wiring_batch
 from compress.engine.journal import Steps
 from compress.engine.layer_stats import Stat
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.originals import Sources
-from compress.engine.segment import Found, SegmentPasses, wanted
+from compress.engine.segment import Found, SegmentPasses, as_data, from_data, wanted
 from compress.engine.stream import BlockStream
 from compress.inputs.datasets import Calibration
 from compress.layer import Layer, LayerKind
@@ -25,7 +26,6 @@ from compress.maths import products
 from compress.models.model import Model
 from compress.models.skeleton import OUTER
 from compress.progress import Progress
-from compress.records import LayerResult
 
 
 class Walk:
@@ -67,16 +67,20 @@ class Walk:
         """All segments in order; what the journal names is read back instead of computed."""
         early, late = self._split_outer()
         changed, changed_plain, found = self._before(early, progress)
-        count = len(self.model.structure.blocks)
+        count, kept = len(self.model.structure.blocks), self._kept()
         for index in range(count):
+            # what an earlier try finished is only run, which says nothing of the time that the others take
+            stage = "Running blocks that were done before" if index < kept else "Compressing blocks"
+            progress.tick(stage, index, kept if index < kept else count)
             self._block(index)
             self.model.release()
-            progress.tick("Compressing blocks", index + 1, count)
+            progress.tick(stage, index + 1, kept if index < kept else count)
+        progress.begin("Compressing what is outside of the blocks" if late else "Writing what is outside of the blocks")
         outer, plain = self.model.layers(OUTER) | changed, self.model.plain(OUTER) | changed_plain
         if self.stream is not None:
             self.stream.outer = outer
         found += self.segments.apply(outer, late, plain)
-        store.write_segment(self.folder, OUTER, outer, plain)
+        segment_files.write_segment(self.folder, OUTER, outer, plain)
         return found + self.results
 
     def _before(self, early: list[str], progress: Progress) -> tuple[dict[str, Layer], dict[str, Tensor], list[Found]]:
@@ -84,6 +88,8 @@ class Walk:
         embedding's table mostly, is read again at the end and takes no memory meanwhile."""
         outer, plain = self.model.layers(OUTER), self.model.plain(OUTER)
         before, plain_before = dict(outer), dict(plain)
+        if early or self.stream is not None:
+            progress.begin("Preparing what comes before the blocks")
         found = self.segments.apply(outer, early, plain)
         if self.stream is not None:
             self._go_back(progress)
@@ -95,7 +101,7 @@ class Walk:
 
     def _go_back(self, progress: Progress) -> None:
         """The backward pass that guided Hessians ask for, again in a resumed run, whose blocks it decides alike."""
-        steps = [store.segment_file(index) for index in range(len(self.model.structure.blocks))]
+        steps = [segment_files.segment_file(index) for index in range(len(self.model.structure.blocks))]
         if self.journal is not None and all(step in self.journal for step in steps):
             return
         for groups in sorted({item.row_groups for item in self.passes.values()} - {0}):
@@ -114,6 +120,11 @@ class Walk:
                 )
             memory.give_back()
 
+    def _kept(self) -> int:
+        """Blocks, from the first on, that an earlier try finished."""
+        steps = map(segment_files.segment_file, range(len(self.model.structure.blocks)))
+        return sum(1 for _ in takewhile(lambda step: self.journal is not None and step in self.journal, steps))
+
     def _split_outer(self) -> tuple[list[str], list[str]]:
         """Layers before the blocks (embeddings, with what is tied to them) and after (the rest)."""
         specs = self.model.structure.segment_layers(OUTER)
@@ -121,7 +132,7 @@ class Walk:
         return early, [spec.name for spec in specs if spec.name not in early]
 
     def _block(self, index: int) -> None:
-        step = store.segment_file(index)
+        step = segment_files.segment_file(index)
         if self.journal is not None and step in self.journal:
             self._replay(index, self.journal.get(step))
             return
@@ -133,9 +144,9 @@ class Walk:
         if ahead_in_turn and self.segments.turns is not None:
             with products.fast():
                 self.segments.turns.look_ahead()
-        store.write_segment(self.folder, index, layers, plain)
+        segment_files.write_segment(self.folder, index, layers, plain)
         if self.journal is not None:
-            self.journal.add(step, [[place, result.model_dump(mode="json")] for place, result in found])
+            self.journal.add(step, as_data(found))
         self.results += found
         self._advance(index)
 
@@ -158,7 +169,7 @@ class Walk:
 
     def _replay(self, index: int, data: list[Any]) -> None:
         """A block that an earlier try finished: its results from the journal, its outputs by running it."""
-        self.results += [(place, LayerResult.model_validate(item)) for place, item in data]
+        self.results += from_data(data)
         if self.stream is None:
             return
         if self.reference:

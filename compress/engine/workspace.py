@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from compress import manifest
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
 from compress.errors import CompressError, Interrupted, ResourceError, UsageError
@@ -25,7 +26,6 @@ from compress.files import read_json, sync_file, write_text
 
 FINGERPRINT = "fingerprint.json"
 JOURNAL = "journal.jsonl"
-MANIFEST = "manifest.json"
 DISCARDED = "discarded-by-compress"
 # Values of a fingerprint up to this length are told; digests are not worth reading.
 LONGEST_TOLD = 60
@@ -76,6 +76,16 @@ class Workspace:
             self._journal = Journal(self.folder / JOURNAL)
         return self._journal
 
+    def spare(self, *sources: object) -> None:
+        """Raises: UsageError where one of these, which may be None or no path, would go with a replaced output."""
+        out = os.path.realpath(self.out)  # which, unlike `resolve`, bears a ring of links
+        for text in [str(source) for source in sources if source is not None] if self.overwrite else ():
+            for path in (Path(text), Path(text.partition(":")[0])):  # such as net.py:make
+                if path.exists() and Path(out) in Path(os.path.realpath(path)).parents:
+                    raise UsageError(
+                        f"{path} lies in {self.out}, which --overwrite deletes. Copy it elsewhere, or give another -o."
+                    )
+
     def _take_lock(self) -> None:
         """Lock a file beside the folder, which itself is renamed before the work is over."""
         while True:
@@ -88,6 +98,12 @@ class Workspace:
             except BlockingIOError as error:
                 lock.close()
                 raise UsageError(f"Another run is writing {self.out}. Wait for it, or give another -o.") from error
+            except OSError as error:
+                lock.close()
+                raise ResourceError(
+                    f"{self.out.parent} is on a file system that locks no files ({error.strerror}): two runs could "
+                    "write the same output. Give an -o on another one."
+                ) from error
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), self._lock_path.stat()):
                     self._lock = lock
@@ -111,7 +127,7 @@ class Workspace:
         if not self.overwrite:
             return f"{self.out} exists."
         if not is_artifact(self.out):
-            return f"{self.out} is no folder with a {MANIFEST} of compress, so --overwrite does not replace it."
+            return f"{self.out} is no folder with a {manifest.NAME} of compress, so --overwrite does not replace it."
         if os.path.lexists(self.replaced):
             return f"{self.replaced}, which compress did not make, is in the way of --overwrite."
         return ""
@@ -193,7 +209,7 @@ class Workspace:
 def is_artifact(folder: Path) -> bool:
     """Whether it is a folder, no link, with a manifest of ours: a whole output."""
     try:
-        content = read_json(folder / MANIFEST)
+        content = read_json(folder / manifest.NAME)
     except (OSError, ValueError):
         return False
     return not folder.is_symlink() and isinstance(content, dict) and {"schema_version", "files"} <= content.keys()
@@ -211,7 +227,7 @@ def _read_fingerprint(path: Path) -> dict[str, str]:
 def discard(folder: Path) -> None:
     """Delete a folder of ours. A kill on the way leaves what `_is_leftover` knows and `is_artifact` does not."""
     mark = folder / DISCARDED
-    for name in (FINGERPRINT, MANIFEST):
+    for name in (FINGERPRINT, manifest.NAME):
         if (folder / name).exists():
             (folder / name).replace(mark)
     for entry in folder.iterdir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Self
@@ -21,7 +21,8 @@ decides codes by them sees what will be decoded."""
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
 Rounder = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""Codes (step · …, out) uint8 and values (step, out) for columns (step, out) float32 and the place of the first."""
+"""Codes, turned, and values (step, out) for columns (step, out) float32 and the place of the first: see
+`Format.quantize`."""
 
 
 class Format(ABC):
@@ -41,6 +42,11 @@ class Format(ABC):
     def shares_peak(self) -> bool:
         """Whether layers that are fed the same tensor must share a tensor-wide scale: `fit` then takes their peak."""
         return False
+
+    @property
+    def holders(self) -> dict[str, int]:
+        """Stored tensors that several layers hold in common → how many do. Their bytes are counted once among them."""
+        return {}
 
     @classmethod
     @abstractmethod
@@ -70,8 +76,17 @@ class Format(ABC):
     @abstractmethod
     def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and decoded values for some columns: weight (out, len(columns)), columns (n,) int64 original
-        positions. Returns codes (out, n / step · …) uint8, as `rounder` and `pack` have them, and values (out, n)
-        float32."""
+        positions. Returns codes (rows of codes, n / step · …), uint8 or where they have more than 8 bits int32, as
+        `rounder` and `pack` have them, and values (out, n) float32."""
+
+    @property
+    def codes_per_unit(self) -> int:
+        """Codes that are decided together at one place: as many rows as `rounder` gives."""
+        return 1
+
+    def code_rows(self, rows: int) -> int:
+        """Rows of codes for so many output rows."""
+        return rows
 
     def rounder(self, params: Params, columns: Tensor) -> Rounder:
         """`quantize` for a loop over columns (n,) int64, `step` at a time, with weights turned to (in, out)."""
@@ -107,7 +122,12 @@ class Format(ABC):
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of everything stored for a weight of this shape."""
-        return sum(prod(size) * dtype.itemsize for size, dtype in self.tensor_specs(shape).values())
+        specs = self.tensor_specs(shape).items()
+        return self.counted({name: prod(size) * dtype.itemsize for name, (size, dtype) in specs})
+
+    def counted(self, sizes: Mapping[str, int]) -> int:
+        """Sum of the bytes of tensors by name, with its share of those that other layers hold too, rounded up."""
+        return sum(-(-size // self.holders.get(name, 1)) for name, size in sizes.items())
 
 
 class ActivationFormat(ABC):
@@ -148,8 +168,8 @@ class QuantTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        """Bytes of all stored tensors; see `Format.counted`."""
+        return self.format.counted({name: tensor.nbytes for name, tensor in self.tensors.items()})
 
     @property
     def bits_per_weight(self) -> float:

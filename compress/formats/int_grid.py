@@ -16,6 +16,9 @@ from compress.spec import Call
 
 Scheme = Literal["symmetric", "asymmetric", "float_zero", "signed"]
 Granularity = Literal["channel", "tensor", "token"]
+WORDS = (*get_args(Granularity), *get_args(Scheme), "group", "outliers")
+"""What a user types."""
+EXAMPLES = "Such as int4(group=32, asymmetric), int8(channel), int8(token, outliers=6)."
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,14 @@ class IntGrid(Format, ActivationFormat):
         for word in call.args:
             key = "scheme" if word in get_args(Scheme) else "group"
             if key == "group" and word not in get_args(Granularity):
-                words = (*get_args(Granularity), *get_args(Scheme))
-                raise UsageError(f"{call.name}: unknown word '{word}'.{nearest(str(word), words)}")
+                raise UsageError(f"{call.name}: unknown word '{word}'.{nearest(str(word), WORDS)} {EXAMPLES}")
             if key in settings:
                 raise UsageError(f"{call.text()}: {key} is given twice. Keep one of them.")
             settings[key] = word
         unknown = set(settings) - {"group", "scheme", "outliers"}
         if unknown:
             name = sorted(unknown)[0]
-            raise UsageError(f"{call.name}: unknown setting '{name}'.{nearest(name, ('group', 'outliers', 'scheme'))}")
+            raise UsageError(f"{call.name}: unknown setting '{name}'.{nearest(name, WORDS)} {EXAMPLES}")
         return cls(int(named["bits"]), **settings)
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from compress.errors import InputError, UsageError, unread
 from compress.files import read_json
 from compress.inputs.arrays import check_arrays, filled, read_npz, tokens_of
-from compress.inputs.documents import is_lines, read_documents
+from compress.inputs.documents import read_lines
 from compress.inputs.pictures import NAME
 from compress.models.folder import load_tokenizer
 from compress.models.onnx_interface import Floats, Interface
@@ -65,9 +65,7 @@ class ArrayInput:
     def _texts(self, given: Any, truncate: bool) -> tuple[list[str], Floats]:
         where = "The input"
         if isinstance(given, Path):
-            where, documents = str(given), list[Any](read_documents(given))
-            if is_lines(given):
-                documents = [line for line in str(documents[0]).splitlines() if line.strip()]
+            where, documents = str(given), read_lines(given)
         else:
             documents = [given] if isinstance(given, str) else list(given)
         if not documents:
@@ -90,6 +88,5 @@ class ArrayInput:
 
 def first_text(source: str | Path) -> str:
     """Of a file; empty where it holds token ids."""
-    documents: list[Any] = list(read_documents(source))
-    found = next((line for line in documents[0].splitlines() if line.strip()), "") if is_lines(source) else documents[0]
+    found = next(iter(read_lines(source)), "")
     return found if isinstance(found, str) else ""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import InputError, UsageError
-from compress.inputs.documents import is_lines, read_documents, read_labels
+from compress.inputs.documents import read_labels, read_lines
 from compress.inputs.images import Images
 from compress.inputs.npz import load_npz
 from compress.models.folder import load_tokenizer
@@ -169,11 +169,9 @@ def read_texts(
 
     Plain text is one text per line. Raises: UsageError, InputError.
     """
-    documents: list[Any] = list(read_documents(source))
-    if is_lines(source):
-        documents = [line for line in str(documents[0]).splitlines() if line.strip()]
-        if not documents:
-            raise InputError(f"{source} is empty. Give one text per line.")
+    documents = read_lines(source)
+    if not documents:
+        raise InputError(f"{source} is empty. Give one text per line.")
     ids, cut, pad = tokens_of(documents, interface, load_tokenizer(folder), longest, str(source))
     rows, mask = filled(ids, interface, pad)
     return interface.of_tokens(rows, mask), (("texts in the file that were cut", cut),)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compress import defaults
 from compress.errors import InputError, UsageError
 from compress.inputs import images
 from compress.inputs.arrays import read_arrays
@@ -24,7 +25,7 @@ from compress.inputs.windows import check_disjoint as check_windows
 from compress.models.embedding import FEWEST_NEIGHBOURS
 from compress.models.model import Model, Task
 
-CALIBRATION_WINDOWS = 128
+CALIBRATION_WINDOWS = defaults.SAMPLES
 
 Samples = Windows | Images
 """What a model is calibrated or judged on."""

@@ -13,6 +13,7 @@ from compress.files import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".json")
 KINDS = ".txt, .jsonl (text or ids), .json (lists of ids), each also .gz or .xz, or module:callable"
+OTHERS = "for a model of images .npz (images, labels) or a folder of images per class"
 MOST_BYTES = 1 << 30
 """Of a file of texts, unpacked: a kilobyte can unpack to a thousand."""
 
@@ -28,8 +29,8 @@ def read_documents(source: str | Path) -> list[str] | list[list[int]]:
     if path.is_dir():
         raise UsageError(f"{path} is a folder; data are one file. Allowed: {KINDS}.")
     if not path.is_file():
-        raise UsageError(f"No such data file: {path}. Allowed: {KINDS}.")
-    name = path.name.removesuffix(".gz").removesuffix(".xz")
+        raise UsageError(f"No such data file: {path}. Allowed: {KINDS}; {OTHERS}.")
+    name = _unpacked(path)
     if not name.endswith(SUFFIXES):
         raise UsageError(f"{path}: data of this kind is not read. Allowed: {KINDS}.")
     try:
@@ -44,6 +45,11 @@ def read_documents(source: str | Path) -> list[str] | list[list[int]]:
         raise InputError(f"{path} cannot be read ({error}). Allowed: {KINDS}, UTF-8.") from error
     checked: list[str] | list[list[int]] = _checked(documents, path)
     return checked
+
+
+def _unpacked(path: Path) -> str:
+    """The name that says what is in a file."""
+    return path.name.removesuffix(".gz").removesuffix(".xz")
 
 
 def _read_text(path: Path) -> str:
@@ -107,14 +113,20 @@ def _check_characters(documents: list[str], path: Path) -> None:
 
 def is_lines(source: str | Path) -> bool:
     """Whether a file is plain text."""
-    return Path(source).name.removesuffix(".gz").removesuffix(".xz").endswith(".txt")
+    return _unpacked(Path(source)).endswith(".txt")
+
+
+def read_lines(source: str | Path) -> list[Any]:
+    """As `read_documents`, but of plain text one for each line that is not blank, which may be none."""
+    documents = list[Any](read_documents(source))
+    return [line for line in documents[0].splitlines() if line.strip()] if is_lines(source) else documents
 
 
 def read_labels(source: str | Path) -> list[int]:
     """The `label` of each row of a .jsonl, whole numbers from 0. Raises: UsageError for another kind of file,
     InputError for a row without one."""
     path = Path(source)
-    if not path.name.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
+    if not _unpacked(path).endswith(".jsonl"):
         raise UsageError(
             f"{path}: the texts of a classifier have labels. Give a .jsonl of rows such as "
             '{"text": "…", "label": 1}, or an .npz with its inputs and an array labels.'

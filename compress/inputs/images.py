@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compress import defaults
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.inputs.npz import load_npz
 from compress.models.image_source import ImageSource, Row
@@ -31,7 +32,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MOST_PIXELS = 1 << 27
 """Of an image that was resized by its shorter side: a strip of one pixel's height would grow without end."""
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
-CALIBRATION_SAMPLES = 512
+CALIBRATION_SAMPLES = defaults.IMAGES
 # Images that go through a model at once: fixed, since an activation grid that is fitted per call sees all of them.
 BATCH = 32
 
@@ -98,7 +99,10 @@ def read_images(source: str | Path, image: ImageSource) -> Images:
     if not path.is_file():
         raise UsageError(f"No such data: {path}. Allowed for an image classifier: {KINDS}.")
     if path.suffix != ".npz":
-        raise UsageError(f"{path}: data of this kind is not read for an image classifier. Allowed: {KINDS}.")
+        raise UsageError(
+            f"{path}: data of this kind is not read for an image classifier. Allowed: {KINDS}. Arrays become such a "
+            'file by numpy.savez("images.npz", images=images, labels=labels).'
+        )
 
     def choose(there: Sequence[str]) -> list[str]:
         wanted = ["images" if "images" in there else image.input, *(["labels"] if image.labelled else [])]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError, UsageError
-from compress.files import read_json
-from compress.inputs.documents import read_documents
-from compress.models.folder import first_line, load_tokenizer, parse_config, positions, refuse_code
+from compress.inputs.documents import is_lines, read_documents
+from compress.models.folder import first_line, load_tokenizer, parse_config, positions, read_object, refuse_code
 
 Message = Mapping[str, str]
 """{"role": "user", "content": …}"""
@@ -126,7 +125,7 @@ def read_texts(source: str | Path) -> list[str] | list[list[int]]:
     Raises: UsageError for a missing file or unknown kind, InputError for a malformed one.
     """
     found = read_documents(source)
-    if Path(source).name.removesuffix(".gz").removesuffix(".xz").endswith(".txt"):
+    if is_lines(source):
         lines = [line.removesuffix("\r") for line in str(found[0]).split("\n")]
         found = lines[:-1] if lines[-1] == "" else lines
         if not found:
@@ -159,10 +158,4 @@ def read_reader(folder: Path) -> Reader:
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object, empty where there is no such file. Raises: InputError."""
-    try:
-        content = read_json(path) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not JSON ({error}). Export the artifact again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object. Export the artifact again.")
-    return content
+    return read_object(path, "Export the artifact again.") if path.is_file() else {}

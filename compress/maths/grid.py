@@ -104,9 +104,10 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """(rows, n) codes → (rows, ceil(n · bits / 8)) uint8, lowest bits first, each row padded to a whole byte."""
+    """(rows, n) codes of 1 to 16 bits → (rows, ceil(n · bits / 8)) uint8, lowest bits first, each row padded to a whole
+    byte."""
     rows, count = codes.shape
-    codes = codes.to(torch.uint8)
+    codes = codes.to(torch.uint8 if bits <= 8 else torch.int32)
     if bits == 8:
         return codes.contiguous()
     if 8 % bits == 0:  # whole codes to a byte
@@ -116,14 +117,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         for place in range(1, each):
             packed |= codes[:, place::each] << (place * bits)
         return packed
-    shifts = torch.arange(bits, dtype=torch.uint8)
-    stream = ((codes[..., None] >> shifts) & 1).reshape(rows, count * bits)
+    shifts = torch.arange(bits, dtype=codes.dtype)
+    stream = ((codes[..., None] >> shifts) & 1).to(torch.uint8).reshape(rows, count * bits)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).reshape(rows, -1, 8)
     return (stream << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack_bits`: (rows, bytes) uint8 → (rows, count) uint8."""
+    """Inverse of `pack_bits`: (rows, bytes) uint8 → (rows, count) uint8, int32 above 8 bits."""
     if bits == 8:
         return packed[:, :count]
     rows = packed.shape[0]
@@ -132,7 +133,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
         return codes.reshape(rows, -1)[:, :count]
     stream = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(rows, -1)[:, : count * bits]
-    return (stream.reshape(rows, count, bits) << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    return (stream.reshape(rows, count, bits) << torch.arange(bits, dtype=dtype)).sum(-1, dtype=dtype)
 
 
 def packed_bytes(rows: int, count: int, bits: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress import manifest
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.files import read_json
 
@@ -56,16 +57,12 @@ def _download(source: str, revision: str | None, weights: bool) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises: InputError when it is missing, malformed or asks for code to be run."""
+    """config.json as a dict. Raises: UsageError when it is missing, InputError when it is malformed or asks for code to
+    be run."""
     file = path / "config.json"
     if not file.is_file():
-        raise InputError(f"{path} has no config.json. Give a folder that save_pretrained wrote.")
-    try:
-        raw = read_json(file)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} is not JSON ({error}). Fetch or save it again.") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{file} holds a {type(raw).__name__}, not an object. Fetch or save it again.")
+        raise UsageError(f"{path} has no config.json. Give a folder that save_pretrained wrote.{_inside(path)}")
+    raw = read_object(file, "Fetch or save it again.")
     refuse_code(file, raw)
     _check_depth(file, raw)
     quantized = raw.get("quantization_config")
@@ -73,6 +70,25 @@ def read_config(path: Path) -> dict[str, Any]:
         method = str(quantized.get("quant_method", "unknown")) if isinstance(quantized, dict) else "unknown"
         raise UnsupportedError(f"{path} is already quantized ({method}). Start from the uncompressed model.")
     return raw
+
+
+def _inside(path: Path) -> str:
+    """Which folder of it was meant, or where an artifact's model is."""
+    if (path / manifest.NAME).is_file():
+        return " This is what `compress run` made: start from the model that it was made from."
+    found = sorted({*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")})  # the hub's cache has these
+    return f" Did you mean {found[0].parent}?" if found else ""
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """A file that holds one JSON object. Raises: InputError, which ends with the advice."""
+    try:
+        found = read_json(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not JSON ({error}). {advice}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__}, not an object. {advice}")
+    return found
 
 
 CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")

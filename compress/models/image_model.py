@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.errors import InputError, UnsupportedError
 from compress.layer import LayerKind, LayerSpec
+from compress.maths import products
 from compress.models import fold_norms
 from compress.models.fold_norms import ModuleCall, Pair
 from compress.models.image_source import BLOCK, OfImages, Opened
@@ -145,7 +146,7 @@ def _run(factory: Factory, module: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(found, Tensor) or found.ndim != 2 or found.shape[0] != images.shape[0] or found.shape[1] < 2:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UnsupportedError(f"{factory.reference} returns {shape}; logits (batch, classes) are supported.")
-    if not bool(torch.isfinite(found).all()):
+    if not products.all_finite(found):
         raise InputError(f"{factory.reference} puts out NaN or infinite values for sample_inputs(2).")
     if not torch.equal(found, again):
         raise UnsupportedError(f"{factory.reference} gives other outputs for the same images: it draws random numbers.")

@@ -18,7 +18,8 @@ from compress.models.image_source import ImageSource, Opened
 from compress.models.model import Model, Task, architecture_of, config_dtype, maker
 from compress.models.onnx_folder import find_graph
 from compress.models.user_module import is_reference, was_run
-from compress.models.weights import Checkpoint, digest_files, find_files, index_checkpoint
+from compress.models.weight_files import digest_files, find_files
+from compress.models.weights import Checkpoint, index_checkpoint
 
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 SUPPORTED = (

@@ -20,6 +20,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from compress.errors import InputError, UnsupportedError, UsageError
+from compress.models.folder import first_line
 
 LARGEST = 2 << 30
 """Bytes of a model with its weights, the most that one protobuf message holds."""
@@ -70,8 +71,7 @@ def open_file(path: Path, domains: frozenset[str] = RUN_DOMAINS) -> Opened:
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{path} is not valid ONNX ({first}). Export it again.") from error
+        raise InputError(f"{path} is not valid ONNX ({first_line(error)}). Export it again.") from error
     return Opened(model, digest.hexdigest(), size)
 
 

@@ -6,7 +6,6 @@ config.json says what the model is, its vocabulary and positions; preprocessing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError, UnsupportedError, UsageError
+from compress.files import read_json
 from compress.models.folder import OFFSET_POSITIONS, SIDE_FILES
 from compress.models.user_module import Preprocess, normalising
 
@@ -176,8 +176,8 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is malformed ({error}). Fetch or write it again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not an object. Fetch or write it again.")

@@ -7,7 +7,6 @@ own outputs. What cannot be compressed is refused here by name.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +18,13 @@ import onnx.version_converter
 from numpy.typing import NDArray
 
 from compress.errors import InputError, UnsupportedError
+from compress.files import scratch_folder
+from compress.models.folder import first_line
 from compress.models.onnx_file import RUN_DOMAINS, nodes, opset, subgraphs
 from compress.models.onnx_folder import Beside, refuse_decoders
 from compress.models.onnx_inputs import LENGTHS, find_inputs, find_outputs
 from compress.models.onnx_interface import Interface
-from compress.models.onnx_runtime import failure, first_line, open_session
+from compress.models.onnx_runtime import failure, open_session
 
 OPSET = 21
 IR_VERSION = 10
@@ -122,8 +123,8 @@ def _drop_initializer_inputs(model: onnx.ModelProto) -> None:
 def _simplified(model: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """After ONNX Runtime's basic optimizations; as it was, with a remark, where these bring in operators of other
     domains."""
-    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-        written = str(Path(folder) / "model.onnx")
+    with scratch_folder() as folder:
+        written = str(folder / "model.onnx")
         open_session(model, str(path), optimized=written)
         found = onnx.load(written)
     other = sorted({f"{node.domain}::{node.op_type}" for node in found.graph.node if node.domain not in RUN_DOMAINS})

@@ -15,6 +15,7 @@ import torch
 
 from compress.errors import CompressError, InputError, ResourceError, UnsupportedError
 from compress.memory import allowed_memory
+from compress.models.folder import first_line
 
 SHARE = 0.5
 """Of the memory that this process may use, the most that a graph's values may take at once."""
@@ -80,8 +81,3 @@ def failure(error: Exception, what: str) -> CompressError:
             "here, which is the most that a graph may take. Use more memory, or a graph of smaller inputs."
         )
     return InputError(f"{what} ({text}).")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.errors import InputError
 from compress.layer import Layer, LayerSpec
+from compress.maths import products
 
 
 class Reader(Protocol):
@@ -65,6 +66,6 @@ class StateReader:
 
     def _read(self, name: str) -> Tensor:
         tensor = self.state[name]
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not products.all_finite(tensor):
             raise InputError(f"{name} of {self.source} holds NaN or infinite values; compressing it would hide that.")
         return tensor

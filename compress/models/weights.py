@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -12,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from compress.errors import InputError, UnsupportedError, is_out_of_memory, nearest
-from compress.files import read_json
+from compress.errors import InputError, UnsupportedError, nearest
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths import products
 from compress.models.experts import owner
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-MAX_TENSORS = 1_000_000
+from compress.models.weight_files import keys, open_file, read_tensor
 
 
 @dataclass(frozen=True)
@@ -146,74 +139,6 @@ def _reader(read: Callable[[Path, str], Tensor], path: Path, key: str) -> Callab
     return lambda: read(path, key)
 
 
-def open_file(path: Path) -> Any:
-    """A lazy safetensors handle. Raises: InputError for a malformed or truncated file."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"{path} cannot be mapped ({error})") from error
-        raise InputError(
-            f"{path} cannot be read as safetensors ({error}). It is truncated or malformed: fetch or save it again."
-        ) from error
-
-
-def read_tensor(handle: Any, key: str, path: Path) -> Tensor:
-    """One tensor of an opened file. Raises: InputError for one that is not in it."""
-    try:
-        tensor: Tensor = handle.get_tensor(key)
-    except SafetensorError as error:
-        raise InputError(f"{path}: tensor {key} cannot be read ({error}). Fetch or save the file again.") from error
-    return tensor
-
-
-def find_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a checkpoint folder: those its index names, else all.
-
-    Raises: InputError when there is none, naming the pickles found instead.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _indexed_files(folder, index)
-    single = folder / "model.safetensors"
-    others = (path for path in sorted(folder.glob("*.safetensors")) if path.is_file())  # a pipe would never end
-    files = (single,) if single.is_file() else tuple(others)
-    if files:
-        return files
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}). A pickle can run code when it is "
-            "opened, so it is not. Save the model as safetensors: model.save_pretrained(folder)."
-        )
-    raise InputError(f"{folder} holds no *.safetensors file. Give a folder that save_pretrained wrote, or a hub id.")
-
-
-def _indexed_files(folder: Path, index: Path) -> tuple[Path, ...]:
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        files = tuple(folder / str(name) for name in names)
-        strays = [path for path in files if path.parent != folder or not path.is_file()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index} is not a checkpoint index ({error!r}). Fetch or save it again.") from error
-    if strays:
-        raise InputError(f"{index} names {strays[0].name!r}, which is not a file beside it. Fetch the missing part.")
-    if not files:
-        raise InputError(f"{index} names no file. Fetch or save it again.")
-    return files
-
-
-def digest_files(files: Iterable[Path]) -> str:
-    """sha256 over the names and bytes of files, in order."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
 def index_checkpoint(files: tuple[Path, ...], module: nn.Module, aliases: dict[str, str]) -> Checkpoint:
     """Match the keys of the files with the state dict of a (meta) module.
 
@@ -231,7 +156,7 @@ def index_checkpoint(files: tuple[Path, ...], module: nn.Module, aliases: dict[s
     prefix = getattr(module, "base_model_prefix", None)
     found: dict[str, list[tuple[Path, str, str | None]]] = {}
     unused = []
-    for path, key in _keys(files):
+    for path, key in keys(files):
         name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
         if name not in wanted and key in wanted:
             name, pattern = key, None
@@ -283,31 +208,3 @@ def _origin(parts: list[tuple[Path, str, str | None]], by_pattern: dict[str, Any
         tuple(str(found) for _, _, found in parts),
         by_pattern[pattern],
     )
-
-
-def _check_header(path: Path) -> None:
-    """Of two tensors of one name the library gives the last, another reader the first. Raises: InputError."""
-    with path.open("rb") as stream:
-        text = stream.read(int.from_bytes(stream.read(8), "little"))
-    pairs = json.loads(text, object_pairs_hook=list)  # the library has read it, so it is JSON
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: its header holds {twice[0]} twice. It is malformed: fetch or save it again.")
-
-
-def _keys(files: tuple[Path, ...]) -> list[tuple[Path, str]]:
-    from transformers.core_model_loading import dot_natural_key
-
-    keys = [(path, key) for path in files for key in open_file(path).keys()]  # noqa: SIM118 (a handle, not a dict)
-    for path in files:
-        _check_header(path)
-    owners: dict[str, Path] = {}
-    for path, key in keys:
-        if owners.setdefault(key, path) != path:
-            raise InputError(
-                f"{key} is in both {owners[key].name} and {path.name}. Keep the files of one checkpoint in the folder, "
-                "or a model.safetensors.index.json that says which count."
-            )
-    if len(keys) > MAX_TENSORS:
-        raise InputError(f"{files[0].parent} lists {len(keys)} tensors; at most {MAX_TENSORS} are read.")
-    return sorted(keys, key=lambda item: dot_natural_key(item[1]))

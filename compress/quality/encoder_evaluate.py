@@ -28,13 +28,13 @@ def evaluate_encoder(
     model, for each window in order. Raises: InputError when a model puts out NaN, Interrupted."""
     pooled: list[list[NDArray[np.float64]]] = [[], [], [], []]
     tokens = windows.rows()
-    progress.tick("Evaluating windows", 0, len(tokens))
     for place, outputs in enumerate(in_memory):
+        progress.tick("Evaluating windows", place, len(tokens))  # all is set up once the first window is here
         one = tokens[place].numpy()[None]
         hidden: tuple[Array, ...] = (baseline.logits(one), artifact.logits(one), outputs[0][None], outputs[1][None])
         for group, values in zip(pooled, hidden, strict=True):
             group.append(embedding_scores.mean_pool(values)[0])
-        progress.tick("Evaluating windows", place + 1, len(tokens))
+    progress.tick("Evaluating windows", len(tokens), len(tokens))
     first, second, third, fourth = (np.stack(group) for group in pooled)
     where, protocol, digest = artifact.name, f"embedding/mean-pool/{windows.protocol}", windows.digest
     itself = embedding_scores.score_embeddings(first, first)

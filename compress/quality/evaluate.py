@@ -7,7 +7,7 @@ logits is ever written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +42,29 @@ class Evaluation:
     memory: Quality
 
 
-def stream_logits(model: Model, windows: Iterable[Tensor], device: str = "cpu") -> Iterator[Tensor]:
+def stream_logits(
+    model: Model,
+    windows: Iterable[Tensor],
+    device: str = "cpu",
+    *,
+    progress: Progress | None = None,
+    name: str = "the model",
+) -> Iterator[Tensor]:
     """The model's output for each window, block by block, so that one block is in memory at a time.
 
     Args: windows (length,) int64 each, or (N, length). Yields (length, vocabulary) float32 in order; for an encoder
-    (length, features).
+    (length, features). name: of the model, for the progress: all windows go through the blocks before the first yield.
     """
+    stage, count = f"Running {name} in torch, block by block", len(model.structure.blocks)
+    progress = progress or Progress(quiet=True)
     stream = BlockStream(model, [window[None] for window in windows], device=device)
     stream.start(model.layers(OUTER))
-    for index in range(len(model.structure.blocks)):
+    for index in range(count):
+        progress.tick(stage, index, count)
         stream.load(index, model.layers(index), model.plain(index))
         stream.advance(index)
         stream.release(index)
+    progress.tick(stage, count, count)
     for output in stream.logits():
         yield output[0]
 
@@ -79,13 +90,21 @@ def evaluate(
         return Evaluation(*evaluate_images(baseline, artifact, source, compressed, windows, progress))
     tokens = windows.rows()
     if source.task is Task.ENCODER:
-        in_memory = zip(stream_logits(source, tokens), stream_logits(compressed, tokens), strict=True)
+        in_memory = _in_memory(source, compressed, tokens, progress)
         return Evaluation(*evaluate_encoder(baseline, artifact, in_memory, windows, progress))
     ordered = [tokens[place] for place in Halves(len(tokens)).order]
-    in_memory = zip(stream_logits(source, ordered), stream_logits(compressed, ordered), strict=True)
+    in_memory = _in_memory(source, compressed, ordered, progress)
     judged = evaluate_tokens(baseline, artifact, in_memory, windows, source.tokenizer(), progress)
     plan = plan_prompts(source, tokens, generation)
     return Evaluation(*with_continuations(judged[:2], runners, plan, progress), judged[2])
+
+
+def _in_memory(
+    source: Model, compressed: Model, windows: Sequence[Tensor], progress: Progress
+) -> Iterator[tuple[Tensor, Tensor]]:
+    original = stream_logits(source, windows, progress=progress, name="the original")
+    changed = stream_logits(compressed, windows, progress=progress, name="the compressed model")
+    return zip(original, changed, strict=True)
 
 
 def runners_of(target: Target, baseline: tuple[Session, Path], artifact: tuple[Session, Path]) -> Runners | None:

@@ -4,6 +4,7 @@ original and the compressed model in torch, batch by batch in step."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import tee
 from typing import Any
 
 import torch
@@ -33,11 +34,9 @@ def evaluate_images(
     halves = Halves(len(range(0, len(images), BATCH)))
     runtime: dict[int, BatchScore] = {}
     memory: dict[int, BatchScore] = {}
-    inputs = (images.inputs(BATCH * place) for place in halves.order)
-    originals = image_logits(source, (images.inputs(BATCH * place) for place in halves.order))
-    changed = image_logits(compressed, (images.inputs(BATCH * place) for place in halves.order))
-    done = 0
-    for place, batch, reference, output in zip(halves.order, inputs, originals, changed, strict=True):
+    inputs = tee((images.inputs(BATCH * place) for place in halves.order), 3)
+    originals, changed, done = image_logits(source, inputs[1]), image_logits(compressed, inputs[2]), 0
+    for place, batch, reference, output in zip(halves.order, inputs[0], originals, changed, strict=True):
         progress.tick(f"Evaluating {images.unit}s", done, len(images))
         labels, one = images.labels[BATCH * place : BATCH * (place + 1)], batch.numpy()
         # copied: a runtime may hand out memory that it writes again

@@ -3,6 +3,8 @@ the artifact in the runtime, and through the original and the compressed model i
 
 from __future__ import annotations
 
+from itertools import tee
+
 import torch
 
 from compress.engine.image_stream import image_logits
@@ -27,11 +29,11 @@ def evaluate_outputs(
     runtime: list[OutputScore] = []
     memory: list[OutputScore] = []
     starts = range(0, len(images), BATCH)
-    originals = image_logits(source, (images.inputs(start) for start in starts))
-    changed = image_logits(compressed, (images.inputs(start) for start in starts))
-    for start, reference, output in zip(starts, originals, changed, strict=True):
+    inputs = tee(map(images.inputs, starts), 3)
+    originals, changed = image_logits(source, inputs[1]), image_logits(compressed, inputs[2])
+    for start, batch, reference, output in zip(starts, inputs[0], originals, changed, strict=True):
         progress.tick(f"Evaluating {images.unit}s", start, len(images))
-        one = images.inputs(start).numpy()
+        one = batch.numpy()
         # copied: a runtime may hand out memory that it writes again
         first, second = torch.tensor(baseline.logits(one)), torch.tensor(artifact.logits(one))
         itself.append(score_outputs(first, first, sizes))

@@ -36,13 +36,13 @@ def evaluate_tokens(
     vocabulary) each; tokenizer: for the texts of the worst tokens, or None.
     """
     rows, judge = windows.rows(), TokenJudge(windows)
-    progress.tick("Evaluating windows", 0, len(rows))
     for done, (place, (reference, output)) in enumerate(zip(judge.order, in_memory, strict=True)):
+        progress.tick("Evaluating windows", done, len(rows))  # all is set up once the first window is here
         one = rows[place].numpy()[None]
         # copies: a runtime may hand out memory that it writes again
         first, second = torch.tensor(baseline.logits(one)[0]), torch.tensor(artifact.logits(one)[0])
         judge.see(place, first, second, reference, output)
-        progress.tick("Evaluating windows", done + 1, len(rows))
+    progress.tick("Evaluating windows", len(rows), len(rows))
     return judge.qualities(artifact.name, tokenizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from compress.inputs.datasets import Samples
 from compress.inputs.images import BATCH
 from compress.inputs.windows import Windows
 from compress.models.model import Model
+from compress.progress import Progress
 from compress.quality.evaluate import stream_logits
 from compress.quality.image_evaluate import probe_images, probe_positions, probe_steps
 from compress.quality.outputs import farthest
@@ -33,7 +34,9 @@ GREEDY_TOKENS = 64
 PROMPT_TOKENS = 16
 
 
-def verify_export(model: Model, folder: Path, profile: Profile, ids: Tensor, bounds: Bounds) -> Verification:
+def verify_export(
+    model: Model, folder: Path, profile: Profile, ids: Tensor, bounds: Bounds, progress: Progress | None = None
+) -> Verification:
     """Load an exported folder in its runtime, run it, and compare it with the in-memory model.
 
     Args: ids (N, length) int64, taken as `verification_ids` does, or images (N, channels, h, w); bounds: what its
@@ -41,16 +44,20 @@ def verify_export(model: Model, folder: Path, profile: Profile, ids: Tensor, bou
     Raises: CompressError when the runtime does not load it.
     """
     target, threads, ids = find_target(profile.target), thread_count(profile), verification_ids(model, ids)
+    progress = progress or Progress(quiet=True)
+    progress.begin("Loading the artifact, to compare it with its model")
     session = target.session(folder, threads)
     exact = target.session(folder, threads, exact=True)
-    found = agreement(session, model, ids, bounds, exact)
+    found = agreement(session, model, ids, bounds, exact, progress)
     if not session.is_decoder:
         return found
     compare = getattr(target, "compare_graphs", None)
     if compare is not None:
+        progress.begin("Comparing the artifact's graphs with each other")
         limit = max(bounds.exact, EXACT_BOUND)
         same, notes = compare(session, exact, ids.numpy(), limit, model.longest)
         found = found.model_copy(update={"agrees": found.agrees and same, "notes": (*found.notes, *notes)})
+    progress.begin("Continuing a prompt")
     prompt = ids[0, : max(1, min(PROMPT_TOKENS, model.longest - 1))].tolist()
     tokens = session.greedy(prompt, min(GREEDY_TOKENS, model.longest - len(prompt)))
     return found.model_copy(update={"greedy_tokens": tuple(tokens)})
@@ -103,7 +110,12 @@ def read_inputs(model: Model, kept: list[list[int]]) -> Tensor:
 
 
 def agreement(
-    runner: LogitsRunner, compressed: Model, ids: Tensor, bounds: Bounds, exact: LogitsRunner | None = None
+    runner: LogitsRunner,
+    compressed: Model,
+    ids: Tensor,
+    bounds: Bounds,
+    exact: LogitsRunner | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Compare a runtime with the in-memory model, teacher-forced (design §2, "Agreement").
 
@@ -122,7 +134,7 @@ def agreement(
         )
     row = tuple(ids.shape[1:])
     shipped, alone = _comparison(compressed, row), _comparison(compressed, row)
-    for one, expected in _steps(compressed, ids):
+    for one, expected in _steps(compressed, ids, progress or Progress(quiet=True)):
         shipped.add(torch.from_numpy(runner.logits(one)).reshape(expected.shape), expected)
         if exact is not None:
             alone.add(torch.from_numpy(exact.logits(one)).reshape(expected.shape), expected)
@@ -149,13 +161,19 @@ def agreement(
     )
 
 
-def _steps(model: Model, ids: Tensor) -> Iterator[tuple[NDArray[Any], Tensor]]:
+def _steps(model: Model, ids: Tensor, progress: Progress) -> Iterator[tuple[NDArray[Any], Tensor]]:
     """What a runner is given at a time, and the model's own output for it, (positions, outputs)."""
     if model.image is not None:
-        yield from probe_steps(model, ids)
-        return
-    for place, expected in enumerate(stream_logits(model, ids)):
-        yield ids[place].numpy()[None], expected
+        count = -(-len(ids) // BATCH)
+        found: Iterable[tuple[NDArray[Any], Tensor]] = probe_steps(model, ids)
+    else:
+        count = len(ids)
+        logits = stream_logits(model, ids, progress=progress)
+        found = ((ids[place].numpy()[None], expected) for place, expected in enumerate(logits))
+    for done, pair in enumerate(found):
+        progress.tick("Comparing the artifact with its model", done, count)
+        yield pair
+    progress.tick("Comparing the artifact with its model", count, count)
 
 
 class _Comparison:

@@ -6,11 +6,10 @@ import shlex
 from importlib.resources import files
 from pathlib import Path
 
-from compress import recipe
+from compress import defaults, recipe
 from compress.profiles import as_profile
 from compress.run_report import Request
 
-RECIPE = "w4a16"
 CALIBRATION_SAMPLES = 48
 QUALITY_SAMPLES = 48
 
@@ -22,7 +21,7 @@ def folder() -> Path:
 
 def request(out: Path, name: str | None = None, overwrite: bool = False) -> Request:
     """The run that `compress quickstart` makes. name: another recipe."""
-    chosen = recipe.load(name or RECIPE)
+    chosen = recipe.load(name or defaults.QUICKSTART)
     calibration = recipe.CalibrationSettings(data=str(folder() / "calib.txt.gz"), samples=CALIBRATION_SAMPLES)
     quality = chosen.quality.model_copy(update={"data": str(folder() / "heldout.txt.gz"), "samples": QUALITY_SAMPLES})
     chosen = chosen.model_copy(update={"calibration": calibration, "quality": quality})

@@ -5,6 +5,7 @@ Everything here is data: no torch, no files. Sizes are bytes, times are seconds,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -74,14 +75,17 @@ class PlannedLayer(Record):
 
 
 class PredictedLatency(Record):
-    """Roofline of one setting (compress/speed/roofline.py): at best so fast. Never measured."""
+    """One setting by the profile's figures of its kernels, else by a roofline (compress/speed/roofline.py). Never
+    measured."""
 
     phase: Literal["prefill", "decode", "encode"]
     batch: int
     prompt: int
     variant_s: float
     baseline_s: float
-    bound: Literal["memory", "arithmetic"] = Field(description="what most of the variant's time is spent on")
+    bound: Literal["memory", "arithmetic", "overhead"] = Field(
+        description="what most of the variant's time is spent on; overhead: of the graph's nodes"
+    )
 
 
 class Plan(Record):
@@ -93,6 +97,7 @@ class Plan(Record):
     layers: tuple[PlannedLayer, ...]
     matches: dict[str, dict[str, int]]
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), description="what is to be known and is no fault")
     target: str = ""
     refusals: tuple[str, ...] = ()
     other_targets: tuple[str, ...] = Field(default=(), description="that would store what this one refuses")
@@ -103,7 +108,7 @@ class Plan(Record):
     predicted_peak_memory_bytes: int
     predicted_disk_bytes: int
     predicted_seconds: float
-    predicted_latency: tuple[PredictedLatency, ...] = Field(default=(), description="roofline on the profile")
+    predicted_latency: tuple[PredictedLatency, ...] = Field(default=(), description="over the profile's grid")
 
 
 class Bounds(Record):
@@ -112,6 +117,13 @@ class Bounds(Record):
 
     shipped: float = 0.0
     exact: float = 0.0
+
+    @classmethod
+    def loosest(cls, found: Iterable[Bounds]) -> Bounds:
+        """As wide as the widest of several, each way; zero for none."""
+        kept = list(found)
+        shipped = max((each.shipped for each in kept), default=0.0)
+        return cls(shipped=shipped, exact=max((each.exact for each in kept), default=0.0))
 
 
 class Verification(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -9,9 +10,28 @@ from pydantic import Field
 from compress.records.base import Interval, Record
 
 SpeedVerdict = Literal["faster", "slower", "same", "inconclusive"]
+FEW_ROUNDS = 20
+"""With fewer the interval covers less than it says: 83 % at 10 rounds of correlation 0.6
+(benchmarks/timing/simulate.py)."""
+MANY_DISTURBED = 0.25
+"""A share of disturbed rounds from which on a report says so beside the figure."""
+UNSETTLED = "had not settled"
+"""Is in the warning of an arm whose warm-up did not come to rest."""
+LONGER = "compress profile OUT --budget 60 --processes 3"
+"""The command that settles a timing which is not; OUT is the artifact's folder."""
 Phase = Literal["prefill", "decode", "encode", "infer"]
 SpanName = Literal["before", "compute", "after"]
 EnergyVerdict = Literal["less", "more", "same", "inconclusive"]
+Setting = tuple[Phase, int, int]
+"""Phase, batch, prompt."""
+END_TO_END, ENERGY, OPERATORS = "end to end", "energy", "operators"
+"""Names of what may be `unavailable`."""
+
+
+def leading(settings: Sequence[Setting]) -> Setting:
+    """What a report leads with: decoding with the smallest batch, else the first (of images the smallest batch)."""
+    decode = [each for each in settings if each[0] == "decode"]
+    return min(decode, key=lambda each: each[1], default=settings[0])
 
 
 class Percentiles(Record):
@@ -79,11 +99,30 @@ class Timing(Record):
     warnings: tuple[str, ...] = ()
 
     @property
+    def setting(self) -> Setting:
+        """What was timed."""
+        return self.phase, self.batch, self.prompt
+
+    @property
     def name(self) -> str:
         """`decode batch 1 prompt 128`, `infer batch 4`."""
         if self.phase == "infer":
             return f"{self.phase} batch {self.batch}"
         return f"{self.phase} batch {self.batch} prompt {self.prompt}"
+
+    @property
+    def provisional(self) -> str:
+        """`13 rounds, 5 disturbed` where the estimate rests on few rounds or many were disturbed; else empty."""
+        disturbed, made = (self.every_round.disturbed, self.every_round.rounds) if self.every_round else (0, 0)
+        if self.rounds >= FEW_ROUNDS and disturbed <= MANY_DISTURBED * made:
+            return ""
+        return f"{self.rounds} rounds" + (f", {disturbed} disturbed" if disturbed else "")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether longer timing may change what is said: no verdict, few or disturbed rounds, arms still warming up."""
+        unsettled = any(UNSETTLED in text for text in self.warnings)
+        return self.verdict == "inconclusive" or bool(self.provisional) or unsettled
 
 
 class BestAgainstBest(Record):
@@ -197,6 +236,12 @@ class Speed(Record):
     unavailable: dict[str, str] = Field(
         default_factory=dict, description="what was to be measured and could not be, and why"
     )
+
+    @property
+    def lead(self) -> Timing:
+        """Of the setting that leads."""
+        setting = leading([each.setting for each in self.timings])
+        return next(each for each in self.timings if each.setting == setting)
 
     def __str__(self) -> str:
         from compress.report.parts import speed_text

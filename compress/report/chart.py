@@ -19,7 +19,7 @@ CAPTION = (
     "Mark: estimate; line: its interval; grey band: noise floor, the baseline against itself. Log scale; right of the "
     "dashed line the variant is faster."
 )
-_ROW, _BAR, _AXIS = 46, 32, 34  # pixels: height of a row, of its bar in it, of the axis
+_ROW, _LABEL, _BAR, _AXIS = 46, 21, 32, 34  # pixels: height of a row, of its label, of its bar in it, of the axis
 _LEFT, _RIGHT = 3.0, 97.0  # percent of the width
 _MARKS = {
     "faster": "M-6,-6 L7,0 L-6,6 Z",
@@ -40,7 +40,7 @@ def speed_chart(timings: Sequence[Timing]) -> str:
     bottom = _ROW * len(shown) + 8
     parts = [f'<svg class="chart" role="img" aria-labelledby="speed-chart" width="100%" height="{bottom + _AXIS}">']
     parts.append('<title id="speed-chart">Speed-up over the baseline per setting</title>')
-    parts += [_tick(value, scale, bottom) for value in ratio_ticks(scale)]
+    parts += [_tick(value, scale, bottom, len(shown)) for value in ratio_ticks(scale)]
     parts += [_bar(timing, index * _ROW, scale) for index, timing in enumerate(shown)]
     return "\n".join([*parts, "</svg>"])
 
@@ -64,13 +64,16 @@ def _bar(timing: Timing, top: int, scale: Scale) -> str:
     )
 
 
-def _tick(value: float, scale: Scale, bottom: int) -> str:
+def _tick(value: float, scale: Scale, bottom: int, rows: int) -> str:
+    """A line beside every bar, below the row's label; the last one reaches the axis."""
     x = scale.at(value)
     kind = "one" if value == 1 else "tick"
-    return (
-        f'<line class="{kind}" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{bottom}"/>'
-        f'<text class="axis" x="{x:.2f}%" y="{bottom + 18}" text-anchor="middle">{value:g}x</text>'
+    ends = [*(_ROW * row for row in range(1, rows)), bottom]
+    lines = (
+        f'<line class="{kind}" x1="{x:.2f}%" x2="{x:.2f}%" y1="{_ROW * row + _LABEL}" y2="{end}"/>'
+        for row, end in enumerate(ends)
     )
+    return "".join(lines) + f'<text class="axis" x="{x:.2f}%" y="{bottom + 18}" text-anchor="middle">{value:g}x</text>'
 
 
 def _x(value: float, scale: Scale) -> float:

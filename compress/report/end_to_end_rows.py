@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from compress.records import Speed
-from compress.records.speed import EndToEnd
+from compress.records.speed import END_TO_END, ENERGY, EndToEnd
 from compress.report import format as fmt
 from compress.report.format import NOT_MEASURED, clean
 from compress.report.table import Row, Table
 
-_NAME, _ENERGY = "end to end", "energy"
 _COLUMNS = ("part of a request", "baseline", "variant", "speed-up")
 
 
@@ -18,9 +17,9 @@ def end_to_end_table(speed: Speed) -> Table:
     if found is not None:
         rows = _rows(found)
         notes = (f"One request: {clean(found.what)}. Medians of {found.rounds} rounds.", *_notes(found))
-    elif _NAME in speed.unavailable:
+    elif END_TO_END in speed.unavailable:
         rows = (("whole request", NOT_MEASURED, NOT_MEASURED, NOT_MEASURED),)
-        notes = (clean(f"Not measured: {speed.unavailable[_NAME]}", limit=600),)
+        notes = (clean(f"Not measured: {speed.unavailable[END_TO_END]}", limit=600),)
     else:
         rows, notes = (), ()
     return Table("end-to-end", "End to end", _COLUMNS, "lrrr", rows, notes=notes)
@@ -41,8 +40,8 @@ def energy_table(speed: Speed) -> Table:
             f"{found.block_s:g} s or more; noise floor {fmt.speedup(1.0, found.control)[1]}. The counter counts all "
             "that runs there, other programs too.",
         )
-    elif _ENERGY in speed.unavailable:
-        rows, notes = (), (clean(f"Unavailable: {speed.unavailable[_ENERGY]}", limit=600),)
+    elif ENERGY in speed.unavailable:
+        rows, notes = (), (clean(f"Unavailable: {speed.unavailable[ENERGY]}", limit=600),)
     else:
         rows, notes = (), ()
     columns = ("setting", "baseline J", "variant J", "baseline / variant", "verdict")

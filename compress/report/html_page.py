@@ -14,6 +14,7 @@ from compress.report.table import Block, Page, Table, Tile, grouped
 
 MAX_BYTES = 300_000  # of a page with all that is in it
 _LONG_NAME, _LONG_TEXT = 14, 24
+_SHOWN_WARNINGS = 3  # those after them are folded
 # cells with a class of their own
 _WORDS = frozenset({"faster", "slower", "same", "inconclusive", "FAILED", "NO", "met"})
 _QUIET = frozenset({"not measured", "reference", "-"})
@@ -37,7 +38,7 @@ def page_html(page: Page, drawings: Mapping[str, Drawing], data: Iterable[tuple[
     first, *others = page.main or (None,)
     groups = grouped(page)
     parts = [_head(page), "<body>", _header(page), _nav([name for name, _ in groups]), "<main>"]
-    parts.append(_section(first, drawings, beside=_next_steps(page.next_steps)) if first else "")
+    parts.append(_section(first, drawings) if first else "")
     gates, later = [[table for table in others if (table.key == "gates") is wanted] for wanted in (True, False)]
     parts += [*(_section(table, drawings) for table in gates), _warnings(page.warnings)]
     parts += [_section(table, drawings) for table in later]
@@ -65,6 +66,7 @@ def _header(page: Page) -> str:
     failed = " failed" if page.failed else ""
     tiles = "".join(map(_tile, page.tiles))
     shown = f'\n<dl class="tiles">{tiles}</dl>' if tiles else ""
+    shown += f"\n{_next_steps(page.next_steps)}" if page.next_steps else ""
     return (
         f'<header>\n<p class="brand">compress report</p>\n<h1>{escape(page.title)}</h1>\n'
         f'<p class="verdict{failed}">{escape(page.verdict)}</p>{shown}\n<dl class="facts">{facts}</dl>\n</header>'
@@ -104,8 +106,14 @@ def _with_code(text: str) -> str:
 def _warnings(texts: Sequence[str]) -> str:
     if not texts:
         return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return f'<section class="warnings" aria-labelledby="warn"><h2 id="warn">Warnings</h2><ul>{items}</ul></section>'
+    shown, more = _listed(texts[:_SHOWN_WARNINGS]), texts[_SHOWN_WARNINGS:]
+    if more:
+        shown += f"<details><summary>More warnings: {len(more)}</summary>{_listed(more)}</details>"
+    return f'<section class="warnings" aria-labelledby="warn"><h2 id="warn">Warnings</h2>{shown}</section>'
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>"
 
 
 def _group(name: str, tables: Sequence[Table], drawings: Mapping[str, Drawing]) -> str:
@@ -114,14 +122,12 @@ def _group(name: str, tables: Sequence[Table], drawings: Mapping[str, Drawing]) 
     return f'<section class="group" aria-labelledby="{_anchor(name)}">\n{title}\n{sections}\n</section>'
 
 
-def _section(table: Table, drawings: Mapping[str, Drawing], heading: str = "h2", beside: str = "") -> str:
+def _section(table: Table, drawings: Mapping[str, Drawing], heading: str = "h2") -> str:
     drawing, key = drawings.get(table.key), escape(table.key)
     figure = ""
     if drawing:
         caption = f"<figcaption>{escape(drawing.caption)}</figcaption>"
         figure = f'<figure aria-labelledby="title-{key}">\n{drawing.svg}\n{caption}\n</figure>\n'
-    if beside:
-        figure = f'<div class="lead">\n{figure}{beside}\n</div>\n' if figure else f"{beside}\n"
     body = _table(table) if table.rows else f'<p class="quiet">{escape(table.empty)}</p>'
     if table.folded and table.rows:
         body = f"<details>\n<summary>As a table: {len(table.rows)} rows</summary>\n{body}\n</details>"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from compress.records import Gate, Report
+from compress.records.speed import LONGER
 from compress.report import format as fmt
 from compress.report.format import clean
 from compress.report.heat_rows import heat_of
@@ -73,9 +74,16 @@ def _speed(report: Report, out: str) -> Iterable[str]:
                 f"then `compress profile {out}` times it."
             )
         return
-    if headline.verdict == "inconclusive":
-        yield f"The speed is not settled: `compress profile {out} --budget 120` times longer. Let nothing else run."
-    elif headline.verdict == "slower":
+    opened = [timing.name for timing in report.speed.timings if timing.is_open] if report.speed else []
+    if opened:
+        command = LONGER.replace(UNKNOWN, out)
+        if report.speed and report.speed.processes > 1:  # which was not enough
+            command = command.replace("--budget 60", "--budget 240")
+        yield (
+            f"`{command}` settles the speed at {fmt.listing(opened, limit=2)}: it times longer, in three fresh "
+            "processes. Let nothing else run."
+        )
+    if headline.verdict == "slower":
         yield "Slower here: `compress plan` names the layers without a fast kernel on this profile, and what would be."
 
 

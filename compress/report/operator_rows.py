@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from html import escape
 
 from compress.records import Speed
-from compress.records.speed import OperatorTime, OperatorTimes
+from compress.records.speed import OPERATORS, OperatorTime, OperatorTimes
 from compress.report import format as fmt
 from compress.report.format import NOT_MEASURED, clean
 from compress.report.table import Row, Table
 
-KEY, _NAME = "operator-times", "operators"
+KEY = "operator-times"
 CAPTION = "Pale: baseline; full: variant. Seconds of all operators of a kind in one call, the same scale for all."
 MOST_ROWS, MOST_BARS = 20, 8
 _ROW, _BAR = 44, 9  # pixels
@@ -32,9 +32,9 @@ def operator_table(speed: Speed) -> Table:
             "its own that is never timed. Counting takes time, and so does the runtime between operators; neither is "
             "in here. No interval, so no verdict.",
         )
-    elif _NAME in speed.unavailable:
+    elif OPERATORS in speed.unavailable:
         rows = (("-", *(NOT_MEASURED,) * 6),)
-        notes = (clean(f"Not measured: {speed.unavailable[_NAME]}", limit=600),)
+        notes = (clean(f"Not measured: {speed.unavailable[OPERATORS]}", limit=600),)
     return Table(KEY, "Time by operator", columns, "lrrrrrr", rows, notes=notes)
 
 

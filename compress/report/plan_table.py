@@ -9,7 +9,7 @@ from compress.records import Plan, PlannedLayer
 from compress.report import format as fmt
 from compress.report.detail_rows import pattern, patterns
 from compress.report.format import clean
-from compress.report.predicted_rows import ARTIFACT_SIZE, predictions
+from compress.report.predicted_rows import ARTIFACT_SIZE, TIME, predictions
 from compress.report.table import Table, capped
 from compress.report.terminal import print_line, print_table
 
@@ -32,25 +32,30 @@ def show_plan(plan: Plan, console: Console) -> None:
         print_line(console, "A run would stop here: this profile cannot store what the recipe asks for.", "bold red")
     for text in dict.fromkeys(plan.refusals):
         print_line(console, f"refused: {clean(text, limit=600)}", "bold red")
+    if plan.refusals and plan.other_targets:
+        print_line(console, f"would be stored with: --target {' or '.join(plan.other_targets)}", "bold")
     for text in dict.fromkeys(plan.warnings):
         print_line(console, f"warning: {clean(text, limit=600)}", "yellow")
+    for text in dict.fromkeys(plan.notes):
+        print_line(console, f"note: {clean(text, limit=600)}")
     for table in plan_tables(plan):
         print_table(console, table)
 
 
 def plan_tables(plan: Plan) -> tuple[Table, ...]:
-    """In the order of the page."""
-    return _cost_table(plan), _latency_table(plan), _layer_table(plan), _match_table(plan), _untouched_table(plan)
+    """In the order of the page. What is refused has no costs."""
+    costs = () if plan.refusals else (_cost_table(plan), _latency_table(plan))
+    return *costs, _layer_table(plan), _match_table(plan), _untouched_table(plan)
 
 
 def _cost_table(plan: Plan) -> Table:
     found = predictions(plan)
     change = fmt.times_smaller(plan.source_bytes, plan.predicted_artifact_bytes)
-    if change and not plan.refusals:
+    if change:
         words = "the same as" if change == "the same" else f"{change} than"
         found[ARTIFACT_SIZE] += f" ({words} the source, {fmt.size(plan.source_bytes)})"
-    notes = ("The artifact size leaves out the refused layers.",) if plan.refusals else ()
-    return Table("cost", "Costs", ("quantity", "predicted"), "ll", tuple(found.items()), notes=notes)
+    found[TIME] += " on idle cores of this machine"
+    return Table("cost", "Costs", ("quantity", "predicted"), "ll", tuple(found.items()))
 
 
 def _latency_table(plan: Plan) -> Table:
@@ -63,11 +68,14 @@ def _latency_table(plan: Plan) -> Table:
         )
         for one in plan.predicted_latency
     )
-    notes = ("At best: bytes at the profile's bandwidth, products at its dense peak, nothing else counted.",)
+    notes = (
+        "By the profile's figures of its kernels where it has them (`compress hardware calibrate`); else at best: "
+        "bytes at its bandwidth, products at its dense peak, nothing else counted.",
+    )
     columns = ("setting", "uncompressed", "compressed", "bound by")
     return Table(
         "latency",
-        "Latency (roofline, predicted)",
+        "Latency (predicted)",
         columns,
         "lrrl",
         rows,
@@ -118,7 +126,7 @@ def _stored(layers: Sequence[PlannedLayer]) -> str:
 
 
 def _remarks(plan: Plan) -> tuple[str, ...]:
-    """Tied weights, and what the fast kernels have to say; the warnings and refusals tell the others' notes."""
+    """Tied weights, and what the fast kernels have to say; the plan's notes and refusals tell the others' notes."""
     tied = [(layer.layer, [user for user in layer.users if user != layer.layer]) for layer in plan.layers]
     told = [f"{name} also serves {', '.join(users)}" for name, users in tied if users]
     fast = [layer for layer in plan.layers if layer.kernel == "fast" and layer.note]

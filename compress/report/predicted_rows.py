@@ -31,13 +31,14 @@ def prediction_table(report: Report) -> Table:
 
 
 def latency_table(report: Report) -> Table:
-    """Speed-ups at best, by a roofline, and what the timing of the same setting found."""
+    """Predicted speed-ups, and what the timing of the same setting found."""
     found = report.plan.predicted_latency if report.plan else ()
     rows, notes = capped(
         (_latency_row(one, report.speed) for one in found),
         (
-            "Predicted at best: bytes at the profile's bandwidth, products at its dense peak, nothing else counted. A "
-            "roofline of a model that fits a cache says little.",
+            "Predicted by the profile's figures of its kernels where it has them; else at best: bytes at its "
+            "bandwidth, products at its dense peak, nothing else counted. Of a model that fits a cache this says "
+            "little.",
         ),
     )
     columns = ("setting", "baseline, predicted", "variant, predicted", "bound by", "speed-up, predicted", "measured")
@@ -62,7 +63,7 @@ def setting(one: PredictedLatency) -> str:
 
 
 def ratio(one: PredictedLatency) -> float:
-    """Predicted speed-up at best."""
+    """Predicted speed-up."""
     return one.baseline_s / one.variant_s if one.variant_s > 0 else float("nan")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from compress.records import Gate, Report
+from compress.records.speed import LONGER
 from compress.report import format as fmt
 from compress.report.detail_rows import float_note, layer_tables, run_tables
 from compress.report.format import clean
@@ -42,7 +43,7 @@ def build_page(report: Report, folder: Path | None = None) -> Page:
         failed=unmet or disagrees,
         facts=_facts(report),
         main=tuple(table for table in main if table.rows or table.empty),
-        warnings=_warnings(report),
+        warnings=_warnings(report, argument(folder)),
         details=tuple(table for table in details if table.rows or table.empty),
         blocks=_blocks(report, argument(folder)),
         tiles=tiles_of(report),
@@ -66,12 +67,13 @@ def _main_table(report: Report) -> Table:
     predicted = predicted_speedup(report.plan, timing)
     assumed = None
     if predicted is not None and report.plan is not None:
-        assumed = fmt.size(report.plan.predicted_artifact_bytes), f"{fmt.significant(ratio(predicted))}x at best"
+        assumed = fmt.size(report.plan.predicted_artifact_bytes), f"{fmt.significant(ratio(predicted))}x"
     arms = report.baseline_quality, report.artifact_quality, report.memory_quality
     sizes = report.source_bytes, report.artifact_bytes
     table = quality_table(*arms, sizes, timing, assumed)
     gates = () if report.gates else ("No gates were set.",)
-    return replace(table, notes=(*table.notes, *_size_note(report), *gates, *float_note(report)))
+    planned = tuple(clean(text, limit=600) for text in report.plan.notes) if report.plan else ()
+    return replace(table, notes=(*table.notes, *_size_note(report), *gates, *float_note(report), *planned))
 
 
 def _size_note(report: Report) -> tuple[str, ...]:
@@ -100,11 +102,11 @@ def _facts(report: Report) -> tuple[tuple[str, str], ...]:
     return tuple((name, clean(value, limit=120)) for name, value in facts if value.strip())
 
 
-def _warnings(report: Report) -> tuple[str, ...]:
+def _warnings(report: Report, out: str) -> tuple[str, ...]:
     planned = (*report.plan.warnings, *report.plan.refusals) if report.plan else ()
     texts = [text for text in report.warnings if text not in planned]
     texts += [*speed_warnings(report.speed), *(f"plan: {text}" for text in planned)]
-    shown = [clean(text, limit=600) for text in dict.fromkeys(texts)]
+    shown = [clean(text, limit=600).replace(LONGER, LONGER.replace(UNKNOWN, out)) for text in dict.fromkeys(texts)]
     limit = 40
     return tuple(shown) if len(shown) <= limit else (*shown[:limit], f"{len(shown) - limit} more are in report.json.")
 

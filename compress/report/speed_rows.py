@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from compress.records import Footprint, Speed, SpeedVerdict, Timing
-from compress.records.speed import ArmTiming, BestAgainstBest
+from compress.records.speed import LONGER, ArmTiming, BestAgainstBest
 from compress.report import format as fmt
 from compress.report.end_to_end_rows import end_to_end_table, energy_table
 from compress.report.format import NOT_MEASURED, clean
@@ -21,8 +21,8 @@ _LEGEND: dict[SpeedVerdict, str] = {
     "faster": "faster: the whole interval lies above 1 and beyond the noise floor.",
     "slower": "slower: the whole interval lies below 1 and beyond the noise floor.",
     "same": "same: the whole interval lies within 1% of 1, or within a noise floor of at most 5%.",
-    "inconclusive": "inconclusive: none of faster, slower and same can be said; more rounds (--budget) or a quieter "
-    "machine would narrow the interval.",
+    "inconclusive": "inconclusive: none of faster, slower and same can be said; more rounds "
+    f"({LONGER}) or a quieter machine would narrow the interval.",
 }
 
 

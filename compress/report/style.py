@@ -4,7 +4,7 @@ of layers on one hue from light to dark, which is told apart without colour as w
 _LIGHT = """
   --page: #faf9f7; --card: #ffffff; --ink: #1b2026; --soft: #59636d; --line: #e4e1db; --head: #f5f3ef;
   --good: #0072b2; --bad: #b34700; --even: #59636d; --open: #8a5a83; --noise: #00000014; --accent: #0072b2;
-  --beyond: #b3470012; --band: #0072b226; --on: #ffffff; --on3: #000; --on4: #000; --on5: #fff;
+  --beyond: #b3470012; --band: #0072b226; --edge: #1b202647; --on: #ffffff; --on3: #000; --on4: #000; --on5: #fff;
   --h0: #eef3f8; --h1: #d3e3f0; --h2: #acccdf; --h3: #7fafcb; --h4: #4f8fb5; --h5: #2a6c97; --h6: #134a72;
   --p0: #0072b2; --p1: #56b4e9; --p2: #009e73; --p3: #b8860b; --p4: #d55e00; --p5: #a8577e; --p6: #6b7680;
   --p7: #a3abb2; --p8: #ccd1d5;
@@ -12,7 +12,7 @@ _LIGHT = """
 _DARK = """
   --page: #121518; --card: #191d21; --ink: #e7e9eb; --soft: #9ca6af; --line: #2d3339; --head: #20252a;
   --good: #56b4e9; --bad: #f0903c; --even: #9ca6af; --open: #cc9fc4; --noise: #ffffff1f; --accent: #56b4e9;
-  --beyond: #f0903c1a; --band: #56b4e933; --on: #0b0e10; --on3: #fff; --on4: #000; --on5: #000;
+  --beyond: #f0903c1a; --band: #56b4e933; --edge: #000000b3; --on: #0b0e10; --on3: #fff; --on4: #000; --on5: #000;
   --h0: #1f2930; --h1: #213a4a; --h2: #225067; --h3: #276a89; --h4: #3b8bb0; --h5: #6db3d4; --h6: #b9e0f2;
   --p0: #56b4e9; --p1: #2f7fb0; --p2: #2fbf97; --p3: #e0b040; --p4: #f0903c; --p5: #cc9fc4; --p6: #9ca6af;
   --p7: #66717a; --p8: #444d55;
@@ -78,6 +78,7 @@ section { margin: 2.6rem 0 0; min-width: 0; }
 .next, .warnings {
   padding: .9rem 1.2rem 1rem; border: 1px solid var(--line); border-radius: 6px; background: var(--card);
 }
+header .next { margin: 0 0 1.6rem; }
 .next { border-left: 4px solid var(--accent); }
 .warnings { margin-top: 1rem; border-left: 4px solid var(--bad); }
 .next h2, .warnings h2 { margin-bottom: .4rem; font-size: 1.02rem; }
@@ -88,7 +89,13 @@ section { margin: 2.6rem 0 0; min-width: 0; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .scroll {
   width: fit-content; min-width: min(100%, 32rem); max-width: 100%; overflow-x: auto;
-  background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  border: 1px solid var(--line); border-radius: 6px;
+  background: /* a shadow where there is more to the side: the first two scroll along and cover it at the ends */
+    linear-gradient(to right, var(--card) 40%, transparent) left / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--card) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to right, var(--edge), transparent) left / 1.1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--edge), transparent) right / 1.1rem 100% no-repeat scroll,
+    var(--card);
 }
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { width: 100%; border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums lining-nums; }
@@ -125,7 +132,6 @@ td.long { min-width: 13rem; }
   max-width: 60rem; margin: .6rem 0 0; padding: 0; list-style: none; color: var(--soft); font-size: .82rem;
   overflow-wrap: anywhere;
 }
-.lead .next { margin: 0 0 1.2rem; }
 summary { cursor: pointer; width: fit-content; padding: .3rem 0; color: var(--accent); font-size: .88rem; }
 details[open] > summary { margin-bottom: .4rem; }
 figure { margin: 0 0 1.1rem; max-width: 50rem; }

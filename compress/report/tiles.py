@@ -29,7 +29,9 @@ def _speed(timing: Timing | None) -> Tile:
     if timing is None:
         return Tile("Speed", NOT_MEASURED, tone="quiet")
     value, bounds = fmt.speedup(timing.speedup, timing.interval)
-    return Tile("Speed", value, f"{timing.verdict}, {bounds}, {timing.name}", TONES[timing.verdict])
+    detail = f"{timing.verdict}, {bounds}, {timing.name}"
+    detail += f"; provisional: {timing.provisional}" if timing.provisional else ""
+    return Tile("Speed", value, detail, TONES[timing.verdict])
 
 
 def _size(report: Report) -> Tile:

@@ -15,11 +15,8 @@ _MAX_NAMED = 3
 
 
 def headline_timing(speed: Speed | None) -> Timing | None:
-    """The decode setting with the smallest batch, else the first setting (of images that with the smallest batch)."""
-    if speed is None or not speed.timings:
-        return None
-    decode = [timing for timing in speed.timings if timing.phase == "decode"]
-    return min(decode, key=lambda timing: timing.batch) if decode else speed.timings[0]
+    """See `leading`; None where nothing was timed."""
+    return speed.lead if speed is not None and speed.timings else None
 
 
 def headline_metric(quality: Quality | None) -> tuple[str, Metric] | None:
@@ -113,6 +110,7 @@ def _speed(speed: Speed | None) -> list[str]:
 def _headline(timing: Timing) -> str:
     value, bounds = fmt.speedup(timing.speedup, timing.interval)
     interval = f"{fmt.level(timing.interval)} {bounds}"
+    interval += f"; provisional: {timing.provisional}" if timing.provisional else ""
     if timing.verdict == "faster":
         return f"{timing.name} is {value} faster ({interval})"
     if timing.verdict == "slower":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import ResourceError, UsageError
-from compress.files import umask
+from compress.files import whole_file
 from compress.inputs.prompts import read_texts
 from compress.models.embedding import Pool
 from compress.models.model import Task
@@ -100,13 +99,8 @@ def text_rows(
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """An .npz, complete or absent. Raises: ResourceError where it cannot be written."""
-    name = ""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, suffix=".npz", delete=False) as stream:
-            name = stream.name
+        with whole_file(path) as beside, beside.open("wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
-        Path(name).chmod(0o666 & ~umask())  # a temporary file is its owner's alone
-        Path(name).replace(path)
     except OSError as error:
-        Path(name).unlink(missing_ok=True) if name else None
         raise ResourceError(f"{path} cannot be written ({error}).") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,12 @@ def probe(session: Probed, prompt: int, tokens: int) -> dict[str, float]:
         session.greedy(ids[0].tolist(), tokens)
     peak: Callable[[], int] = getattr(session, "peak_memory", peak_memory)
     return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak()}
+
+
+def command(module: str, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
+    """What runs a runtime's module in a process of its own, as `main` reads it."""
+    given = ("--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens))
+    return [sys.executable, "-m", module, str(folder), *given]
 
 
 def main(load: Callable[[Path, int], Probed]) -> None:

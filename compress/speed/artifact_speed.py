@@ -39,6 +39,7 @@ def measure_artifact(
         processes=processes,
         progress=progress,
     )
+    progress.begin("Timing whole requests")
     return with_end_to_end(
         speed,
         lambda: measure_end_to_end(baseline, variant, machine, model.task, material, seed=seed, budget_s=budget_s),

@@ -23,7 +23,7 @@ from compress.inputs.pictures import ImageInput, read_pictures
 from compress.inputs.prompts import Reader, read_reader
 from compress.inputs.windows import Windows
 from compress.models.model import Task
-from compress.records.speed import EndToEnd, SpanName, Speed
+from compress.records.speed import END_TO_END, EndToEnd, SpanName, Speed
 from compress.speed import disturbance
 from compress.speed.measure import thread_count
 from compress.speed.spans import AFTER, BEFORE, COMPUTE, Request, Stopwatch, end_to_end_record, time_requests
@@ -36,7 +36,6 @@ FEWEST_REQUESTS = 3 * MIN_ROUNDS + 4
 """Rounds of baseline, variant and baseline again, after the warm-up."""
 MOST_BUDGETS = 4
 """So many times the budget of a setting may be spent where requests are long."""
-NAME = "end to end"
 _OF_TEXT: Mapping[SpanName, str] = {
     BEFORE: "tokenization",
     COMPUTE: "the model: the prompt and each further token",
@@ -111,7 +110,7 @@ def with_end_to_end(speed: Speed, measure: Callable[[], EndToEnd]) -> Speed:
     try:
         return speed.model_copy(update={"end_to_end": measure()})
     except (UnsupportedError, UsageError) as error:
-        return speed.model_copy(update={"unavailable": {**speed.unavailable, NAME: str(error)}})
+        return speed.model_copy(update={"unavailable": {**speed.unavailable, END_TO_END: str(error)}})
 
 
 def measure_end_to_end(
@@ -224,5 +223,5 @@ def _require_short(requests: Mapping[str, Request], budget_s: float) -> None:
         wanted = math.ceil(FEWEST_REQUESTS * longest_s / MOST_BUDGETS)
         raise UnsupportedError(
             f"one request takes {longest_s:.2g} s, and {FEWEST_REQUESTS} of them are the least that an interval needs; "
-            f"time it with --budget {wanted}"
+            f"time it with compress profile OUT --budget {wanted}"
         )

@@ -21,7 +21,6 @@ from compress.speed.disturbance import read_text
 from compress.stats.intervals import MIN_ROUNDS, speed_verdict, speedup
 
 MOST_ROUNDS, WARMUP_CALLS = 30, 3
-NAME = "energy"
 _WORDS: dict[SpeedVerdict, EnergyVerdict] = {
     "faster": "less",
     "slower": "more",

@@ -1,18 +1,19 @@
 """One layer per kind of ONNX Runtime kernel, with what it must compute: for `doctor` and `hardware calibrate`.
 
-Imports numpy, onnx and onnxruntime only.
+Of other packages it imports numpy, onnx and onnxruntime only.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from compress.files import scratch_folder
 
 Array = NDArray[Any]
 MICROSOFT = "com.microsoft"
@@ -40,6 +41,24 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A square layer of one kernel: the operator with its attributes and constants, the weight (out, in) that they
+    stand for, and the bytes that an artifact stores of it (scales of blocks in 2). block: 0 where a scale is for a
+    whole row, or there is none; axis: of the outputs, in every constant."""
+
+    name: str
+    use: str
+    bits: int
+    operator: str
+    constants: Mapping[str, Array]
+    decoded: Array
+    stored_bytes: int
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    block: int = 0
+    axis: int = -1
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a runtime did with a probe. problem: empty where it ran and agreed on the expected kernel."""
 
@@ -53,7 +72,8 @@ def probes(size: int = 64, seed: int = 0) -> list[Probe]:
     """All kinds, as square layers of `size` inputs and outputs (a multiple of 32)."""
     maker = np.random.default_rng(seed)
     weight = maker.standard_normal((size, size)).astype(np.float32)
-    return [_float(weight), *(_blocks(weight, bits) for bits in (4, 8, 2)), _dynamic(weight), _convolution(maker)]
+    made = (plain(weight), *(blocks(weight, bits) for bits in (4, 8, 2)), dynamic(weight))
+    return [*map(_probe, made), _convolution(maker)]
 
 
 def check(probe: Probe, threads: int = 1) -> Outcome:
@@ -79,8 +99,8 @@ def open_probe(probe: Probe, threads: int) -> tuple[Any, tuple[str, ...]]:
     import onnx
     import onnxruntime
 
-    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
-        path = Path(folder) / "executed.onnx"
+    with scratch_folder() as folder:
+        path = folder / "executed.onnx"
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
@@ -105,53 +125,73 @@ def _model(nodes: list[Any], inputs: list[int | str], outputs: list[int | str], 
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
-def _rows(size: int) -> Callable[[int], Array]:
+def rows(size: int) -> Callable[[int], Array]:
+    """A maker of so many inputs of this size."""
     return lambda batch: np.random.default_rng(1).standard_normal((batch, size)).astype(np.float32)
 
 
-def _float(weight: Array) -> Probe:
-    from onnx import helper
+def _probe(product: Product) -> Probe:
+    weight, bound = product.decoded, EXACT if product.use == "float" else ROUNDED
+    operators, make = frozenset({product.operator}), rows(len(weight))
+    return Probe(
+        product.name, product.use, product.bits, chain(product), make, lambda x: x @ weight.T, operators, bound
+    )
 
-    size = len(weight)
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-    graph = _model(nodes, ["batch", size], ["batch", size], {"w": np.ascontiguousarray(weight.T)})
-    return Probe("float32", "float", 32, graph, _rows(size), lambda x: x @ weight.T, frozenset({"MatMul"}), EXACT)
+
+def plain(weight: Array) -> Product:
+    """MatMul in float32."""
+    return Product("float32", "float", 32, "MatMul", {"w": np.ascontiguousarray(weight.T)}, weight, weight.nbytes)
 
 
-def _blocks(weight: Array, bits: int) -> Probe:
-    """MatMulNBits: symmetric codes in blocks of 32, lowest bits first, with 8-bit activations (accuracy level 4)."""
-    from onnx import helper
-
+def blocks(weight: Array, bits: int, block: int = BLOCK) -> Product:
+    """MatMulNBits: symmetric codes in blocks, lowest bits first, with 8-bit activations (accuracy level 4)."""
     size, middle = len(weight), 1 << (bits - 1)
-    blocks = weight.reshape(size, -1, BLOCK)
-    scales = np.abs(blocks).max(-1, keepdims=True) / middle
-    codes = np.clip(np.rint(blocks / scales) + middle, 0, 2**bits - 1).astype(np.uint8)
+    parts = weight.reshape(size, -1, block)
+    scales = np.abs(parts).max(-1, keepdims=True) / middle
+    codes = np.clip(np.rint(parts / scales) + middle, 0, 2**bits - 1).astype(np.uint8)
     decoded = ((codes.astype(np.float32) - middle) * scales).reshape(size, size).astype(np.float32)
     each = 8 // bits
     shifts = (np.arange(each) * bits).astype(np.uint8)
-    packed = np.bitwise_or.reduce(codes.reshape(size, -1, BLOCK // each, each) << shifts, axis=-1)
-    attributes: dict[str, Any] = {"K": size, "N": size, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
-    nodes = [helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain=MICROSOFT, **attributes)]
-    constants = {"w": packed.astype(np.uint8), "s": scales[..., 0].astype(np.float32)}
-    graph = _model(nodes, ["batch", size], ["batch", size], constants)
-    name, operators = f"int{bits} weights, blocks of {BLOCK}", frozenset({"MatMulNBits"})
-    return Probe(name, "weight_only", bits, graph, _rows(size), lambda x: x @ decoded.T, operators, ROUNDED)
+    packed = np.bitwise_or.reduce(codes.reshape(size, -1, block // each, each) << shifts, axis=-1).astype(np.uint8)
+    return Product(
+        f"int{bits} weights, blocks of {block}",
+        "weight_only",
+        bits,
+        "MatMulNBits",
+        {"w": packed, "s": scales[..., 0].astype(np.float32)},
+        decoded,
+        packed.nbytes + 2 * scales.size,
+        {"K": size, "N": size, "bits": bits, "block_size": block, "accuracy_level": 4},
+        block,
+        axis=0,
+    )
 
 
-def _dynamic(weight: Array) -> Probe:
+def dynamic(weight: Array) -> Product:
     """DynamicQuantizeMatMul: a scale per output, inputs rounded to 8 bits at each call."""
-    from onnx import helper
-
-    size = len(weight)
     scales = (np.abs(weight).max(1) / 127).astype(np.float32)
     codes = np.rint(weight / scales[:, None]).astype(np.int8)
     decoded = codes.astype(np.float32) * scales[:, None]
-    nodes = [helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain=MICROSOFT)]
     constants = {"w": np.ascontiguousarray(codes.T), "s": scales}
-    graph = _model(nodes, ["batch", size], ["batch", size], constants)
-    operators = frozenset({"DynamicQuantizeMatMul"})
     name, use = "int8 weights and inputs", "weight_and_activation"
-    return Probe(name, use, 8, graph, _rows(size), lambda x: x @ decoded.T, operators, ROUNDED)
+    return Product(name, use, 8, "DynamicQuantizeMatMul", constants, decoded, codes.nbytes + scales.nbytes)
+
+
+def chain(product: Product, count: int = 1) -> bytes:
+    """The graph of `count` such layers one after another. The outputs of each are those of the one before, moved on by
+    one: onnxruntime keeps equal constants once, and a cache would then hold them all."""
+    from onnx import helper
+
+    values = ["x", *(f"h{place}" for place in range(1, count)), "y"]
+    domain = "" if product.operator == "MatMul" else MICROSOFT
+    nodes: list[Any] = []
+    constants: dict[str, Array] = {}
+    for place, (given, made) in enumerate(pairwise(values)):
+        own = {f"{key}{place}": np.roll(value, place, product.axis) for key, value in product.constants.items()}
+        nodes.append(helper.make_node(product.operator, [given, *own], [made], domain=domain, **product.attributes))
+        constants |= own
+    size = len(product.decoded)
+    return _model(nodes, ["batch", size], ["batch", size], constants)
 
 
 def _convolution(maker: np.random.Generator) -> Probe:

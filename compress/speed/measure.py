@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import hwprofiles
+from compress.defaults import BUDGET_S
 from compress.errors import UnsupportedError, UsageError
 from compress.export import find as find_target
 from compress.hwprofiles import Profile
 from compress.progress import Progress
 from compress.records import Speed, Timing
-from compress.records.speed import Phase
+from compress.records.speed import ENERGY, OPERATORS, Setting
 from compress.speed import disturbance, energy, operators
 from compress.speed.footprint import footprint
 from compress.speed.loads import Loads
@@ -27,15 +28,10 @@ from compress.speed.timing_process import Timed, TimingRequest, time_in_process
 from compress.speed.timing_record import LEAST_PROCESSES, best_against_best, over_processes, timing_record
 from compress.target import Session
 
-BUDGET_S = 20.0
-"""Seconds of timing per setting, all arms together."""
 LONGEST_S = 120.0
 """Seconds that a process may take beside its timing: imports and loading, on a busy machine."""
 SLOW_S = 900.0
 """Seconds that a setting may take beyond its budget: ten rounds are always made, however long its calls take."""
-
-Setting = tuple[Phase, int, int]
-"""Phase, batch, prompt."""
 
 
 def thread_count(profile: Profile) -> int:
@@ -84,7 +80,9 @@ def measure(
         seed=seed,
         budget_s=budget_s,
     )
+    progress.begin("Loading the baseline and the artifact, to time them")
     timings, name = _time_here(request, progress) if processes == 1 else _time_apart(request, processes, progress)
+    progress.begin("Measuring memory and loading")
     speed = Speed(
         runtime=name,
         threads=threads,
@@ -95,30 +93,29 @@ def measure(
         baseline=footprint(target, baseline, threads, longest),
         variant=footprint(target, variant, threads, longest),
     )
+    progress.begin("Measuring energy and single operators")
     return with_operators(with_energy(speed, request, energy.find_meter), request)
 
 
 def with_energy(speed: Speed, request: TimingRequest, find: Callable[[str], energy.Meter]) -> Speed:
     """The speed with the energy of the setting that leads the verdict, or with the reason why it is not measured.
     find: gives the meter of "cpu" or "cuda"."""
-    target, profile = find_target(request.profile.target), request.profile
+    target, profile, lead = find_target(request.profile.target), request.profile, speed.lead
     provider = profile.runtimes[target.RUNTIME].provider if target.RUNTIME in profile.runtimes else ""
     try:
         is_gpu = getattr(target, "ON_GPU", False) or provider.startswith(("CUDA", "Tensorrt", "NvTensorRT"))
         meter = find("cuda" if is_gpu else "cpu")
-        arms, is_image = _loads(request).sessions, request.image is not None
-        setting = settings_of(profile, arms["baseline"].is_decoder, request.longest, is_image)[0]
         found = energy.measure_energy(
-            _calls(arms, setting, request.image or request.vocabulary, request.seed),
+            _calls(_loads(request).sessions, lead.setting, request.image or request.vocabulary, request.seed),
             meter,
-            setting=speed.timings[0].name,
-            unit="sample" if is_image else "token",
-            units_per_call=tokens_per_call(setting),
+            setting=lead.name,
+            unit="sample" if request.image is not None else "token",
+            units_per_call=tokens_per_call(lead.setting),
             seed=request.seed,
             budget_s=request.budget_s,
         )
     except UnsupportedError as error:
-        return speed.model_copy(update={"unavailable": {**speed.unavailable, energy.NAME: str(error)}})
+        return speed.model_copy(update={"unavailable": {**speed.unavailable, ENERGY: str(error)}})
     return speed.model_copy(update={"energy": found})
 
 
@@ -126,16 +123,16 @@ def with_operators(speed: Speed, request: TimingRequest) -> Speed:
     """The speed with what operators take at the setting that leads the verdict, or with the reason why it is not
     known."""
     target, threads = find_target(request.profile.target), thread_count(request.profile)
-    arms, lead = {"baseline": request.baseline, "variant": request.variant}, speed.timings[0]
-    setting, drawn = (lead.phase, lead.batch, lead.prompt), request.image or request.vocabulary
+    arms, lead = {"baseline": request.baseline, "variant": request.variant}, speed.lead
+    drawn = request.image or request.vocabulary
 
     def bind(session: Session) -> Callable[[], None]:
-        return _calls({lead.name: session}, setting, drawn, request.seed)[lead.name]
+        return _calls({lead.name: session}, lead.setting, drawn, request.seed)[lead.name]
 
     try:
         found = operators.operator_times(target, arms, threads, lead.name, bind)
     except UnsupportedError as error:
-        return speed.model_copy(update={"unavailable": {**speed.unavailable, operators.NAME: str(error)}})
+        return speed.model_copy(update={"unavailable": {**speed.unavailable, OPERATORS: str(error)}})
     return speed.model_copy(update={"operators": found})
 
 
@@ -158,9 +155,12 @@ def time_sessions(
     """Every setting (phase, batch, prompt) of the arms "baseline" and "variant", loaded anew meanwhile. drawn:
     random tokens below it, or random images of this shape."""
     timings = []
-    for place, (phase, batch, prompt) in enumerate(settings):
+    for place, setting in enumerate(settings):
         progress.tick("Timing settings", place, len(settings))
-        timings.append(_time(loads, (phase, batch, prompt), drawn, seed, budget_s, clock))
+        samples = sample_setting(
+            loads, setting, drawn, seed=seed, budget_s=budget_s, clock=clock, between=progress.check
+        )
+        timings.append(setting_record(samples, "variant", setting))
     progress.tick("Timing settings", len(settings), len(settings))
     return tuple(timings)
 
@@ -220,28 +220,6 @@ def _grid(profile: Profile, is_decoder: bool) -> list[Setting]:
     return decode + [("prefill", *cell) for cell in profile.grid.prefill]
 
 
-def _time(
-    loads: Loads,
-    setting: Setting,
-    drawn: int | tuple[int, ...],
-    seed: int,
-    budget_s: float,
-    clock: Clock,
-) -> Timing:
-    """One setting."""
-    phase, batch, prompt = setting
-    samples = sample_setting(loads, setting, drawn, seed=seed, budget_s=budget_s, clock=clock)
-    return timing_record(
-        samples,
-        "baseline",
-        "variant",
-        phase=phase,
-        batch=batch,
-        prompt=prompt,
-        tokens_per_call=tokens_per_call(setting),
-    )
-
-
 def sample_setting(
     loads: Loads,
     setting: Setting,
@@ -250,12 +228,22 @@ def sample_setting(
     seed: int,
     budget_s: float,
     clock: Clock = time.perf_counter,
+    between: Callable[[], None] | None = None,
 ) -> PairedSamples:
     """One setting (phase, batch, prompt) of "baseline" and any other arms, in the same rounds and loads. drawn: see
-    `time_sessions`."""
+    `time_sessions`; between: called before every round, may raise."""
     arms, reload = loads.arms(lambda sessions: _calls(sessions, setting, drawn, seed))
     watch = disturbance.watch()
-    return pair(arms, baseline="baseline", seed=seed, clock=clock, budget_s=budget_s, watch=watch, reload=reload)
+    return pair(
+        arms,
+        baseline="baseline",
+        seed=seed,
+        clock=clock,
+        budget_s=budget_s,
+        watch=watch,
+        reload=reload,
+        between=between,
+    )
 
 
 def _calls(
@@ -274,6 +262,13 @@ def _calls(
     else:
         ids = random.integers(0, drawn, (batch, length), dtype=np.int64)
     return {name: session.call(ids, past) for name, session in arms.items()}
+
+
+def setting_record(samples: PairedSamples, variant: str, setting: Setting) -> Timing:
+    """What `sample_setting` found of an arm against "baseline"."""
+    phase, batch, prompt = setting
+    count = tokens_per_call(setting)
+    return timing_record(samples, "baseline", variant, phase=phase, batch=batch, prompt=prompt, tokens_per_call=count)
 
 
 def tokens_per_call(setting: Setting) -> int:

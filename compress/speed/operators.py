@@ -14,7 +14,6 @@ from compress.errors import UnsupportedError
 from compress.records.speed import OperatorTime, OperatorTimes
 from compress.target import Session, Target
 
-NAME = "operators"
 WARM_CALLS, MOST_CALLS, FEWEST_CALLS = 3, 20, 3
 MOST_S = 5.0
 """Seconds of calls per arm, beyond the fewest."""

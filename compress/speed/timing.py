@@ -46,13 +46,15 @@ def pair(
     looks: Sequence[int] = LOOKS,
     target_half_width: float = 0.02,
     budget_s: float = 120.0,
+    between: Callable[[], None] | None = None,
 ) -> PairedSamples:
     """Time all arms in rounds of fresh seeded order until every interval is narrow enough.
 
     Widths are looked at after `looks` rounds only, never significance. The budget counts warm-up and is checked
     after each round, but never cuts below MIN_ROUNDS, under which there is no interval to report. `watch` reads the
     machine's counters before and after each round (compress.speed.disturbance.watch()). `reload` is done between
-    rounds, several times or, where the budget does not allow for that, never (compress.speed.reloads).
+    rounds, several times or, where the budget does not allow for that, never (compress.speed.reloads). `between` is
+    called before each round, outside of all that is timed, and may raise.
     """
     _check(arms, baseline, looks, min_block_s, budget_s)
     start, random = clock(), np.random.default_rng(seed)
@@ -61,6 +63,8 @@ def pair(
     schedule = _schedule(reload, warmups.values(), start + budget_s, clock()) if reload else None
     session = _Session(arms, baseline, warmups, random, clock, watch, schedule)
     for done in range(1, max(looks) + 1):
+        if between is not None:
+            between()
         session.round()
         if done in looks and session.samples("width", start, target_half_width).narrow:
             return session.samples("width", start, target_half_width)

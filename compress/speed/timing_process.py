@@ -57,7 +57,8 @@ def last_line(command: Sequence[str], most_s: float, failed: str, given: str = "
         child = subprocess.run(command, input=given, capture_output=True, text=True, timeout=most_s, check=False)
     except subprocess.TimeoutExpired as late:
         raise InputError(f"{failed}: it did not end in {most_s:.0f} s.") from late
-    if child.returncode in (-signal.SIGINT, -signal.SIGTERM):  # Ctrl-C reaches the children of a terminal too
+    if child.returncode in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP):
+        # of a terminal Ctrl-C reaches the children too
         raise Interrupted("Stopped; what was finished is kept.", -child.returncode)
     lines = child.stdout.splitlines()
     if child.returncode != 0 or not lines:

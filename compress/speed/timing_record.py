@@ -8,7 +8,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from compress.records.base import Interval
-from compress.records.speed import ArmTiming, BestAgainstBest, EveryRound, Percentiles, Phase, Timing
+from compress.records.speed import (
+    FEW_ROUNDS,
+    LONGER,
+    UNSETTLED,
+    ArmTiming,
+    BestAgainstBest,
+    EveryRound,
+    Percentiles,
+    Phase,
+    Timing,
+)
 from compress.speed.disturbance import WORDS
 from compress.speed.paired_samples import PairedSamples
 from compress.stats.intervals import (
@@ -21,9 +31,7 @@ from compress.stats.intervals import (
 )
 
 DRIFT_P = 0.01
-FEW_ROUNDS = 20
-"""With fewer the interval covers less than it says: 83 % at 10 rounds of correlation 0.6
-(benchmarks/timing/simulate.py)."""
+_AGAIN = f"Time it longer: {LONGER}"
 LEAST_PROCESSES = 3
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
@@ -219,7 +227,7 @@ def timing_warnings(samples: PairedSamples, variant: str) -> tuple[str, ...]:
     found = []
     for name in (samples.baseline, variant):
         if not samples.warmups[name].settled:
-            found.append(f"{name} had not settled after {samples.warmups[name].calls} warm-up calls")
+            found.append(f"{name} {UNSETTLED} after {samples.warmups[name].calls} warm-up calls. {_AGAIN}")
     for name, series in ((variant, samples.log_ratios(variant)), ("the control", samples.control_log_ratios())):
         p = drift(series)
         if p < DRIFT_P:
@@ -228,9 +236,11 @@ def timing_warnings(samples: PairedSamples, variant: str) -> tuple[str, ...]:
     if half > samples.target_half_width:
         end = f"budget spent after {samples.elapsed_s:.0f} s" if samples.stopped == "budget" else "last look reached"
         target = f"±{samples.target_half_width:.1%}"
-        found.append(f"{end} and {samples.rounds} rounds with an interval of ±{half:.1%} where {target} was asked")
+        found.append(
+            f"{end} and {samples.rounds} rounds with an interval of ±{half:.1%} where {target} was asked. {_AGAIN}"
+        )
     if (rounds := int(samples.kept.sum())) < FEW_ROUNDS:
-        found.append(f"{rounds} rounds are few: below {FEW_ROUNDS} the interval may be too narrow. Give more --budget")
+        found.append(f"{rounds} rounds are few: below {FEW_ROUNDS} the interval may be too narrow. {_AGAIN}")
     control = samples.control_interval()
     return (*found, *_load_warning(samples), *_disturbance_warning(samples), *_control_warning(control))
 
@@ -241,8 +251,7 @@ def _load_warning(samples: PairedSamples) -> tuple[str, ...]:
         return ()
     return (
         f"each arm was loaded once: loading all anew takes {samples.too_dear_s:.1f} s, too much of the budget, so what "
-        "differs from one load to the next (up to 4% was seen) is not in the interval. Give more --budget, or "
-        "--processes 3",
+        f"differs from one load to the next (up to 4% was seen) is not in the interval. {_AGAIN}",
     )
 
 

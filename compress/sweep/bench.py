@@ -14,7 +14,7 @@ from pydantic import Field
 
 from compress.engine.disk import require_space
 from compress.engine.journal import Journal
-from compress.errors import CompressError, Interrupted, UsageError
+from compress.errors import CompressError, Interrupted
 from compress.export import find as find_target
 from compress.memory import allowed_memory
 from compress.models.image_source import fitting, timed_shape
@@ -26,7 +26,7 @@ from compress.records import Footprint, Quality, Record, Speed
 from compress.speed.end_to_end import material_of
 from compress.speed.footprint import deployable_bytes, footprint
 from compress.speed.measure import thread_count
-from compress.sweep.executor import Answer, Executor, Processes, workers_that_fit
+from compress.sweep.executor import Answer, Executor, Processes, error_of, workers_that_fit
 from compress.sweep.graphs import shared_graph
 from compress.sweep.judge import MEMORY_FACTOR, Artifact, Stand, judge, time_together, together
 from compress.sweep.records import Difference
@@ -127,13 +127,12 @@ class Bench:
         if "baseline" in self.journal:
             return
         shutil.rmtree(self.baseline, ignore_errors=True)
-        self.progress.tick("Exporting the baseline", 0, 1)
+        self.progress.begin("Exporting the baseline")
         profile, model = self.request.profile, self.setup.model
         graph = shared_graph(self.target, model, profile, (self.folder / STAGES).absolute())
         write_baseline(self.target, model, profile, self.baseline, graph)
         model.release()
         self.journal.add("baseline")
-        self.progress.tick("Exporting the baseline", 1, 1)
 
     def _compress(self, outcome: Outcome) -> None:
         """By the executor, every variant that an earlier try did not finish."""
@@ -219,7 +218,7 @@ class Bench:
         kept = self._step("judged", group, compute)
         outcome.evaluations |= {name: Evaluation(*each) for name, each in kept.evaluations.items()}
         outcome.differences += kept.differences
-        outcome.failures |= {name: _error(*each) for name, each in kept.failures.items()}
+        outcome.failures |= {name: error_of(*each) for name, each in kept.failures.items()}
 
     def _time(self, group: list[str], outcome: Outcome) -> None:
         """Speed and footprints of a group; nothing where what is deployed runs elsewhere."""
@@ -248,8 +247,3 @@ class Bench:
         outcome.differences += kept.differences
         outcome.footprints |= kept.footprints
         outcome.runtime = kept.runtime
-
-
-def _error(message: str, code: int) -> CompressError:
-    kind = next((each for each in CompressError.__subclasses__() if each.exit_code == code), UsageError)
-    return kind(message)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from compress.errors import CompressError, InputError, Interrupted, ResourceError, UnsupportedError, UsageError
+from compress.files import parse_json
 from compress.progress import Progress
 
 Task = Mapping[str, Any]
@@ -211,15 +212,24 @@ def read_answer(code: int, output: str) -> Answer:
         message = str(found["error"]["message"])
     except (IndexError, KeyError, TypeError, ValueError):
         return InputError(f"Its process ended with exit code {code} and no answer.")
-    if code in (130, 143):
+    if code in (129, 130, 143):
         return Interrupted(message, code - 128)
+    return error_of(message, code)
+
+
+def error_of(message: str, code: int) -> CompressError:
+    """The error that ends `compress` with this exit code."""
     return _ERRORS.get(code, InputError)(message)
 
 
 def read_task() -> dict[str, Any]:
     """In a worker: the task, from the first line of standard input. Afterwards the worker ends with its parent."""
-    task = json.loads(sys.stdin.readline())
-    assert isinstance(task, dict)
+    try:
+        task = parse_json(sys.stdin.readline())
+    except ValueError as error:
+        raise UsageError(f"A worker reads its task, one line of JSON, from standard input ({error}).") from error
+    if not isinstance(task, dict):
+        raise UsageError("A worker reads its task, a JSON object, from standard input.")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return task
 

@@ -21,8 +21,11 @@ def shared_graph(target: Target, model: Model, profile: Profile, folder: Path) -
     graph = target.capture(model, profile)
     folder.mkdir(parents=True, exist_ok=True)
     making = path.with_name(f"{path.name}.{os.getpid()}")
-    making.write_bytes(graph)
-    making.replace(path)  # whole or absent, whoever else is writing the same
+    try:
+        making.write_bytes(graph)
+        making.replace(path)  # whole or absent, whoever else is writing the same
+    finally:
+        making.unlink(missing_ok=True)  # what a full disk cut off
     return graph
 
 

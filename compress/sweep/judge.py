@@ -21,9 +21,9 @@ from compress.quality.continuations import Amount, Known, plan_prompts
 from compress.quality.evaluate import Evaluation, evaluate, runners_of, stream_logits
 from compress.quality.token_evaluate import TokenJudge, with_continuations
 from compress.records import Interval, Quality, Timing
-from compress.speed.measure import loads_of, sample_setting, settings_of, thread_count, tokens_per_call
+from compress.records.speed import leading
+from compress.speed.measure import loads_of, sample_setting, setting_record, settings_of, thread_count
 from compress.speed.paired_samples import PairedSamples
-from compress.speed.timing_record import timing_record
 from compress.stats.intervals import noise_floor, paired_difference, speedup
 from compress.sweep.front import Axis
 from compress.sweep.records import Difference
@@ -114,22 +114,29 @@ def _judge_tokens(
 ) -> Judged:
     found, rows = Judged(), windows.rows()
     baseline = stand.session(stand.baseline)
+    progress.begin("Loading the models")
     sessions = {name: stand.session(artifact.folder) for name, artifact in artifacts.items()}
     judges = {name: TokenJudge(windows) for name in artifacts}
     order = next(iter(judges.values())).order
     ordered = [rows[place] for place in order]
-    outputs = {name: stream_logits(artifact.model, ordered) for name, artifact in artifacts.items()}
-    progress.tick("Evaluating windows", 0, len(rows))
-    for done, (place, reference) in enumerate(zip(order, stream_logits(stand.source, ordered), strict=True)):
+    outputs = {
+        name: stream_logits(artifact.model, ordered, progress=progress, name=name)
+        for name, artifact in artifacts.items()
+    }
+    original = stream_logits(stand.source, ordered, progress=progress, name="the original")
+    for done, (place, reference) in enumerate(zip(order, original, strict=True)):
+        progress.tick("Evaluating windows", done, len(rows))
         one = rows[place].numpy()[None]
         first = torch.tensor(baseline.logits(one)[0])  # a copy: a runtime may hand out memory that it writes again
         for name in [name for name in judges if name not in found.failures]:
             try:
                 output = next(outputs[name])
                 judges[name].see(place, first, torch.tensor(sessions[name].logits(one)[0]), reference, output)
+            except Interrupted:
+                raise
             except CompressError as error:
                 found.failures[name] = error
-        progress.tick("Evaluating windows", done + 1, len(rows))
+    progress.tick("Evaluating windows", len(rows), len(rows))
     target, plan = find_target(stand.profile.target), plan_prompts(stand.source, rows, amount)
     known: Known = {}
     for name in [name for name in judges if name not in found.failures]:
@@ -164,28 +171,21 @@ def time_together(
     loads = loads_of({BASELINE: stand.baseline, **folders}, stand.profile, stand.seed)
     source, is_decoder = stand.source, loads.sessions[BASELINE].is_decoder
     settings = settings_of(stand.profile, is_decoder, source.longest, image is not None)
-    lead = min(range(len(settings)), key=lambda place: (settings[place][0] != "decode", settings[place][1], place))
-    if all(phase != "decode" for phase, _, _ in settings):
-        lead = 0
     found, timings = Timed(next(reversed(loads.sessions.values())).name), dict[str, list[Timing]]()
     for place, setting in enumerate(settings):
         progress.tick("Timing settings", place, len(settings))
         budget = budget_s * (1 + len(folders)) / 2
-        samples = sample_setting(loads, setting, image or source.vocabulary, seed=stand.seed, budget_s=budget)
-        phase, batch, prompt = setting
+        samples = sample_setting(
+            loads,
+            setting,
+            image or source.vocabulary,
+            seed=stand.seed,
+            budget_s=budget,
+            between=progress.check,
+        )
         for name in folders:
-            timings.setdefault(name, []).append(
-                timing_record(
-                    samples,
-                    BASELINE,
-                    name,
-                    phase=phase,
-                    batch=batch,
-                    prompt=prompt,
-                    tokens_per_call=tokens_per_call(setting),
-                )
-            )
-        if place == lead:
+            timings.setdefault(name, []).append(setting_record(samples, name, setting))
+        if setting == leading(settings):
             found.differences = _latencies(samples, list(folders))
     progress.tick("Timing settings", len(settings), len(settings))
     found.timings = {name: tuple(each) for name, each in timings.items()}

@@ -35,6 +35,8 @@ def sweep(request: SweepRequest, progress: Progress | None = None, executor: Exe
     require_tools(find_target(request.profile.target), request.profile)
     setup = prepare(request)
     with Workspace(request.out, request.overwrite) as space:
+        files = [name for each in request.recipes for name in (each.calibration.data, each.quality.data)]
+        space.spare(request.model, request.data, *files)
         journal = space.open(setup.shared)
         with disk_errors(space.folder):
             key = _key(request, setup)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from compress.defaults import BUDGET_S
 from compress.errors import CompressError, UsageError
 from compress.hwprofiles import Profile
 from compress.inputs.datasets import Calibration, Samples
@@ -18,7 +19,6 @@ from compress.recipe import Recipe
 from compress.records import Plan
 from compress.run import fingerprint, load_data, refuse
 from compress.run_report import Request
-from compress.speed.measure import BUDGET_S
 from compress.sweep.names import named
 from compress.sweep.records import Limits
 

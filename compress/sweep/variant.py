@@ -118,7 +118,7 @@ def settle(task: VariantTask) -> None:
 
 
 def _prepare(task: VariantTask, journal: Journal, progress: Progress) -> Prepared:
-    started = time.monotonic()
+    started, progress = time.monotonic(), Named(progress, task.name)
     torch.set_num_threads(task.threads)
     request, model = task.request(), load(task.model)
     pipeline = Pipeline.parse(task.recipe.passes)
@@ -131,12 +131,13 @@ def _prepare(task: VariantTask, journal: Journal, progress: Progress) -> Prepare
             folder=task.folder / "model",
             journal=journal,
             device=task.device,
-            progress=Named(progress, task.name),
+            progress=progress,
             shared=SharedStages(task.stages),
         )
         in_passes = peak_memory()
+        progress.begin("Exporting")
         lowered = _export(result, task)
-        verification = _verify(result, lowered, task, windows)
+        verification = _verify(result, lowered, task, windows, progress)
     return Prepared(
         passes=result.passes,
         untied=result.untied,
@@ -162,8 +163,9 @@ def _export(result: Result, task: VariantTask) -> Lowered:
     return lowered
 
 
-def _verify(result: Result, lowered: Lowered, task: VariantTask, windows: Samples) -> Verification:
-    return verify_export(result.model, lowered.folder, task.profile, verification_inputs(windows), lowered.bounds)
+def _verify(result: Result, lowered: Lowered, task: VariantTask, windows: Samples, progress: Progress) -> Verification:
+    inputs = verification_inputs(windows)
+    return verify_export(result.model, lowered.folder, task.profile, inputs, lowered.bounds, progress)
 
 
 def _require_same(stated: Mapping[str, str], found: Mapping[str, str]) -> None:

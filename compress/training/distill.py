@@ -26,11 +26,17 @@ Loss = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that share a learning rate. project: called after each step, to keep them where they may be."""
+    """Tensors that share a learning rate.
+
+    project: called after each step, to keep them where they may be, or to decide codes by them; codes: tensors of whole
+    numbers that it changes, which are kept and put back with the rest; betas: of Adam, where they are not `fit`'s.
+    """
 
     tensors: Sequence[Tensor]
     lr: float
     project: Callable[[], None] | None = None
+    codes: Sequence[Tensor] = ()
+    betas: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,22 +93,27 @@ def fit(
     schedule: Schedule = "linear",
     betas: tuple[float, float] = (0.9, 0.95),
     seed: int = 0,
+    tell: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Minimise a loss over the batches `train` by the tensors of `groups`, in place.
 
     optimizer: `adam` (Kingma & Ba 2015), or `sign`, plain sign descent (AutoRound, arXiv 2309.05516). schedule: of the
-    learning rate, to zero at the last step. Batches are drawn in seeded epochs.
+    learning rate, to zero at the last step. Batches are drawn in seeded epochs. tell: called before each step with the
+    steps done and those allowed, may raise.
     Raises: InputError when the loss is not finite.
     """
     leaves = [tensor for group in groups for tensor in group.tensors]
+    state = [*leaves, *(tensor for group in groups for tensor in group.codes)]
     before = best = _held_out(loss, held)
-    kept, best_step, misses, step = _copies(leaves), 0, 0, 0
+    kept, best_step, misses, step = _copies(state), 0, 0, 0
     order, deadline = _epochs(train, seed), _deadline(budget.minutes)
     stopped: Literal["steps", "minutes", "patience"] = "steps"
     for tensor in leaves:
         tensor.requires_grad_(True)
     descent = _optimizer(optimizer, groups, betas)
     while step < budget.steps:
+        if tell is not None:
+            tell(step, budget.steps)
         _descend(descent, groups, loss, [next(order) for _ in range(budget.batch)], _rate(schedule, step, budget.steps))
         step += 1
         late = time.monotonic() > deadline
@@ -111,19 +122,19 @@ def fit(
         now = _held_out(loss, held)
         misses = 0 if now < best else misses + 1
         if now < best:
-            best, best_step, kept = now, step, _copies(leaves)
+            best, best_step, kept = now, step, _copies(state)
         if late or (budget.patience and misses >= budget.patience):
             stopped = "minutes" if late else "patience"
             break
-    for tensor, value in zip(leaves, kept, strict=True):
+    for tensor, value in zip(state, kept, strict=True):
         tensor.requires_grad_(False)
         tensor.grad = None
         tensor.copy_(value)
     return Outcome(before, best, best_step, step, stopped)
 
 
-def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in leaves]
+def _copies(state: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in state]
 
 
 class _Sign(torch.optim.Optimizer):
@@ -141,7 +152,10 @@ class _Sign(torch.optim.Optimizer):
 
 
 def _optimizer(name: Optimizer, groups: Sequence[Group], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    listed: list[dict[str, Any]] = [{"params": list(group.tensors), "lr": group.lr} for group in groups]
+    listed: list[dict[str, Any]] = [
+        {"params": list(group.tensors), "lr": group.lr, **({"betas": group.betas} if group.betas else {})}
+        for group in groups
+    ]
     return torch.optim.Adam(listed, betas=betas) if name == "adam" else _Sign(listed)
 
 

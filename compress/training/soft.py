@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.formats.base import QuantTensor
 from compress.formats.int_grid import IntGrid
-from compress.layer import ActSpec, Layer
-from compress.training.trainable import straight_through
+from compress.layer import ActSpec, Layer, LayerKind
+from compress.training.trainable import lend, lend_experts, straight_through
 
 # how far a weight may be from its code before it would have been rounded to the next
 HALF = 0.49
@@ -54,6 +56,17 @@ class SoftRounding:
         exact = self.base / scale[:, self.index] + self.offset + self.zero[:, self.index]
         return straight_through(exact.round(), exact).clamp(0, 2**self.form.bits - 1)
 
+    def reencode(self, wish: Tensor, share: float, beam: int) -> None:
+        """Round the weights that are furthest from `wish` (out, in) again, at most a `share` of them. Codes are held;
+        `beam` is not read: there is one nearest code."""
+        assert self.held is not None
+        with torch.no_grad():
+            scale, zero = self._stored_scale()[:, self.index], self.zero[:, self.index]
+            far = (wish - self.weight()).abs().flatten()
+            chosen = far.topk(max(1, int(share * len(far)))).indices
+            wanted = (wish / scale + zero).round().clamp(0, 2**self.form.bits - 1)
+            self.held.view(-1)[chosen] = wanted.flatten()[chosen]
+
     def weight(self) -> Tensor:
         """(out, in) float32 on the grid."""
         scale = self._stored_scale()
@@ -65,6 +78,27 @@ class SoftRounding:
             scale = self._stored_scale()
             packed = self.form.pack(self._codes(scale), {"scale": scale.half(), "zero": self.zero}, self.layer.shape)
         return self.layer.with_weight(packed)
+
+
+class SoftWeight(Protocol):
+    """A layer's weight as a function of what is trained."""
+
+    layer: Layer
+
+    def weight(self) -> Tensor:
+        """(out, in) float32, with gradients."""
+        ...
+
+
+def lend_soft(root: nn.Module, soft: Iterable[SoftWeight]) -> None:
+    """Let the modules of layers and experts compute with their weights as they now are; see `lend`."""
+    stacked = {}
+    for each in soft:
+        if each.layer.kind is LayerKind.EXPERT:
+            stacked[each.layer.name] = each.weight()
+        else:
+            lend(root, each.layer, each.weight())
+    lend_experts(root, stacked)
 
 
 class SoftInput:

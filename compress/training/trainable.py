@@ -16,7 +16,7 @@ from compress.models.skeleton import is_turned
 def lend(root: nn.Module, layer: Layer, weight: Tensor, bias: Tensor | None = None) -> None:
     """Let the modules of a layer compute with a weight (out, in), and a bias, that are no parameters of theirs.
 
-    Until `take_back`, they hide the parameters. Experts: see `lend_experts`.
+    Until `lending` ends, they hide the parameters. Experts: see `lend_experts`.
     """
     for user in layer.users:
         child = root.get_submodule(user)
@@ -50,8 +50,8 @@ def lend_experts(root: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def lending(root: nn.Module, layers: Sequence[Layer], plain: Sequence[str] = ()) -> Iterator[None]:
-    """Afterwards the modules of these layers, and the owners of these tensors, have their own parameters again."""
+def lending(root: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Afterwards the modules of these layers have their own parameters again."""
     try:
         yield
     finally:
@@ -61,9 +61,6 @@ def lending(root: nn.Module, layers: Sequence[Layer], plain: Sequence[str] = ())
                 child = root.get_submodule(path)
                 child.__dict__.pop(key, None)
                 child.__dict__.pop("bias", None)
-        for name in plain:
-            path, _, key = name.rpartition(".")
-            root.get_submodule(path).__dict__.pop(key, None)
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.formats.int_grid import IntGrid
+from compress.hwprofiles import KernelSpeed
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.skeleton import OUTER
 from compress.records import Bounds, Kernel
@@ -33,6 +34,7 @@ class Choice:
     extra_bytes: int = 0
     copies: int = 1
     rounds_inputs: bool = False
+    speed: KernelSpeed | None = None
 
     @property
     def stored_bytes(self) -> int:

@@ -30,3 +30,9 @@ def pack_awq(codes: Tensor) -> Tensor:
     """(rows, n) 4-bit codes → (rows, n / 8) int32, the nibbles of a word in `AWQ_ORDER`. n is a multiple of 8."""
     rows = codes.shape[0]
     return pack_words(codes.reshape(rows, -1, 8)[:, :, AWQ_ORDER].reshape(rows, -1), 4)
+
+
+def wrap_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes as AQLM stores them: those from 2^(bits − 1) on less 2^bits, as int8 up to 8 bits and int16 up to 16."""
+    wrapped = torch.where(codes >= 1 << (bits - 1), codes.int() - (1 << bits), codes.int())
+    return wrapped.to(torch.int8 if bits <= 8 else torch.int16)

@@ -64,8 +64,9 @@ def names(folder: Path) -> list[str]:
 
 
 def _of_module(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """The settings of one module: GPTQModel's `dynamic` has those that differ, by `+:` and a pattern."""
-    found = dict(config)
+    """The settings of one module: GPTQModel's `dynamic` has those that differ, by `+:` and a pattern; VPTQ's
+    `config_for_layers` all of them."""
+    found = {**config, **(config.get("config_for_layers") or {}).get(module, {})}
     for pattern, settings in (config.get("dynamic") or {}).items():
         if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), module):
             found |= settings
@@ -125,9 +126,37 @@ def _bitsandbytes(own: Take, config: Mapping[str, Any]) -> Tensor:
     return (values * scales[torch.arange(rows * columns) // state["blocksize"]]).reshape(rows, columns)
 
 
+def _aqlm(own: Take, config: Mapping[str, Any]) -> Tensor:
+    codes, books = own["codes"].long() % (1 << int(config["nbits_per_codebook"])), own["codebooks"].float()
+    total = sum(books[stage][codes[..., stage]] for stage in range(len(books)))  # (rows, units, outputs, inputs)
+    assert isinstance(total, Tensor)
+    rows, units, height, width = total.shape
+    values = total * own["scales"].float()
+    return values.transpose(1, 2).reshape(rows * height, units * width)
+
+
+def _vptq(own: Take, config: Mapping[str, Any]) -> Tensor:
+    """Main codes are in the low bits of an index, residual ones above."""
+    vector, columns = int(config["vector_lens"][1]), int(config["group_size"])
+    bits = [int(config[name][1]).bit_length() - 1 for name in ("num_centroids", "num_res_centroids")]
+    bits = bits if "res_centroids.weight" in own else bits[:1]
+    groups = []
+    for group, words in enumerate(own["indices"]):
+        left, values = stream_codes(words, sum(bits), columns), torch.zeros(())
+        for name, width in zip(("centroids", "res_centroids"), bits, strict=False):
+            book = own[f"{name}.weight"][group].float().reshape(-1, vector)
+            values = values + book[left % (1 << width)]  # (rows, columns, vector)
+            left = left >> width
+        groups.append(values.transpose(1, 2).reshape(-1, columns))
+    whole = torch.cat(groups, 1)[: int(config["out_features"])]
+    return whole * own["weight_scale"].float() + own["weight_bias"].float()
+
+
 # quant_method → the tensor by which a packed module is known, and what decodes it
 DECODERS: dict[str, tuple[str, Callable[[Take, Mapping[str, Any]], Tensor]]] = {
     "gptq": ("qweight", _gptq),
     "awq": ("qweight", _awq),
     "bitsandbytes": ("weight", _bitsandbytes),
+    "aqlm": ("codes", _aqlm),
+    "vptq": ("indices", _vptq),
 }

@@ -18,6 +18,8 @@ PACKAGES: dict[str | None, tuple[str, ...]] = {
     "gptq": ("gptqmodel", "optimum"),
     "awq": ("gptqmodel", "accelerate"),
     "bitsandbytes": ("bitsandbytes", "accelerate"),
+    "aqlm": ("aqlm", "accelerate"),
+    "vptq": ("vptq", "accelerate", "sentence_transformers"),
 }
 NVFP4 = "nvfp4-pack-quantized"
 
@@ -32,6 +34,10 @@ PACKED_ZERO = (
 PACKED_EXPERTS = (
     "transformers reads no packed experts of this layout (GPTQModel does, by itself): this package's own reader, "
     "written from the format's description, decoded the weights, and the folder has not run in another tool"
+)
+VPTQ_BY_LAYERS = (
+    "transformers loads VPTQ on CUDA GPUs only, and vptq's own loader wants transformers 4: vptq's layers read and "
+    "decoded the weights here, one module at a time, and the folder as a whole has not run in another tool"
 )
 _EXPERT = re.compile(r"[.]experts[.][0-9]+[.]\w+[.]qweight$")
 

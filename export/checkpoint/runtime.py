@@ -8,31 +8,27 @@ session says that it only checked the files.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from compress.errors import InputError, unread
-from compress.export.checkpoint import readback, readers, transform_config
+from compress.export.checkpoint import codebook_readers, readback, readers, transform_config
 from compress.files import read_json
 from compress.models.folder import refuse_code
 from compress.runtime import probing
-from compress.runtime.greedy import greedy
+from compress.runtime.torch_session import TorchSession
 
-Ids = NDArray[np.int64]
 Level = Literal["ran", "built", "checked"]
 
 
-class Session:
+class Session(TorchSession):
     """A checkpoint folder in torch.
 
     Args: threads for torch while a call runs; exact: inputs are rounded by our own grids instead of the reader's, and
@@ -40,92 +36,25 @@ class Session:
     Raises: InputError where transformers does not load the folder, or would fill a part of it with random numbers.
     """
 
-    image_shape = ()
-    """It takes token ids."""
-
     def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
-        self.threads = threads
         raw = _read_config(folder)
         config = raw.get("quantization_config") or {}
         started = time.perf_counter()
         obstacle = _obstacle(folder, config)
         beforehand = obstacle or (exact and readers.needs_float32(config))
-        self.model = _load(folder, raw, _decoded(folder, config) if beforehand else None)
+        model = _load(folder, raw, _decoded(folder, config, obstacle) if beforehand else None)
+        if not beforehand and config.get("quant_method") == "aqlm":
+            codebook_readers.decode_aqlm(model)
         if not beforehand and config.get("quant_method") == "compressed-tensors":
-            readers.decode(self.model, exact)
+            readers.decode(model, exact)
             if exact:
-                readers.our_rounding(self.model)
-        passed_over = _attach(self.model, folder, config)
+                readers.our_rounding(model)
+        passed_over = _attach(model, folder, config)
+        super().__init__(model, threads)
         self.load_s = time.perf_counter() - started
         self.notes = tuple(filter(None, (obstacle, passed_over)))
         self.level: Level = "checked" if self.notes else "ran"
-        self.name = _name(config.get("quant_method"), not obstacle)
-        self.is_decoder = self.model.get_output_embeddings() is not None
-
-    @torch.no_grad()
-    def logits(self, ids: Ids) -> NDArray[np.float32]:
-        """See compress.target.Session."""
-        with self.running():
-            output = self.model(input_ids=torch.from_numpy(ids), **self._uncached())
-        first = output.logits if self.is_decoder else output.last_hidden_state
-        result: NDArray[np.float32] = first.float().numpy()
-        return result
-
-    @torch.no_grad()
-    def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
-        """See compress.target.Session."""
-        cache = None
-
-        def step(ids: Ids, _: Ids) -> torch.Tensor:
-            nonlocal cache
-            output = self.model(input_ids=torch.from_numpy(ids), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            last: torch.Tensor = output.logits[0, -1]
-            return last
-
-        with self.running():
-            return greedy(step, prompt, count, stop)
-
-    @torch.no_grad()
-    def call(self, ids: Ids, past: int) -> Callable[[], None]:
-        """See compress.target.Session. The cached tokens are zeros, read once."""
-        tensor, cache = torch.from_numpy(ids), None
-        if past and self.is_decoder:
-            with self.running():
-                filler = torch.zeros((len(ids), past), dtype=torch.int64)
-                cache = self.model(input_ids=filler, use_cache=True, logits_to_keep=1).past_key_values
-
-        @torch.no_grad()
-        def once() -> None:
-            with self.running():
-                if self.is_decoder:
-                    self.model(input_ids=tensor, past_key_values=_fork(cache), use_cache=True)
-                else:
-                    self.model(input_ids=tensor)
-
-        return once
-
-    def _uncached(self) -> dict[str, Any]:
-        return {"use_cache": False} if self.is_decoder else {}
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """torch with this session's threads."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
-def _fork(cache: Any) -> Any:
-    """A cache that may grow while the original stays: layers put new tensors in place of theirs, none is written to."""
-    if cache is None:
-        return None
-    forked = copy.copy(cache)
-    forked.layers = [copy.copy(layer) for layer in cache.layers]
-    return forked
+        self.name = _name(config.get("quant_method"), obstacle)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -216,21 +145,27 @@ def _obstacle(folder: Path, config: dict[str, Any]) -> str:
             f"{' and '.join(absent)} not installed, so this package's own reader, written from the format's "
             f"description, decoded the {method} weights: the folder has not run in another tool"
         )
+    if method == "vptq":
+        return readers.VPTQ_BY_LAYERS
     return readers.PACKED_ZERO if method == "compressed-tensors" and readers.has_packed_zero(config) else ""
 
 
-def _decoded(folder: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _decoded(folder: Path, config: dict[str, Any], obstacle: str) -> dict[str, torch.Tensor]:
     if config["quant_method"] == "compressed-tensors":
         return readers.decompress_files(readback.stored(folder), config)
+    if obstacle == readers.VPTQ_BY_LAYERS:
+        return codebook_readers.decode_vptq(readback.stored(folder), config)
     return readback.read(folder)
 
 
-def _name(method: str | None, by_reader: bool) -> str:
+def _name(method: str | None, obstacle: str) -> str:
     loader = f"transformers {metadata.version('transformers')}"
     if method is None:
         return f"{loader} CPU"
     package = readers.PACKAGES[method][0]
-    if by_reader:
+    if obstacle == readers.VPTQ_BY_LAYERS:
+        return f"{loader} CPU on weights decoded by {package} {metadata.version(package)}"
+    if not obstacle:
         return f"{loader} CPU with {package.replace('_', '-')} {metadata.version(package)}"
     return f"{loader} CPU on {method} weights decoded beforehand"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
@@ -16,20 +15,23 @@ from torch import Tensor
 
 from compress.errors import UnsupportedError
 from compress.export.checkpoint import transform_config
+from compress.export.checkpoint.aqlm import Aqlm
 from compress.export.checkpoint.awq import Awq
 from compress.export.checkpoint.bitsandbytes import BitsAndBytes
 from compress.export.checkpoint.compressed_tensors import CompressedTensors
 from compress.export.checkpoint.gptq import Gptq
 from compress.export.checkpoint.layout import Choice, Layout, Packed, plain_choice, rows_of
 from compress.export.checkpoint.names import FileNames, Place, require_expert_names
-from compress.export.checkpoint.runner import Runner
 from compress.export.checkpoint.runtime import Session
+from compress.export.checkpoint.vptq import Vptq
 from compress.export.checkpoint.writer import SHARD_BYTES, ShardWriter, header_bytes
 from compress.honours import Honours
 from compress.hwprofiles import Profile
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.model import Model, Task
 from compress.records import Bounds
+from compress.runtime import probing
+from compress.runtime.torch_runner import TorchRunner
 from compress.target import Lowered, Refusal, accepted, plan_layers
 
 CONFIG = "config.json"
@@ -108,20 +110,19 @@ class CheckpointTarget:
         (folder / CONFIG).write_text(_text(self._config(model, specs, names)), encoding="utf8")
         for path in model.side_files():
             shutil.copyfile(path, folder / path.name)
-        return Lowered.of(folder, choices, specs, _loosest(choices))
+        return Lowered.of(folder, choices, specs, Bounds.loosest(choice.bounds for choice in choices.values()))
 
     def session(self, folder: Path, threads: int, exact: bool = False) -> Session:
         """See Target; exact: inputs rounded by our own grids, weights decoded in float32."""
         return Session(folder, threads, exact=exact)
 
-    def runner(self, session: Session, folder: Path) -> Runner:
+    def runner(self, session: Session, folder: Path) -> TorchRunner:
         """See Target."""
-        return Runner(session, folder)
+        return TorchRunner(session, folder)
 
     def probe_command(self, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
         """Runs `runtime.probe` in a process of its own."""
-        command = [sys.executable, "-m", "compress.export.checkpoint.runtime", str(folder)]
-        return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]
+        return probing.command("compress.export.checkpoint.runtime", folder, threads, prompt, tokens)
 
     def _places(self, specs: Mapping[str, LayerSpec], names: FileNames) -> Names:
         """Quantized layer → its modules in the files. Raises: UnsupportedError where it has none."""
@@ -263,13 +264,6 @@ def _entries(spec: LayerSpec, choice: Choice, places: tuple[Place, ...]) -> dict
     return found
 
 
-def _loosest(choices: Mapping[str, Choice]) -> Bounds:
-    return Bounds(
-        shipped=max((choice.bounds.shipped for choice in choices.values()), default=0.0),
-        exact=max((choice.bounds.exact for choice in choices.values()), default=0.0),
-    )
-
-
 def _text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -278,3 +272,5 @@ COMPRESSED_TENSORS = CheckpointTarget(CompressedTensors())
 GPTQ = CheckpointTarget(Gptq())
 AWQ = CheckpointTarget(Awq())
 BITSANDBYTES = CheckpointTarget(BitsAndBytes())
+AQLM = CheckpointTarget(Aqlm())
+VPTQ = CheckpointTarget(Vptq())

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.files import umask
+from compress.models.weight_files import library_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,7 +55,8 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._part(len(self._homes))
-        save_file(dict(sorted(self._waiting.items())), path, metadata={"format": "pt"})
+        with library_errors(path):
+            save_file(dict(sorted(self._waiting.items())), path, metadata={"format": "pt"})
         path.chmod(0o666 & ~umask())  # the library writes files that only their owner can read
         self._homes.append(sorted(self._waiting))
         self._waiting = {}

@@ -35,8 +35,8 @@ class Concatenated:
 
     def run(self, ids: Ids, mask: Ids) -> Floats:
         """See `Cache`."""
-        feeds = {**self._session.feeds(ids), **self._past, "attention_mask": mask}
-        logits, *present = self._session.session.run(self._session.outputs, feeds)
+        feeds = {"input_ids": ids, **self._past} if self._past else self._session.feeds(ids)
+        logits, *present = self._session.session.run(self._session.outputs, {**feeds, "attention_mask": mask})
         self._past = dict(zip(self._session.cache_names, present, strict=True))
         result: Floats = logits
         return result

@@ -43,7 +43,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
     rows, columns = spec.shape
     note = support.note if support.state != "fast" else ""
     size = rows * columns + rows * 4 + spec.bias_bytes
-    return Choice("DynamicQuantizeMatMul", support.state, __name__, size, note, bounds=BOUNDS)
+    return Choice("DynamicQuantizeMatMul", support.state, __name__, size, note, bounds=BOUNDS, speed=support.speed())
 
 
 def signed_weight(source: Source) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,10 @@ def noted(spec: LayerSpec, choice: Choice) -> Choice:
 
 def bounds(choices: Mapping[str, Choice], specs: Mapping[str, LayerSpec]) -> Bounds:
     """The loosest bounds of a model's choices; wider where a rounded activation can change a route."""
-    shipped = max((choice.bounds.shipped for choice in choices.values()), default=0.0)
-    exact = max((choice.bounds.exact for choice in choices.values()), default=0.0)
-    if any(spec.kind is LayerKind.EXPERT for spec in specs.values()):
-        shipped, exact = (max(found, ROUTING_BOUND) if found else 0.0 for found in (shipped, exact))
+    found = Bounds.loosest(choice.bounds for choice in choices.values())
+    if all(spec.kind is not LayerKind.EXPERT for spec in specs.values()):
+        return found
+    shipped, exact = (max(bound, ROUTING_BOUND) if bound else 0.0 for bound in (found.shipped, found.exact))
     return Bounds(shipped=shipped, exact=exact)
 
 

@@ -16,11 +16,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from compress.export.onnx import angles, attention, gelu, joined, multi_head, norms
 from compress.export.onnx.graph import GraphBuilder
+from compress.export.onnx.providers import CPU
 from compress.hwprofiles import Runtime
 
 REWRITES = (angles.as_operators, norms.as_quotients, norms.keep_apart, gelu.as_operators, gelu.keep_apart, joined.join)
 ELSEWHERE = (norms.as_quotients, gelu.as_operators, joined.join)
-CPU = "CPUExecutionProvider"
 
 
 def attend(runtime: Runtime) -> Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,32 +88,25 @@ class GraphBuilder:
     def initializer(
         self, name: str, make: Callable[[], Tensor], dtype: torch.dtype, shape: Sequence[int], narrow: bool = False
     ) -> ir.Value:
-        """A stored tensor that is made when it is written, one at a time. narrow: int8 or uint8 in 4 bits each."""
-        key = ("initializer", name)
-        if key not in self.shared:
-            lazy = ir.LazyTensor(
-                lambda: to_ir(make(), name, narrow),
-                dtype=(_NARROW_TYPES if narrow else _IR_TYPES)[dtype],
-                shape=ir.Shape(list(shape)),
-                name=name,
-                cache=False,
-            )
-            self.shared[key] = self._register(name, lazy)
-        return self.shared[key]
+        """See `lazy`. narrow: int8 or uint8 in 4 bits each."""
+        kind = (_NARROW_TYPES if narrow else _IR_TYPES)[dtype]
+        return self.lazy(name, lambda: to_ir(make(), name, narrow), kind, shape)
 
     def typed(self, name: str, make: Callable[[], Tensor], dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
         """A stored tensor of a type that torch may not have (INT4, FLOAT8E4M3FN, FLOAT4E2M1): `make` gives its values,
         each of which the type holds."""
+
+        def write() -> ir.Tensor:
+            return ir.Tensor(make().detach().contiguous().numpy().astype(dtype.numpy()), dtype=dtype, name=name)
+
+        return self.lazy(name, write, dtype, shape)
+
+    def lazy(self, name: str, make: Callable[[], ir.Tensor], dtype: ir.DataType, shape: Iterable[Any]) -> ir.Value:
+        """A stored tensor that is made when it is written, one at a time; the first of its name."""
         key = ("initializer", name)
         if key not in self.shared:
-            lazy = ir.LazyTensor(
-                lambda: ir.Tensor(make().detach().contiguous().numpy().astype(dtype.numpy()), dtype=dtype, name=name),
-                dtype=dtype,
-                shape=ir.Shape(list(shape)),
-                name=name,
-                cache=False,
-            )
-            self.shared[key] = self._register(name, lazy)
+            tensor = ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(list(shape)), name=name, cache=False)
+            self.shared[key] = self._register(name, tensor)
         return self.shared[key]
 
     def float_initializer(

@@ -18,6 +18,7 @@ from compress.export.onnx.attention import dim, float_of, int_of
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.pattern import made_by
+from compress.export.onnx.providers import CPU
 from compress.hwprofiles import Runtime
 
 STEP = 8
@@ -28,7 +29,7 @@ WIDEST = 256
 
 def refusal(graph: ir.Graph, runtime: Runtime) -> str:
     """Why the attentions of a captured decoder cannot be lowered so; empty where they can."""
-    if runtime.provider != "CPUExecutionProvider" and not half.wanted(runtime):
+    if runtime.provider != CPU and not half.wanted(runtime):
         return f"GroupQueryAttention of {runtime.provider} does not compute in {runtime.float_dtype}"
     nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == "Attention"]
     found = dict.fromkeys(reason for node in nodes if (reason := _reason(node, half.wanted(runtime))))

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from compress.errors import UnsupportedError
-from compress.export.onnx.graph import MICROSOFT
+from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.runtime import WIDE
 from compress.hwprofiles import Runtime
 from compress.records import Bounds
@@ -153,11 +153,7 @@ class _Halving:
         """A stored tensor in float16."""
         tensor, name = value.const_value, f"{value.name}/float16"
         assert tensor is not None
-        half = ir.LazyTensor(
-            lambda: _narrowed(tensor, name), dtype=HALF, shape=ir.Shape(tensor.shape), name=name, cache=False
-        )
-        made = ir.Value(name=name, type=ir.TensorType(HALF), shape=half.shape, const_value=half)
-        self.graph.register_initializer(made)
+        made = GraphBuilder(self.graph).lazy(name, lambda: _narrowed(tensor, name), HALF, tensor.shape)
         self.fixed.add(made)
         return made
 

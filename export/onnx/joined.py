@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
-from compress.export.onnx.pattern import made_by, only_user, vector_sides
+from compress.export.onnx.pattern import made_by, only_user, put_all_for, vector_sides
 
 MOST = 3
 """Products of the same values that are joined; more are experts."""
@@ -80,10 +80,7 @@ def _join(builder: GraphBuilder, nodes: Sequence[ir.Node]) -> None:
     place.node("Split", [product, builder.constant(sizes)], {"axis": -1}, outputs=len(nodes))
     builder.graph.insert_before(first, place.nodes)
     for node, new in zip(nodes, place.nodes[-1].outputs, strict=True):
-        old = node.outputs[0]
-        new.name, new.shape, new.type, old.name = old.name, old.shape, old.type, None
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        builder.graph.remove(node, safe=True)
+        put_all_for(builder.graph, node, [], [new])
 
 
 def _concatenated(builder: GraphBuilder, values: Sequence[ir.Value | None]) -> ir.Value:
@@ -91,16 +88,12 @@ def _concatenated(builder: GraphBuilder, values: Sequence[ir.Value | None]) -> i
     sources = [source for value in values if (source := _source(value)) is not None]
     tensors = [source.const_value for source in sources if source.const_value is not None]
     name, kind = "+".join(str(source.name) for source in sources), tensors[0].dtype
-    shape = ir.Shape([sum(int(each.shape[0]) for each in tensors), *list(tensors[0].shape)[1:]])
-    tensor = ir.LazyTensor(
-        lambda: ir.Tensor(np.concatenate([each.numpy() for each in tensors]), dtype=kind, name=name),
-        dtype=kind,
-        shape=shape,
-        name=name,
-        cache=False,
-    )
-    made = ir.Value(name=name, type=ir.TensorType(kind), shape=shape, const_value=tensor)
-    builder.graph.register_initializer(made)
+    shape = [sum(int(each.shape[0]) for each in tensors), *list(tensors[0].shape)[1:]]
+
+    def write() -> ir.Tensor:
+        return ir.Tensor(np.concatenate([each.numpy() for each in tensors]), dtype=kind, name=name)
+
+    made = GraphBuilder(builder.graph).lazy(name, write, kind, shape)
     if made_by(values[0], "Cast") is None:
         return made
     place = builder.at(name)

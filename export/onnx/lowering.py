@@ -13,7 +13,7 @@ import onnx_ir as ir
 from compress.export.onnx import LOWERINGS, half
 from compress.export.onnx.graph import GraphBuilder
 from compress.honours import Honours
-from compress.hwprofiles import Runtime
+from compress.hwprofiles import KernelSpeed, Runtime
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.model import Model
 from compress.records import Bounds, Kernel
@@ -28,7 +28,7 @@ class Choice:
     """A layer's way into the graph.
 
     lowering: path of a module with `LOWERS`; stored_bytes: of all initializers it adds; bounds: published bounds on
-    the relative logit difference; rounds_inputs: see compress.target.Choice.
+    the relative logit difference; rounds_inputs, speed: see compress.target.Choice.
     """
 
     operator: str
@@ -41,6 +41,7 @@ class Choice:
     stored_bits: int = 0
     bounds: Bounds = field(default_factory=Bounds)
     rounds_inputs: bool = False
+    speed: KernelSpeed | None = None
 
     @property
     def lowers(self) -> Lowering:
@@ -150,11 +151,9 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal:
 
 def _in_half(spec: LayerSpec, choice: Choice) -> Choice:
     """The same in float16: how its weight is stored where no pass quantized it, and how near it comes."""
-    bounds = Bounds(
-        shipped=max(choice.bounds.shipped, half.BOUNDS.shipped), exact=max(choice.bounds.exact, half.BOUNDS.exact)
-    )
     wide = spec.format is None and spec.source_dtype.itemsize > 2
     saved = spec.shape[0] * spec.shape[1] * (spec.source_dtype.itemsize - 2) if wide else 0
+    bounds = Bounds.loosest((choice.bounds, half.BOUNDS))
     return replace(choice, bounds=bounds, stored_bytes=choice.stored_bytes - saved)
 
 

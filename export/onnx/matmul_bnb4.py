@@ -49,7 +49,16 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         notes.insert(0, support.note)
     rows, columns = spec.shape
     size = -(-rows * columns // 2) + 4 * form.blocks(spec.shape) + spec.bias_bytes
-    return Choice("MatMulBnb4", support.state, __name__, size, "; ".join(notes), form.size, stored_bits=form.bits)
+    return Choice(
+        "MatMulBnb4",
+        support.state,
+        __name__,
+        size,
+        "; ".join(notes),
+        form.size,
+        stored_bits=form.bits,
+        speed=support.speed(form.size),
+    )
 
 
 def _tensors(source: Source) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         bits,
         INT8_ACTIVATIONS if support.accuracy_level == 4 else Bounds(),
         rounds_inputs=support.accuracy_level == 4,
+        speed=support.speed(block),
     )
 
 

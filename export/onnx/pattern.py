@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 
@@ -87,10 +89,15 @@ def width(value: ir.Value) -> int | None:
 
 
 def put_for(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """Put a node of one output for another that computes the same; the output keeps its name, shape and type."""
-    before, after = old.outputs[0], new.outputs[0]
-    name, after.shape, after.type = before.name, before.shape, before.type
-    graph.insert_before(old, new)
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    before.name, after.name = None, name
+    """Put a node for another that computes the same; the outputs keep their names, shapes and types."""
+    put_all_for(graph, old, [new], new.outputs)
+
+
+def put_all_for(graph: ir.Graph, old: ir.Node, nodes: Sequence[ir.Node], values: Sequence[ir.Value]) -> None:
+    """The same of several nodes, which make `values`, one for each of the old node's outputs."""
+    graph.insert_before(old, nodes)
+    for before, after in zip(old.outputs, values, strict=True):
+        name, after.shape, after.type = before.name, before.shape, before.type
+        before.replace_all_uses_with(after, replace_graph_outputs=True)
+        before.name, after.name = None, name
     graph.remove(old, safe=True)

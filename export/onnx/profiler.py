@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress.errors import UnsupportedError
+from compress.errors import ResourceError, UnsupportedError
 from compress.export.onnx import providers
 from compress.export.onnx.runtime import Session, load_onnxruntime, preferred
+from compress.files import read_json, scratch_folder
 from compress.speed.operators import WARM_CALLS, Bind, Counted, Profiled, repeat
 
 OUTER = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -23,15 +22,25 @@ def profile_operators(folder: Path, threads: int, bind: Bind) -> Profiled:
     Raises: UnsupportedError off the CPU, where the profiler sees what the host does and not what the device does;
     InputError where the graph does not load.
     """
-    with tempfile.TemporaryDirectory(prefix="compress-profile-") as scratch:
-        session = Session(folder, threads, graph=preferred(folder), profile_to=Path(scratch) / "run")
+    with scratch_folder("compress-profile-") as scratch:
+        session = Session(folder, threads, graph=preferred(folder), profile_to=scratch / "run")
         placed = session.session.get_providers()[0]
         if placed != providers.CPU:
             session.session.end_profiling()
             raise UnsupportedError(f"ONNX Runtime's profiler tells nothing of what {placed} does on its device")
         calls = repeat(bind(session))
-        events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf8"))
+        events = _read(Path(session.session.end_profiling()))
     return Profiled(f"onnxruntime {load_onnxruntime().__version__} profiler", read_events(events, calls))
+
+
+def _read(path: Path) -> Any:
+    """The file of events. Raises: ResourceError where it was cut off, of which ONNX Runtime says nothing."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ResourceError(
+            f"{path} is not whole ({error}): its disk is full. Free some, or let TMPDIR name another."
+        ) from error
 
 
 def read_events(events: Iterable[Mapping[str, Any]], calls: int) -> list[Counted]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from compress.export.onnx.cache import Concatenated
 from compress.export.onnx.runtime import Session
 from compress.runtime.left_padded import Floats, Ids, LeftPadded
 from compress.target import Placement
@@ -27,13 +26,9 @@ class Runner(LeftPadded[Session]):
         result: Floats = self._session.session.run([self._session.outputs[0]], feeds)[0]
         return result
 
-    def _empty(self, ids: Ids) -> Any:
-        empty = self._session.feeds(ids)
-        return {name: empty[name] for name in self._session.cache_names}
+    def _empty(self, ids: Ids) -> Concatenated:
+        return Concatenated(self._session)
 
     def _run(self, ids: Ids) -> Floats:
-        feeds = {"input_ids": ids, "attention_mask": self._mask, **self._cache}
-        logits, *present = self._session.session.run(self._session.outputs, feeds)
-        self._cache = dict(zip(self._session.cache_names, present, strict=True))
-        last: Floats = logits[:, -1]
+        last: Floats = self._cache.run(ids, self._mask)[:, -1]
         return last

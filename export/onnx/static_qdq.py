@@ -55,7 +55,8 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
     own = spec.kind is LayerKind.LINEAR and support.kernel == KERNEL
     size = rows * columns + rows * (4 if own else 5) + spec.bias_bytes
     operator = KERNEL if own else "QDQ+Conv" if spec.kind is LayerKind.CONV else "QDQ+MatMul"
-    return Choice(operator, support.state, __name__, size, note, bounds=BOUNDS)
+    speed = support.speed() if own else None
+    return Choice(operator, support.state, __name__, size, note, bounds=BOUNDS, speed=speed)
 
 
 def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.graphs import compare_graphs
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import Choice, Source, by_user, choose, lowerings, sources_of
+from compress.export.onnx.pattern import put_all_for
 from compress.export.onnx.profiler import profile_operators
 from compress.export.onnx.runner import Runner
 from compress.export.onnx.runtime import REASON, SHARED, Session, preferred
@@ -38,6 +38,7 @@ from compress.honours import combined
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
+from compress.runtime import probing
 from compress.target import Lowered, Refusal, accepted
 
 RUNTIME = "onnxruntime"
@@ -70,8 +71,7 @@ def runner(session: Session, folder: Path) -> Runner:
 
 def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
     """Runs `runtime.probe` in a process of its own."""
-    command = [sys.executable, "-m", "compress.export.onnx.runtime", str(folder)]
-    return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]
+    return probing.command("compress.export.onnx.runtime", folder, threads, prompt, tokens)
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
@@ -202,7 +202,7 @@ def lower(
             user = node.attributes["layer"].as_string()
             place = builder.at(user)
             values = [_lower_layer(place, node, sources[user])]
-        _replace(graph, node, place.nodes, values)
+        put_all_for(graph, node, place.nodes, values)
     qdq_edges.close(builder)
 
 
@@ -212,17 +212,6 @@ def _lower_layer(builder: GraphBuilder, node: ir.Node, source: Source) -> ir.Val
     if source.spec.pre:
         values = transforms.lower(builder, source.spec.pre, values)
     return source.choice.lowers.write(builder, source, values, node)
-
-
-def _replace(graph: ir.Graph, node: ir.Node, nodes: list[ir.Node], values: list[ir.Value]) -> None:
-    """Put `nodes` where `node` was; each of its outputs becomes the value at the same place."""
-    graph.insert_before(node, nodes)
-    for old, new in zip(node.outputs, values, strict=True):
-        new.shape, new.type = old.shape, old.type
-        name = old.name
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        old.name, new.name = None, name
-    graph.remove(node, safe=True)
 
 
 def _parameters_to_initializers(graph: ir.Graph, builder: GraphBuilder, model: Model) -> None:

@@ -26,8 +26,7 @@ class Runner(LeftPadded[Session]):
         return np.array(found[self._session.outputs[0]])
 
     def _empty(self, ids: Ids) -> Any:
-        empty = self._session.feeds(ids)
-        return {name: empty[name] for name in self._session.cache_shapes}
+        return self._session.empty_cache(len(ids))
 
     def _run(self, ids: Ids) -> Floats:
         found = self._session.run({"input_ids": ids, "attention_mask": self._mask, **self._cache})

@@ -5,7 +5,6 @@ See compress.target.Target.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from compress.export.openvino.weights import put_in
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model
+from compress.runtime import probing
 from compress.target import Lowered, Refusal, accepted, granted
 
 RUNTIME = rules.RUNTIME
@@ -120,5 +120,4 @@ def runner(session: Session, folder: Path) -> Runner:
 
 def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
     """Runs `runtime.probe` in a process of its own."""
-    command = [sys.executable, "-m", "compress.export.openvino.runtime", str(folder)]
-    return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]
+    return probing.command("compress.export.openvino.runtime", folder, threads, prompt, tokens)

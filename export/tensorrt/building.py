@@ -23,7 +23,8 @@ STREAM_ABOVE = 0.8
 def flavour_for(profile: Profile) -> Flavour | None:
     """What builds an engine for a profile on this machine: TensorRT-RTX where it offers the chip's SM, else TensorRT
     where it is installed beside that chip; else none."""
-    assert profile.gpu is not None
+    if profile.gpu is None:
+        return None
     if RTX.runtime in profile.runtimes and profile.gpu.sm in RTX.ahead:
         return RTX
     return FULL if not flavours.lacking(FULL, profile.gpu.sm) else None
@@ -87,7 +88,7 @@ def complete(folder: Path, timing: Path | None = None) -> bool:
     build reads, and there is none to do here; ResourceError for a folder that cannot be written; as `make`.
     """
     kept = record.read(folder)
-    problem = _no_build(kept)
+    problem = _no_build(kept, engine.misfit(kept))
     if problem and timing is not None:
         raise UnsupportedError(f"There is nothing to build, so no use for the timing cache {timing}: {problem}")
     if problem:
@@ -115,9 +116,10 @@ def complete(folder: Path, timing: Path | None = None) -> bool:
 
 def misfit(kept: record.Record) -> str:
     """Why a folder does not run on this machine as an engine, with what would help; empty where it does."""
-    problem, unbuilt = engine.misfit(kept), _no_build(kept)
+    problem = engine.misfit(kept)
     if not problem:
         return ""
+    unbuilt = _no_build(kept, problem)
     if not unbuilt:
         return f"{problem} `compress verify OUT` builds one that runs here."
     if not kept.engine:
@@ -126,11 +128,11 @@ def misfit(kept: record.Record) -> str:
     return f"{problem} Install that version, or export the model again." if is_other_version else problem
 
 
-def _no_build(kept: record.Record) -> str:
-    """Why TensorRT builds no engine here; empty where it does."""
+def _no_build(kept: record.Record, problem: str) -> str:
+    """Why TensorRT builds no engine here; empty where it does. problem: the engine's own, as `engine.misfit`."""
     if kept.module == RTX.runtime and kept.engine:
         return f"{kept.builder} built the engine ahead of time."
-    if not engine.misfit(kept):
+    if not problem:
         return f"the engine that {kept.builder} built runs here."
-    problem = flavours.lacking(FULL, kept.sm)
-    return f"{problem} Run `compress verify OUT` on a machine that has both." if problem else ""
+    lacking = flavours.lacking(FULL, kept.sm)
+    return f"{lacking} Run `compress verify OUT` on a machine that has both." if lacking else ""

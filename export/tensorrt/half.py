@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from compress.export.onnx.pattern import put_for
+
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 FLOAT = ir.DataType.FLOAT
 KINDS = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -22,7 +24,7 @@ def halve(graph: ir.Graph, kind: ir.DataType) -> None:
         if node.op_type not in PRODUCTS or node.domain or not _reads_floats(node):
             continue
         if node.op_type == "MatMul" and _is_outer(node):
-            _replace(graph, node, ir.node("Mul", list(node.inputs), name=f"{node.name}/Mul"))
+            put_for(graph, node, ir.node("Mul", list(node.inputs), name=f"{node.name}/Mul"))
             continue
         for place, value in enumerate(node.inputs):
             if value is not None and value.dtype is FLOAT:
@@ -67,15 +69,6 @@ def _is_outer(node: ir.Node) -> bool:
     if first is None or second is None or min(len(first), len(second)) < 2:
         return False
     return bool(first[-1] == 1 or second[-2] == 1)
-
-
-def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    before, after = old.outputs[0], new.outputs[0]
-    after.type, after.shape = before.type, before.shape
-    graph.insert_before(old, new)
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    before.name, after.name = None, before.name
-    graph.remove(old, safe=True)
 
 
 def _cast_node(value: ir.Value, kind: ir.DataType, name: str) -> ir.Node:

@@ -40,33 +40,33 @@ def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     rows, columns = source.spec.shape
     kind = _compute(source)
     if source.spec.kind is LayerKind.EMBEDDING:
-        weight = graph.node("Transpose", [_table(graph, source)], {"perm": [1, 0]}, dtype=kind)
+        weight = graph.node("Transpose", [_table(graph, source, kind)], {"perm": [1, 0]}, dtype=kind)
     else:
-        weight = _weight(graph, source, lambda codes: codes.T, (columns, rows), axis=1)
-    out = graph.node("MatMul", [_input(graph, source, values), weight], dtype=kind)
+        weight = _weight(graph, source, kind, lambda codes: codes.T, (columns, rows), axis=1)
+    out = graph.node("MatMul", [_input(graph, source, kind, values), weight], dtype=kind)
     return add_bias(graph, source, _cast(graph, out, kind, FLOAT))
 
 
 def gather(graph: GraphBuilder, source: Source, ids: ir.Value) -> ir.Value:
     """ids (…) → (…, features), from the table that a tied head also reads."""
     kind = _compute(source)
-    return _cast(graph, graph.node("Gather", [_table(graph, source), ids], {"axis": 0}, dtype=kind), kind, FLOAT)
+    return _cast(graph, graph.node("Gather", [_table(graph, source, kind), ids], {"axis": 0}, dtype=kind), kind, FLOAT)
 
 
-def _table(graph: GraphBuilder, source: Source) -> ir.Value:
+def _table(graph: GraphBuilder, source: Source, kind: ir.DataType) -> ir.Value:
     """An embedding's weight (rows, features), decoded once for the look-up and a tied head."""
     key = ("table", source.spec.name)
     if key not in graph.shared:
-        graph.shared[key] = _weight(graph, source, lambda codes: codes, source.spec.shape, axis=0)
+        graph.shared[key] = _weight(graph, source, kind, lambda codes: codes, source.spec.shape, axis=0)
     return graph.shared[key]
 
 
 def conv(graph: GraphBuilder, source: Source, values: ir.Value, node: ir.Node) -> ir.Value:
     """values (batch, channels, h, w) → (batch, out, h', w'); node: the placeholder."""
     shape, kind = convolution.weight_shape(source.spec), _compute(source)
-    weight = _weight(graph, source, lambda codes: codes.reshape(shape), shape, axis=0)
+    weight = _weight(graph, source, kind, lambda codes: codes.reshape(shape), shape, axis=0)
     bias = float_bias(graph, source)
-    inputs = [_input(graph, source, values), weight, None if bias is None else _cast(graph, bias, FLOAT, kind)]
+    inputs = [_input(graph, source, kind, values), weight, None if bias is None else _cast(graph, bias, FLOAT, kind)]
     out = graph.node("Conv", inputs, convolution.attributes(node), dtype=kind)
     return _cast(graph, out, kind, FLOAT)
 
@@ -108,12 +108,16 @@ def decoded(weight: QuantTensor) -> tuple[Tensor, Tensor]:
 
 
 def _weight(
-    graph: GraphBuilder, source: Source, turn: Callable[[Tensor], Tensor], shape: tuple[int, ...], axis: int
+    graph: GraphBuilder,
+    source: Source,
+    kind: ir.DataType,
+    turn: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    axis: int,
 ) -> ir.Value:
     """The decoded weight in the product's type. turn: codes (out, in) → shape; axis: of the output channels. Blocks
     run along the other one of two."""
-    name, kind = f"{source.spec.name}.weight", _compute(source)
-    (rows, columns), block = source.spec.shape, source.choice.block
+    name, (rows, columns), block = f"{source.spec.name}.weight", source.spec.shape, source.choice.block
 
     def read() -> QuantTensor:
         weight = source.read().weight
@@ -154,9 +158,8 @@ def _two_levels(
     return graph.node("DequantizeLinear", [inner, outer], dtype=kind)
 
 
-def _input(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
+def _input(graph: GraphBuilder, source: Source, kind: ir.DataType, values: ir.Value) -> ir.Value:
     """What the product reads: values, rounded to the layer's grid if it has one, in the product's type."""
-    kind = _compute(source)
     if source.spec.act is None:
         return _cast(graph, values, FLOAT, kind)
     act = source.read().act

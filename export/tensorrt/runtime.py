@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from compress.errors import InputError, UnsupportedError
 from compress.export.onnx.files import GRAPH
+from compress.export.onnx.providers import CPU
 from compress.export.onnx.runtime import load_onnxruntime
-from compress.export.tensorrt import record
 from compress.export.tensorrt.engine import continuing, lacks
+from compress.export.tensorrt.record import Record
 from compress.runtime.greedy import greedy
 from compress.target import Placement
 
@@ -34,8 +35,8 @@ class Session:
 
     most_rows = 1 << 30
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.record = record.read(folder)
+    def __init__(self, folder: Path, kept: Record, threads: int) -> None:
+        self.record = kept
         ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -45,9 +46,7 @@ class Session:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             graph = readable(folder)
-            self._session = ort.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=MISTAKEN
-            )
+            self._session = ort.InferenceSession(graph, options, providers=[CPU], disabled_optimizers=MISTAKEN)
         except Exception as error:  # onnx and onnxruntime raise kinds of their own
             raise InputError(f"onnxruntime {ort.__version__} cannot load {folder / GRAPH} ({error}).") from error
         self.level, self.built_for = self.record.level, self.record.runtime

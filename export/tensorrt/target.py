@@ -7,7 +7,6 @@ artifact is verified on one that has: until then the folder holds the graph, ten
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from compress.export.tensorrt.runtime import Session, not_timed
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
+from compress.runtime import probing
 from compress.target import Lowered, Refusal, accepted, granted
 
 RUNTIME = rules.RTX
@@ -46,12 +46,12 @@ RECORD_BYTES = 2_000
 # the interface of compress.target
 __all__ = ["FOLDER", "ON_GPU", "RUNTIME", "capture", "plan_layer", "predict_bytes", "predict_deployed_bytes"]
 __all__ += ["complete", "deployed_bytes", "misfit", "probe_command", "require_tools", "runner", "session", "timed_here"]
-__all__ += ["HONOURS", "write", "write_baseline"]
+__all__ += ["HONOURS", "predict_parts", "write", "write_baseline"]
 
 
 def _builds(profile: Profile) -> bool:
     """Whether an engine is built here."""
-    return profile.gpu is not None and building.flavour_for(profile) is not None
+    return building.flavour_for(profile) is not None
 
 
 def require_tools(profile: Profile) -> None:
@@ -87,6 +87,12 @@ def predict_deployed_bytes(specs: Iterable[LayerSpec], model: Model, profile: Pr
     """See Target: the engine alone, or the graph where none is built."""
     graph, engine = _predicted(list(specs), model, profile)
     return engine if _builds(profile) else graph
+
+
+def predict_parts(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> dict[str, int]:
+    """See Target: the engine and the graph that it is built from; nothing where none is built."""
+    graph, engine = _predicted(list(specs), model, profile)
+    return {"the engine": engine, "the graph that it is built from": graph} if _builds(profile) else {}
 
 
 def _predicted(specs: Sequence[LayerSpec], model: Model, profile: Profile) -> tuple[int, int]:
@@ -192,12 +198,12 @@ def session(folder: Path, threads: int, exact: bool = False) -> Session | Engine
     kept = record.read(folder)
     if not exact and not engine.misfit(kept):
         return EngineSession(folder, kept)
-    return Session(folder, threads)
+    return Session(folder, kept, threads)
 
 
 def timed_here(profile: Profile) -> bool:
     """See Target: whether this machine has the profile's chip and what runs its engines."""
-    flavour = building.flavour_for(profile) if profile.gpu is not None else None
+    flavour = building.flavour_for(profile)
     return flavour is not None and profile.gpu is not None and not flavours.lacking(flavour, profile.gpu.sm)
 
 
@@ -217,5 +223,4 @@ def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[
     kept = record.read(folder)
     if engine.misfit(kept):
         raise not_timed(kept.runtime)
-    command = [sys.executable, "-m", "compress.export.tensorrt.engine", str(folder)]
-    return [*command, "--threads", str(threads), "--prompt", str(prompt), "--tokens", str(tokens)]
+    return probing.command("compress.export.tensorrt.engine", folder, threads, prompt, tokens)

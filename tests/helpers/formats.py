@@ -10,6 +10,9 @@ SAMPLES = [
     *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
     *("nf4(block=64)", "nf4(block=64, double)", "fp4(block=32)", "table(bits=3, group=16)", "table(bits=5, block=64)"),
     "int4(group=32, float_zero)",
+    *("codebook(vector=2, entries=16, stages=2)", "codebook(vector=7, entries=8, stages=1, groups=2, scale=none)"),
+    "codebook(vector=2, entries=1024, stages=1, out)",
+    "codebook(vector=5, entries=4, stages=3, scale=column, share=7)",
 ]
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from compress import manifest
-from compress.engine.workspace import MANIFEST, Workspace
+from compress.engine.workspace import Workspace
 
-KEEP = (MANIFEST, "model")
+KEEP = (manifest.NAME, "model")
 
 
 class Killed(BaseException):

@@ -1,4 +1,4 @@
-"""Batches through a checkpoint in torch: padded on the left, with transformers' own cache."""
+"""Batches through a session in torch: padded on the left, with transformers' own cache."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from compress.export.checkpoint.runtime import Session
 from compress.runtime.left_padded import Floats, Ids, LeftPadded
+from compress.runtime.torch_session import TorchSession, using_threads
 from compress.target import Placement
 
 
-class Runner(LeftPadded[Session]):
+class TorchRunner(LeftPadded[TorchSession]):
     """See compress.target.Runner."""
 
-    def __init__(self, session: Session, folder: Path) -> None:
+    def __init__(self, session: TorchSession, folder: Path) -> None:
         super().__init__(session, folder)
         taken = inspect.signature(session.model.forward).parameters
         self._takes_positions, self._takes_last = "position_ids" in taken, "logits_to_keep" in taken
@@ -24,14 +24,13 @@ class Runner(LeftPadded[Session]):
     @property
     def placement(self) -> Placement:
         """See compress.target.Runner."""
-        device = next(self._session.model.parameters()).device
         name = self._session.name.replace(" CPU", "", 1)
-        return Placement(name, f"torch {device}", self._session.threads, self._folder.name)
+        return Placement(name, self._session.provider, self._session.threads, self._folder.name)
 
     @torch.no_grad()
     def hidden(self, ids: Ids, mask: Ids) -> Floats:
         """See compress.target.Runner."""
-        with self._session.running():
+        with using_threads(self._session.threads):
             output = self._session.model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
         result: Floats = output.last_hidden_state.float().numpy()
         return result
@@ -45,7 +44,7 @@ class Runner(LeftPadded[Session]):
         more: dict[str, Any] = {"logits_to_keep": 1} if self._takes_last else {}
         if self._takes_positions:
             more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with self._session.running():
+        with using_threads(self._session.threads):
             output = self._session.model(
                 input_ids=torch.from_numpy(ids),
                 attention_mask=mask,

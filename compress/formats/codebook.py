@@ -1,0 +1,239 @@
+"""`Codebook`: short vectors of weights as sums of entries of learned codebooks (vector quantization)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from compress.errors import UsageError, nearest
+from compress.formats.base import Format, Params, QuantTensor, TensorSpec
+from compress.maths import codebooks, grid
+from compress.spec import Call
+
+MOST_ENTRIES, MOST_STAGES = 65536, 4
+AXES, SCALES = ("in", "out"), ("row", "column", "none")
+# candidates kept where codes of several stages are chosen together
+BEAM = 16
+SEED = 0
+
+
+class Parts(NamedTuple):
+    """What a stored weight is made of.
+
+    codes (rows, units, stages) int32; codebook (groups, stages, entries, vector) float32; scale float32 (out, 1),
+    (1, in) or (1, 1).
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Codebook(Format):
+    """value = scale · Σ over stages of codebook[stage][code], a vector of weights at a time.
+
+    Settings: `vector` weights to a code, of one output row side by side (`axis=in`: AQLM, Egiazarian et al. 2024,
+    arXiv 2401.06118; the layout that is quick to compute with) or of one input column (word `out`: VPTQ, Liu et al.
+    2024, arXiv 2409.17066); `entries` of a codebook, a power of two; `stages` codebooks whose entries are added;
+    `groups` runs of input columns with codebooks of their own; `scale`: a float16 factor per `row`, per `column`, or
+    `none`; `share`: so many layers hold the codebooks in common, whose bytes are counted once among them (set by the
+    pass that learns them).
+    Text: `codebook(vector=8, entries=256, stages=2)`, `codebook(vector=6, entries=4096, stages=1, out)`.
+    """
+
+    vector: int = 8
+    entries: int = 256
+    stages: int = 2
+    axis: str = "in"
+    groups: int = 1
+    scale: str = ""
+    share: int = 1
+
+    def __post_init__(self) -> None:
+        if self.axis not in AXES:
+            raise UsageError(f"codebook: axis={self.axis!r} is not allowed.{nearest(str(self.axis), AXES)}")
+        object.__setattr__(self, "scale", self.scale or self._own_scale)
+        if self.scale not in SCALES:
+            raise UsageError(f"codebook: scale={self.scale!r} is not allowed.{nearest(str(self.scale), SCALES)}")
+        bounds = {"vector": (1, 64), "entries": (2, MOST_ENTRIES), "stages": (1, MOST_STAGES)}
+        for name, (low, high) in {**bounds, "groups": (1, 4096), "share": (1, 1 << 20)}.items():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise UsageError(f"codebook: {name}={value!r} is not allowed. Give a whole number, {low} to {high}.")
+        if self.entries & (self.entries - 1):
+            raise UsageError(f"codebook: entries={self.entries} is no power of two. Give 2, 4, 8 … {MOST_ENTRIES}.")
+
+    @classmethod
+    def from_call(cls, call: Call, **named: str) -> Self:
+        settings: dict[str, Any] = dict(call.kwargs)
+        for word in call.args:
+            if word not in AXES:
+                raise UsageError(f"codebook: unknown word '{word}'.{nearest(str(word), AXES)}")
+            if "axis" in settings:
+                raise UsageError(f"{call.text()}: the axis is given twice. Keep one of them.")
+            settings["axis"] = word
+        allowed = ("vector", "entries", "stages", "axis", "groups", "scale", "share")
+        unknown = sorted(set(settings) - set(allowed))
+        if unknown:
+            raise UsageError(f"codebook: unknown setting '{unknown[0]}'.{nearest(unknown[0], allowed)}")
+        return cls(**settings)
+
+    def __str__(self) -> str:
+        parts = [f"vector={self.vector}", f"entries={self.entries}", f"stages={self.stages}"]
+        parts += ["out"] if self.axis == "out" else []
+        parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        parts += [f"scale={self.scale}"] if self.scale != self._own_scale else []
+        return f"codebook({', '.join(parts + ([f'share={self.share}'] if self.share > 1 else []))})"
+
+    @property
+    def _own_scale(self) -> str:
+        return "row" if self.axis == "in" else "column"
+
+    @property
+    def step(self) -> int:
+        return self.vector if self.axis == "in" else 1
+
+    @property
+    def holders(self) -> dict[str, int]:
+        return {"codebook": self.share}
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self.entries.bit_length() - 1
+
+    @property
+    def codes_per_unit(self) -> int:
+        return self.stages
+
+    def code_rows(self, rows: int) -> int:
+        return rows if self.axis == "in" else -(-rows // self.vector)
+
+    def units(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows of codes, and vectors in each."""
+        return self.code_rows(shape[0]), shape[1] // self.step
+
+    def run(self, columns: int) -> int:
+        """Input columns of one group."""
+        width = columns // self.groups
+        if columns % self.groups or width % self.step:
+            raise UsageError(
+                f"{self}: {columns} input columns cannot be cut into {self.groups} groups of whole vectors. Choose "
+                "another number of groups."
+            )
+        return width
+
+    def fit(
+        self,
+        weight: Tensor,
+        *,
+        search: bool = False,
+        importance: Tensor | None = None,
+        peak: float | None = None,
+    ) -> Params:
+        """See Format.fit. Codebooks by k-means of the scaled weights, one stage after the other, each weight counting
+        by `importance` and its squared scale. `search` and `peak` are not read: nothing is cut off."""
+        width, scale = self.run(weight.shape[1]) // self.step, self.fit_scale(weight)
+        counts = torch.ones(1, weight.shape[1]) if importance is None else importance[None]
+        counts = (counts * scale.square()).expand(weight.shape)
+        vectors, weights = self.vectors(weight / scale), self.vectors(counts)
+        rows, found = len(vectors), []
+        for first in range(0, self.groups * width, width):
+            run = slice(first, first + width)
+            flat, own = vectors[:, run].reshape(rows * width, -1), weights[:, run].reshape(rows * width, -1)
+            found.append(codebooks.learn(flat, own, self.entries, self.stages, SEED))
+        return self.params(torch.stack(found), scale, weight.shape[1])
+
+    def fit_scale(self, weight: Tensor) -> Tensor:
+        """(out, 1), (1, in) or (1, 1) float32: the root mean square of a row or column as float16 holds it; 1 where all
+        are 0."""
+        if self.scale == "none":
+            return torch.ones(1, 1)
+        size = weight.square().mean(1 if self.scale == "row" else 0, keepdim=True).sqrt()
+        stored = size.clamp(max=torch.finfo(torch.float16).max).half().float()
+        return torch.where(stored > 0, stored, torch.ones(()))
+
+    def params(self, codebook: Tensor, scale: Tensor, columns: int) -> Params:
+        """Parameters as storage will hold them: codebook (groups, stages, entries, vector), scale as `Parts`."""
+        self.run(columns)
+        largest = torch.finfo(torch.float16).max
+        rounded = codebook.clamp(-largest, largest).half().float()
+        return {"codebook": rounded, "scale": scale, "columns": torch.tensor(columns)}
+
+    def vectors(self, weight: Tensor) -> Tensor:
+        """(out, n) → (rows, units, vector); `axis=out` fills the last vector of a column with zeros."""
+        rows, columns = weight.shape
+        if self.axis == "in":
+            return weight.reshape(rows, columns // self.vector, self.vector)
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, -rows % self.vector))
+        return padded.reshape(-1, self.vector, columns).transpose(1, 2)
+
+    def weights(self, vectors: Tensor, rows: int) -> Tensor:
+        """Inverse of `vectors`: (rows, units, vector) → (out, n)."""
+        if self.axis == "in":
+            return vectors.reshape(rows, -1)
+        return vectors.transpose(1, 2).reshape(-1, vectors.shape[1])[:rows]
+
+    def _groups(self, units: Tensor, width: int) -> Tensor:
+        """(n,) int64: the group of each of some vectors, by the place of its first column."""
+        return units // self.run(width)
+
+    def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """See Format.quantize. Codes (rows, units · stages), int32 where they have more than 8 bits; columns come in
+        whole vectors. The codes of a vector are those of least error together."""
+        scale = params["scale"] if params["scale"].shape[1] == 1 else params["scale"][:, columns]
+        vectors = self.vectors(weight / scale)
+        group = self._groups(columns[:: self.step], int(params["columns"]))
+        codes = torch.empty(*vectors.shape[:2], self.stages, dtype=torch.int32)
+        values = torch.empty_like(vectors)
+        for each in sorted(set(group.tolist())):
+            chosen, book = group == each, params["codebook"][each]
+            found = codebooks.assign(vectors[:, chosen].reshape(-1, self.vector), book, BEAM)
+            codes[:, chosen] = found.reshape(len(vectors), -1, self.stages)
+            values[:, chosen] = codebooks.decode(found, book).reshape(len(vectors), -1, self.vector)
+        dtype = torch.uint8 if self.bits <= 8 else torch.int32
+        return codes.flatten(1).to(dtype), self.weights(values, len(weight)) * scale
+
+    def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
+        tensors = {"codes": grid.pack_bits(codes, self.bits), "codebook": params["codebook"].half()}
+        if self.scale != "none":
+            tensors["scale"] = params["scale"].flatten().half()
+        return QuantTensor(self, tensors, shape)
+
+    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Parts:
+        """See `Parts`."""
+        rows, units = self.units(shape)
+        codes = grid.unpack_bits(tensors["codes"], self.bits, units * self.stages)
+        factor = tensors.get("scale", torch.ones(1)).float()
+        scale = factor[None] if self.scale == "column" else factor[:, None]
+        return Parts(codes.int().reshape(rows, units, self.stages), tensors["codebook"].float(), scale)
+
+    def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return self.decode(self.unpack(tensors, shape), shape)
+
+    def decode(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
+        """(out, in) float32, with gradients in the codebook and the scale."""
+        codes, books, scale = parts
+        rows, units, _ = codes.shape
+        values = torch.empty(rows, units, self.vector)
+        width = units // self.groups
+        for each, book in enumerate(books):
+            run = slice(each * width, (each + 1) * width)
+            found = codebooks.decode(codes[:, run].reshape(-1, self.stages), book)
+            values[:, run] = found.reshape(rows, width, self.vector)
+        return self.weights(values, shape[0]) * scale
+
+    def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        self.run(shape[1])
+        rows, units = self.units(shape)
+        specs: dict[str, TensorSpec] = {
+            "codes": ((rows, grid.packed_bytes(1, units * self.stages, self.bits)), torch.uint8),
+            "codebook": ((self.groups, self.stages, self.entries, self.vector), torch.float16),
+        }
+        if self.scale != "none":
+            specs["scale"] = ((shape[0] if self.scale == "row" else shape[1],), torch.float16)
+        return specs

@@ -1,0 +1,91 @@
+"""Weights in codebooks as functions of entries and scales that take gradients, and of codes to be chosen again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from compress.formats.base import QuantTensor
+from compress.formats.codebook import Codebook, Parts
+from compress.layer import Layer
+from compress.maths import codebooks, grid
+from compress.training.trainable import straight_through
+
+
+class SoftCodebook:
+    """One layer's weight as a function of its codebook's entries and a factor per scale; codes stay until `reencode`.
+
+    book (groups, stages, entries, vector) float32, one tensor for all layers that hold it in common; factor, of the
+    scales' shape. With factor 1 `weight` gives the layer's own values.
+    """
+
+    def __init__(self, layer: Layer, book: Tensor) -> None:
+        assert isinstance(layer.weight, QuantTensor) and isinstance(layer.weight.format, Codebook)
+        self.layer, self.form, self.book = layer, layer.weight.format, book
+        self.held, _, self.scale = self.form.unpack(layer.weight.tensors, layer.shape)
+        self.factor = torch.ones_like(self.scale)
+
+    def _parts(self) -> Parts:
+        """As float16 will hold them, with the gradients of what was rounded."""
+        scale = self.scale * self.factor
+        book = straight_through(self.book.half().float(), self.book)
+        return Parts(self.held, book, straight_through(scale.half().float(), scale))
+
+    def weight(self) -> Tensor:
+        """(out, in) float32."""
+        return self.form.decode(self._parts(), self.layer.shape)
+
+    def reencode(self, wish: Tensor, share: float, beam: int) -> None:
+        """Choose the codes of the vectors that are furthest from `wish` (out, in) again, at most a `share` of them."""
+        with torch.no_grad():
+            _, books, scale = self._parts()
+            far = (self.form.vectors(wish - self.weight()).square().sum(-1)).flatten()
+            chosen = far.topk(max(1, int(share * len(far)))).indices
+            chosen = chosen[far[chosen] > 0].sort().values
+            units = self.held.shape[1]
+            vectors = self.form.vectors(wish / scale).flatten(0, 1)[chosen]
+            groups = chosen % units // (units // self.form.groups)
+            flat = self.held.view(-1, self.form.stages)
+            for place, book in enumerate(books):
+                own = groups == place
+                old, new = flat[chosen[own]], codebooks.assign(vectors[own], book, beam)
+                misses = [(vectors[own] - codebooks.decode(each, book)).square().sum(1) for each in (old, new)]
+                flat[chosen[own]] = torch.where((misses[1] < misses[0])[:, None], new, old)
+
+    def rounded(self) -> Layer:
+        """The layer with the entries and scales as they now are."""
+        assert isinstance(self.layer.weight, QuantTensor)
+        with torch.no_grad():
+            _, book, scale = self._parts()
+        stored = self.layer.weight.tensors
+        codes = grid.pack_bits(self.held.flatten(1), self.form.bits)
+        tensors = {**stored, "codes": codes, "codebook": book.half()}
+        if "scale" in stored:
+            tensors["scale"] = scale.flatten().half()
+        return self.layer.with_weight(QuantTensor(self.form, tensors, self.layer.shape))
+
+
+def soft_codebooks(layers: Iterable[Layer]) -> dict[str, SoftCodebook]:
+    """Those layers that are in codebooks, by name; layers with the same stored entries train one tensor together."""
+    books: list[tuple[Tensor, Tensor]] = []
+    found = {}
+    for layer in layers:
+        weight = layer.weight
+        if not isinstance(weight, QuantTensor) or not isinstance(weight.format, Codebook):
+            continue
+        stored, shared = weight.tensors["codebook"], weight.format.share > 1
+        book = next((leaf for known, leaf in books if shared and torch.equal(known, stored)), None)
+        if book is None:
+            book = stored.float().clone()
+            books += [(stored, book)] if shared else []
+        found[layer.name] = SoftCodebook(layer, book)
+    return found
+
+
+def parted(soft: Mapping[str, SoftCodebook]) -> frozenset[str]:
+    """Those whose entries other layers hold too: trained for some alone, they would be stored and counted anew."""
+    holders = Counter(id(each.book) for each in soft.values())
+    return frozenset(name for name, each in soft.items() if holders[id(each.book)] % each.form.share)

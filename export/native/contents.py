@@ -1,0 +1,82 @@
+"""`native.json`: which layers of a folder are codebooks, and which tensors stand for several.
+
+    {"schema": 1,
+     "layers": {"model.layers.0.mlp.up_proj": {"format": "codebook(…)", "users": ["model.layers.0.mlp.up_proj"]}, …},
+     "aliases": {"model.layers.0.mlp.up_proj.weight.codebook": "model.layers.0.mlp.gate_proj.weight.codebook", …}}
+
+Beside it are config.json, the tokenizer's files and `model*.safetensors`, whose tensors are called `<layer>.weight`
+(out, in) of a float layer, `<layer>.weight.<part>` of a codebook one, `<layer>.bias`, and as the module calls its other
+tensors. Floats have the source's dtype.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.errors import InputError, UsageError
+from compress.formats import parse_format
+from compress.formats.codebook import Codebook
+from compress.layer import LayerSpec
+from compress.models.folder import read_object
+
+NAME = "native.json"
+SCHEMA = 1
+AGAIN = "Export the artifact again."
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A codebook layer: its format, and the module paths that compute with it."""
+
+    format: Codebook
+    users: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `native.json` says. aliases: name of a tensor → of the one that is stored for it."""
+
+    layers: Mapping[str, Stored]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def of_specs(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> Contents:
+    """The contents of a folder with these layers."""
+    codebooks = {name: spec.format for name, spec in specs.items() if isinstance(spec.format, Codebook)}
+    return Contents({name: Stored(form, specs[name].users) for name, form in codebooks.items()}, aliases)
+
+
+def to_text(contents: Contents) -> str:
+    """As the file holds it."""
+    layers = {name: {"format": str(one.format), "users": [*one.users]} for name, one in contents.layers.items()}
+    told = {"schema": SCHEMA, "layers": layers, "aliases": dict(contents.aliases)}
+    return json.dumps(told, indent=1, sort_keys=True) + "\n"
+
+
+def read(folder: Path) -> Contents:
+    """What a folder's file says. Raises: InputError where it is missing or malformed, or of another schema."""
+    path = folder / NAME
+    raw = read_object(path, AGAIN)
+    if raw.get("schema") != SCHEMA:
+        raise InputError(f"{path} has schema {str(raw.get('schema'))[:40]}; this version reads {SCHEMA}. {AGAIN}")
+    try:
+        layers = {str(name): _stored(item) for name, item in raw["layers"].items()}
+        aliases = {name: owner for name, owner in raw["aliases"].items() if isinstance(owner, str)}
+        if len(aliases) < len(raw["aliases"]):
+            raise TypeError("an alias is no name of a tensor")
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise InputError(f"{path} is malformed ({error!r}). {AGAIN}") from error
+    return Contents(layers, aliases)
+
+
+def _stored(item: Any) -> Stored:
+    form, users = parse_format(item["format"]), item["users"]
+    if not isinstance(form, Codebook):
+        raise ValueError(f"no kernel for {form}")
+    if not isinstance(users, list) or not all(isinstance(user, str) for user in users):
+        raise TypeError("users is no list of names")
+    return Stored(form, tuple(users))
