@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from compress.cli import streams
+from compress.progress import heeded
 
 
 class _Stop(BaseException):
@@ -146,9 +147,8 @@ def entry() -> None:
 
 def _on_signals(do: Callable[[int, FrameType | None], Any] | int) -> None:
     """What becomes of SIGINT, SIGTERM and, unless nohup keeps it away, SIGHUP."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, do)
+    for number in heeded():
+        signal.signal(number, do)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import statistics
-import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,14 +100,14 @@ def read_bandwidth(threads: int) -> float:
     """GB/s of reading memory once, the best of several: noise only takes away."""
     values = torch.ones(READ_BYTES // 4)
     with _threads(threads):
-        return READ_BYTES / 1e9 / min(_seconds(values.sum) for _ in range(7))
+        return READ_BYTES / 1e9 / min(kernel_speed.seconds(values.sum) for _ in range(7))
 
 
 def matrix_gflops(dtype: torch.dtype, threads: int) -> float:
     """Billions of operations a second of a matrix product in torch, a multiply-add being two; the best of several."""
     left = torch.ones(MATRIX, MATRIX, dtype=dtype)
     with _threads(threads):
-        return 2 * MATRIX**3 / 1e9 / min(_seconds(lambda: left @ left) for _ in range(7))
+        return 2 * MATRIX**3 / 1e9 / min(kernel_speed.seconds(lambda: left @ left) for _ in range(7))
 
 
 def kernel_ratios(size: int, threads: int, progress: Progress) -> Ratios:
@@ -157,7 +156,7 @@ def ratio(plain: Probe, probe: Probe, batch: int, threads: int) -> float:
     calls = [_call(each, batch, threads) for each in (plain, probe)]
     for call in calls:
         call()
-    pairs = [[_seconds(call) for call in calls] for _ in range(ROUNDS)]
+    pairs = [[kernel_speed.seconds(call) for call in calls] for _ in range(ROUNDS)]
     return statistics.median(first / second for first, second in pairs)
 
 
@@ -216,12 +215,6 @@ def _capacity(told: str) -> dict[str, Any] | None:
 
 def _figure(value: float, source: str) -> dict[str, Any]:
     return {"value": float(f"{value:.3g}"), "state": "measured", "source": source}
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 class _threads:  # noqa: N801 (a context, used like a function)

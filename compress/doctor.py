@@ -162,7 +162,7 @@ def _onnxruntime() -> list[Finding]:
             kernel = ", ".join(sorted(probe.operators))
             findings.append(Finding(what=name, state="ok", text=f"runs as {kernel}, error {done.error:.1g}"))
     works = findings[0].state == "ok"  # float32, without which nothing runs
-    runs, lacking = providers(probe_providers(onnxruntime))
+    runs, lacking = providers(probe_providers(onnxruntime, probes[0].graph))
     text = f"onnxruntime {onnxruntime.__version__}, {runs}"
     return [Finding(what="onnxruntime", state="ok" if works else "failed", text=text), *findings, *lacking]
 

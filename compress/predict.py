@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from compress import defaults
 from compress.engine.layerpass import Pass
 from compress.engine.modelpass import ModelPass
 from compress.formats.codebook import Codebook
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Profile
-from compress.inputs.images import BATCH, CALIBRATION_SAMPLES
+from compress.inputs.images import BATCH
 from compress.inputs.windows import BATCH_TOKENS
 from compress.layer import LayerKind, LayerSpec
 from compress.models.image_source import ImageSource
@@ -77,7 +78,7 @@ class Sizes:
         hidden = int(config.hidden_size)
         calibration = recipe.calibration
         tokens = calibration.samples * calibration.length if needs_data else 0
-        quality = (recipe.quality.samples or 128) * recipe.quality.length
+        quality = (recipe.quality.samples or defaults.QUALITY_SAMPLES) * recipe.quality.length
         inner = [spec.shape[1] for spec in specs if spec.segment >= 0]
         guided = [item for item in passes if item.row_groups]
         columns = max((item.row_groups for item in guided), default=0) * len(inner)  # of the saliencies
@@ -114,7 +115,7 @@ def _image_sizes(
     # what a graph puts out is looked at as a whole, and may be much more than an image's classes
     pixels = 4 * (prod(image.shape) + (0 if image.is_image else image.classes))
     calibration, quality = recipe.calibration, recipe.quality
-    given = calibration.samples if "samples" in calibration.model_fields_set else CALIBRATION_SAMPLES
+    given = calibration.samples if "samples" in calibration.model_fields_set else defaults.IMAGES
     images = given if needs_data else 0
     # of the inputs and outputs of all layers: an output takes as many multiplications as the layer has columns
     values = 2 * image.multiplications * len(specs) // sum(spec.shape[1] for spec in specs)

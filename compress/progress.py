@@ -16,6 +16,11 @@ FEWEST_TIMED = 2
 """Units that must be finished before the rest is estimated by them."""
 
 
+def heeded() -> tuple[signal.Signals, ...]:
+    """The signals that stop us: SIGHUP not where nohup keeps it away."""
+    return tuple(each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN)
+
+
 class Progress:
     """Told after each unit of work that is safely stored; raises `Interrupted` there once a signal has come.
 
@@ -106,9 +111,7 @@ class Progress:
                 again = "Press Ctrl-C again" if number == signal.SIGINT else again
                 _say(f"Stopping after this step{step}. {again} to stop at once.")
 
-        hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-        caught = SIGNALS if hung_up else SIGNALS[:2]
-        before = {number: signal.signal(number, ask) for number in caught}
+        before = {number: signal.signal(number, ask) for number in heeded()}
         try:
             yield
         except KeyboardInterrupt as error:

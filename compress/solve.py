@@ -7,12 +7,15 @@ weights turned to (in, out), so that what is decided together lies together in m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from compress.formats.base import Format, Params, Rounder
 from compress.maths import products
+from compress.maths.hessian import inverse_factor
 
 # Columns decided one by one before what they did to the others is caught up with by one matrix product.
 RUN = 64
@@ -38,6 +41,42 @@ def column_order(hessian: Tensor, step: int, order: str) -> Tensor:
     if order == "static":
         units = units[torch.argsort(hessian.diagonal()[units].amax(-1), descending=True, stable=True)]
     return units.flatten()
+
+
+@dataclass(frozen=True)
+class System:
+    """What all rows that are multiplied with the same inputs have in common: the Hessian in stored order, the order of
+    the columns, the factor of the inverse in that order, the damping used and how often it was doubled."""
+
+    hessian: Tensor
+    columns: Tensor
+    factor: Tensor
+    damp: float
+    doubled: int
+
+    @classmethod
+    def of(cls, hessian: Tensor, damp: float, step: int, order: str) -> Self:
+        """Args: hessian (in, in) float32; damp: see `inverse_factor`; step, order: see `column_order`."""
+        columns = column_order(hessian, step, order)
+        return cls(hessian, columns, *inverse_factor(hessian, damp, columns))
+
+    def target(self, weight: Tensor, cross: Tensor | None, share: float) -> Tensor:
+        """The weight (out, in) to come close to: nothing where an input is never on; see `matched`."""
+        weight = weight.masked_fill(self.hessian.diagonal() == 0, 0.0)
+        return weight if cross is None or not share else matched(weight, cross, self.factor, self.columns, share)
+
+    def codes(self, weight: Tensor, rounder: Rounder, step: int) -> Tensor:
+        """Codes in stored order, (rows of codes, in / step · …)."""
+        found = compensate(weight[:, self.columns], self.factor, rounder, step)
+        places = torch.argsort(self.columns[::step])
+        return found.reshape(len(found), len(places), -1)[:, places].flatten(1)
+
+    def notes(self, tokens: int, inputs: int) -> list[str]:
+        """What a reader of the report should know. tokens: that the Hessian is the mean of; inputs: of the layer."""
+        notes = [f"damping raised to {self.damp:g} to factorise the Hessian"] if self.doubled else []
+        if tokens < inputs:
+            notes.append(f"only {tokens} tokens for {inputs} inputs: the Hessian is not full rank")
+        return notes
 
 
 def matched(weight: Tensor, cross: Tensor, factor: Tensor, columns: Tensor, share: float) -> Tensor:

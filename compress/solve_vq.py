@@ -40,16 +40,7 @@ class Coded:
 
     def unit(self, book: Tensor) -> Tensor:
         """(out, in): what is decoded, before it is scaled."""
-        values = self.codes.new_empty(*self.codes.shape[:2], self.form.vector, dtype=torch.float32)
-        for entries, run in zip(book, self.runs(), strict=True):
-            found = codebooks.decode(self.codes[:, run].flatten(0, 1), entries)
-            values[:, run] = found.reshape(len(values), -1, self.form.vector)
-        return self.form.weights(values, len(self.target))
-
-    def runs(self) -> list[slice]:
-        """The vectors of a row of codes, by the group that they belong to."""
-        width = self.codes.shape[1] // self.form.groups
-        return [slice(place * width, (place + 1) * width) for place in range(self.form.groups)]
+        return self.form.unit(self.codes, book, len(self.target))
 
     def error(self, book: Tensor) -> float:
         """tr((W − Ŵ) H (W − Ŵ)ᵀ)."""
@@ -173,14 +164,8 @@ def refit_books(layers: Sequence[Coded], book: Tensor) -> Tensor:
         scaled = inverse * residual
         before, product = product, float((residual * scaled).sum(dtype=torch.float64))
         direction = scaled + direction * (product / before)
-    found = stored(book + moved)
+    found = codebooks.stored(book + moved)
     return found if total(layers, found) < total(layers, book) else book
-
-
-def stored(book: Tensor) -> Tensor:
-    """float32 values that float16 holds."""
-    largest = torch.finfo(torch.float16).max
-    return book.clamp(-largest, largest).half().float()
 
 
 def total(layers: Sequence[Coded], book: Tensor) -> float:
@@ -212,7 +197,7 @@ def _usage(layers: Sequence[Coded], book: Tensor) -> Tensor:
 
 def _add_up(layer: Coded, vectors: Tensor, result: Tensor) -> None:
     """Add vectors (rows, units, vector) to the entries that their codes name."""
-    for place, run in enumerate(layer.runs()):
+    for place, run in enumerate(layer.form.runs(layer.codes.shape[1])):
         flat = vectors[:, run].flatten(0, 1)
         for stage in range(layer.form.stages):
             result[place, stage].index_add_(0, layer.codes[:, run, stage].flatten(), flat)
@@ -251,7 +236,7 @@ def _columns_rescaled(layer: Coded, book: Tensor, unit: Tensor, reaction: Tensor
 
 def _kept(wanted: Tensor, before: Tensor) -> Tensor:
     """Scales as float16 holds them; as they were where they would not be positive."""
-    rounded = wanted.clamp(max=torch.finfo(torch.float16).max).half().float()
+    rounded = codebooks.stored(wanted)
     return torch.where(rounded > 0, rounded, before)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -15,11 +15,11 @@ from compress.engine import backward
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.errors import UsageError
-from compress.formats.base import Format, Params, Rounder
+from compress.formats.base import Format, Params
 from compress.layer import Layer, LayerKind
 from compress.maths.hessian import damped as hessian_damped
-from compress.maths.hessian import inverse_factor
 from compress.models.model import Model
+from compress.solve import System
 
 
 class Gptq(BlockQuantPass):
@@ -128,15 +128,9 @@ class Gptq(BlockQuantPass):
         one = {layer.name: layer}
         return self.block(Block(layer.name, one, one, {layer.name: self}, {}, {layer.name: stats})).layers[layer.name]
 
-    def columns(self, hessian: Tensor) -> Tensor:
-        """(in,) int64: the order in which columns are taken; those that the format decides together stay so."""
-        return solve.column_order(hessian, self.resolved_format().step, self.order)
-
     def target(self, weight: Tensor, stats: LayerStats, system: System) -> Tensor:
         """The weight (out, in) to come close to."""
-        weight = weight.masked_fill(system.hessian.diagonal() == 0, 0.0)
-        if stats.cross is not None and self.mismatch:
-            weight = solve.matched(weight, stats.cross, system.factor, system.columns, self.mismatch)
+        weight = system.target(weight, stats.cross, self.mismatch)
         # what scale layers share was settled before, and no weight may grow out of it
         return weight if stats.peak is None else weight.clamp(-stats.peak, stats.peak)
 
@@ -146,26 +140,7 @@ class Gptq(BlockQuantPass):
 
     def prepare(self, hessian: Tensor) -> System:
         """What all rows that are multiplied with the same inputs have in common."""
-        columns = self.columns(hessian)
-        return System(hessian, columns, *inverse_factor(hessian, self.damp, columns))
-
-
-@dataclass(frozen=True)
-class System:
-    """The Hessian in stored order, the order of the columns, the factor of the inverse in that order, the damping used
-    and how often it was doubled."""
-
-    hessian: Tensor
-    columns: Tensor
-    factor: Tensor
-    damp: float
-    doubled: int
-
-    def codes(self, weight: Tensor, rounder: Rounder, step: int) -> Tensor:
-        """Codes in stored order, (rows of codes, in / step · …)."""
-        found = solve.compensate(weight[:, self.columns], self.factor, rounder, step)
-        places = torch.argsort(self.columns[::step])
-        return found.reshape(len(found), len(places), -1)[:, places].flatten(1)
+        return System.of(hessian, self.damp, self.resolved_format().step, self.order)
 
 
 def _solved(pairs: Sequence[tuple[Gptq, Layer]], stats: LayerStats) -> list[Layer]:
@@ -250,10 +225,7 @@ def _notes(item: Gptq, stats: LayerStats, system: System) -> tuple[str, ...]:
     """What a reader of the report should know about the solve."""
     if stats.hessian is None:
         return ("no calibration token reached it: rounded as if its inputs were alike (identity Hessian)",)
-    inputs = len(stats.hessian)
-    notes = [f"damping raised to {system.damp:g} to factorise the Hessian"] if system.doubled else []
-    if stats.tokens < inputs:
-        notes.append(f"only {stats.tokens} tokens for {inputs} inputs: the Hessian is not full rank")
+    notes = system.notes(stats.tokens, len(stats.hessian))
     if item.guided and stats.guided is None:
         notes.append("not guided: no gradient of the loss by all tokens and rows (experts have none): plain Hessian")
     return tuple(notes)

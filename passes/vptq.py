@@ -10,17 +10,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress import solve, solve_vq
+from compress import solve_vq
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.layerpass import FormatField, Pass
 from compress.errors import UsageError
-from compress.formats.base import Format, QuantTensor
-from compress.formats.codebook import SEED, Codebook
+from compress.formats.base import Format, QuantTensor, alike
+from compress.formats.codebook import Codebook
 from compress.formats.codebook_choice import choose, counted
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.maths import codebooks
-from compress.maths.hessian import damped, inverse_factor
+from compress.maths.hessian import damped
+from compress.solve import System
 from compress.solve_vq import Coded
 
 
@@ -158,42 +158,29 @@ class Vptq(BlockQuantPass):
 
 
 @dataclass(frozen=True)
-class _System:
-    """The Hessian in stored order, the order of the columns, the factor of its inverse in that order, the damping used
-    and how often it was doubled."""
-
-    hessian: Tensor
-    columns: Tensor
-    factor: Tensor
-    damp: float
-    doubled: int
-
-
-@dataclass(frozen=True)
 class _Task:
     """A layer, and what it is solved with."""
 
     item: Vptq
     layer: Layer
     stats: LayerStats
-    system: _System
+    system: System
 
 
 def _held(block: Block) -> dict[str | Codebook, Tensor]:
     """Codebooks of layers whose turn is over, float16, that more layers are to hold."""
-    holders: list[list[QuantTensor]] = []
+    holders: list[tuple[Tensor, list[QuantTensor]]] = []
     for layer in block.layers.values():
         weight = layer.weight
         if isinstance(weight, QuantTensor) and isinstance(weight.format, Codebook):
             book = weight.tensors["codebook"]
-            alike = (each for each in holders if torch.equal(each[0].tensors["codebook"], book))
-            known = next(alike, None)
+            known = alike(book, holders)
             if known is None:
-                holders.append([weight])
+                holders.append((book, [weight]))
             else:
                 known.append(weight)
     found: dict[str | Codebook, Tensor] = {}
-    for first, *others in holders:
+    for _, (first, *others) in holders:
         assert isinstance(first.format, Codebook)
         if len(others) + 1 < first.format.share:
             found[first.format] = first.tensors["codebook"]
@@ -202,21 +189,16 @@ def _held(block: Block) -> dict[str | Codebook, Tensor]:
 
 def _tasks(block: Block, chosen: Mapping[str, Pass]) -> list[_Task]:
     """Layers that are fed the same share a system."""
-    tasks, systems = [], {}
+    tasks, systems = [], dict[object, System]()
     for name, item in chosen.items():
         assert isinstance(item, Vptq)
         layer, stats = block.layers[name], block.stats.get(name, LayerStats())
         key = (name if stats.hessian is None else id(stats.hessian), item.damp, item.order, item.codebook.step)
         if key not in systems:
-            systems[key] = _system(item, layer, stats)
+            hessian = torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
+            systems[key] = System.of(hessian, item.damp, item.codebook.step, item.order)
         tasks.append(_Task(item, layer, stats, systems[key]))
     return tasks
-
-
-def _system(item: Vptq, layer: Layer, stats: LayerStats) -> _System:
-    hessian = torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
-    columns = solve.column_order(hessian, item.codebook.step, item.order)
-    return _System(hessian, columns, *inverse_factor(hessian, item.damp, columns))
 
 
 def _solve(tasks: Sequence[_Task], book: Tensor | None = None) -> tuple[list[Coded], Tensor]:
@@ -234,38 +216,31 @@ def _solved(tasks: Sequence[_Task], held: Tensor | None) -> list[Layer]:
     coded, book = _solve(tasks, None if held is None else held.float())
     stored = book.half() if held is None else held
     notes = _shared_notes(tasks)
-    return [
-        replace(task.layer, weight=_packed(each, book, stored), notes=(*_notes(task), *notes))
-        for task, each in zip(tasks, coded, strict=True)
-    ]
+    found = []
+    for task, each in zip(tasks, coded, strict=True):
+        # `stored` is the one tensor that all holders of the codebook refer to
+        params = {"codebook": stored, "scale": each.scale}
+        packed = each.form.pack(each.codes.flatten(1), params, task.layer.shape)
+        found.append(replace(task.layer, weight=packed, notes=(*_notes(task), *notes)))
+    return found
 
 
 def _start(task: _Task) -> Coded:
     """The weight to come close to, and its first scales."""
     item, stats, system, form = task.item, task.stats, task.system, task.item.codebook
-    target = task.layer.float_weight().masked_fill(system.hessian.diagonal() == 0, 0.0)
-    if stats.cross is not None and item.mismatch:
-        target = solve.matched(target, stats.cross, system.factor, system.columns, item.mismatch)
+    target = system.target(task.layer.float_weight(), stats.cross, item.mismatch)
     none = torch.empty(0, dtype=torch.int64)
     return Coded(form, target, damped(system.hessian, system.damp), form.fit_scale(target), none)
 
 
 def _learned(tasks: Sequence[_Task], starts: Sequence[Coded]) -> Tensor:
     """Codebooks (groups, stages, entries, vector) by k-means of the scaled weights of all layers."""
-    form = starts[0].form
-    found = []
-    for place in range(form.groups):
-        vectors, weights = [], []
-        for task, start in zip(tasks, starts, strict=True):
-            unit = form.vectors(start.target / start.scale)
-            squares = start.scale.square() if task.item.rescale else torch.ones(1, 1)
-            counts = form.vectors((start.hessian.diagonal() * squares).expand_as(start.target))
-            width = unit.shape[1] // form.groups
-            run = slice(place * width, (place + 1) * width)
-            vectors.append(unit[:, run].flatten(0, 1))
-            weights.append(counts[:, run].flatten(0, 1))
-        found.append(codebooks.learn(torch.cat(vectors), torch.cat(weights), form.entries, form.stages, SEED))
-    return solve_vq.stored(torch.stack(found))
+    form, parts = starts[0].form, []
+    for task, start in zip(tasks, starts, strict=True):
+        squares = start.scale.square() if task.item.rescale else torch.ones(1, 1)
+        counts = (start.hessian.diagonal() * squares).expand_as(start.target)
+        parts.append((start.target / start.scale, counts))
+    return form.learn(parts)
 
 
 def _compensated(task: _Task, start: Coded, book: Tensor) -> Coded:
@@ -279,24 +254,12 @@ def _compensated(task: _Task, start: Coded, book: Tensor) -> Coded:
     return replace(start, codes=found.codes)
 
 
-def _packed(coded: Coded, book: Tensor, stored: Tensor) -> QuantTensor:
-    """As the format stores it, `stored` being the one tensor that all holders of the codebook refer to."""
-    form, shape = coded.form, (coded.target.shape[0], coded.target.shape[1])
-    codes = coded.codes.flatten(1).to(torch.uint8 if form.bits <= 8 else torch.int32)
-    packed = form.pack(codes, form.params(book, coded.scale, shape[1]), shape)
-    return replace(packed, tensors={**packed.tensors, "codebook": stored})
-
-
 def _notes(task: _Task) -> list[str]:
     """What a reader of the report should know about the solve of one layer."""
     stats, system = task.stats, task.system
     if stats.hessian is None:
         return ["no calibration token reached it: solved as if its inputs were alike (identity Hessian)"]
-    inputs = len(system.hessian)
-    notes = [f"damping raised to {system.damp:g} to factorise the Hessian"] if system.doubled else []
-    if stats.tokens < inputs:
-        notes.append(f"only {stats.tokens} tokens for {inputs} inputs: the Hessian is not full rank")
-    return notes
+    return system.notes(stats.tokens, len(system.hessian))
 
 
 def _shared_notes(tasks: Sequence[_Task]) -> list[str]:

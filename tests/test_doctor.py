@@ -115,7 +115,7 @@ class Runtime:
 
 
 def test_a_provider_without_its_libraries_is_one_line_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    runs, (found,) = doctor.providers(provider_probe.probe_providers(Runtime()))
+    runs, (found,) = doctor.providers(provider_probe.probe_providers(Runtime(), b""))
     assert runs == "runs on CPU"
     assert found.state == "absent" and "libcublasLt.so.13: cannot open" in found.text
     assert found.text.endswith("Only needed for nvidia profiles")

@@ -13,6 +13,7 @@ from compress import solve, solve_vq
 from compress.errors import InputError
 from compress.formats import parse_format
 from compress.formats.codebook import Codebook
+from compress.maths import codebooks
 from compress.maths.hessian import damped, inverse_factor
 from compress.solve_vq import Coded
 from helpers.gptq_twin import inputs, moments
@@ -60,7 +61,7 @@ def test_what_is_decoded_on_the_way_is_what_the_format_decodes(text: str) -> Non
 def test_refitted_entries_are_the_least_squares_solution(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solve_vq, "SOLVED", 1e-7)
     monkeypatch.setattr(solve_vq, "MOST_STEPS", 300)
-    monkeypatch.setattr(solve_vq, "stored", lambda book: book)
+    monkeypatch.setattr(codebooks, "stored", lambda book: book)
     layers = [started(text, seed)[0] for seed in (0, 1)]
     book = started(text)[1]
     found = solve_vq.refit_books(layers, book)

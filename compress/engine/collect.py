@@ -227,7 +227,8 @@ class Collector:
             for group in self.groups():
                 found[self.leader[group[0]]].sharing = group
         guided, outputs = {name: sums.mean() for name, sums in self.guided.items()}, self.outputs
-        stats = {name: replace(found[owner], guided=guided.get(name)) for name, owner in self.leader.items()}
+        stats = {name: found[owner] for name, owner in self.leader.items()}
+        stats |= {name: replace(stats[name], guided=own) for name, own in guided.items() if name in stats}
         return {name: replace(own, outputs=outputs[name]) if name in outputs else own for name, own in stats.items()}
 
     def groups(self) -> list[tuple[str, ...]]:

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.errors import InputError
 from compress.files import parse_json, umask, whole_file
-from compress.formats.base import QuantTensor
+from compress.formats.base import QuantTensor, alike
 from compress.layer import Layer
 from compress.models.skeleton import OUTER
 from compress.models.weight_files import library_errors
@@ -48,7 +47,7 @@ def write_segment(folder: Path, segment: int, layers: Mapping[str, Layer], plain
 def _held_in_common(layers: Iterable[Layer]) -> dict[str, str]:
     """Name of a tensor that its format shares with other layers → the first name with these values, which alone is
     written."""
-    written: list[tuple[str, Tensor]] = []
+    written: list[tuple[Tensor, str]] = []
     aliases: dict[str, str] = {}
     for layer in layers:
         weight = layer.weight
@@ -56,10 +55,9 @@ def _held_in_common(layers: Iterable[Layer]) -> dict[str, str]:
         for part in (part for part, count in parts.items() if count > 1):
             assert isinstance(weight, QuantTensor)
             name, tensor = f"{layer.name}.weight.{part}", weight.tensors[part]
-            alike = (other for other, known in written if known is tensor or torch.equal(known, tensor))
-            owner = next(alike, None)
+            owner = alike(tensor, written)
             if owner is None:
-                written.append((name, tensor))
+                written.append((tensor, name))
             else:
                 aliases[name] = owner
     return aliases

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from compress.spec import Call
 Params = dict[str, Tensor]
 """A format's fitted parameters by name (scales, zero points, codebooks …), with the values that are stored: whoever
 decides codes by them sees what will be decoded."""
+
+Held = TypeVar("Held")
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype]
 
@@ -175,3 +177,9 @@ class QuantTensor:
     def bits_per_weight(self) -> float:
         """Stored bits per weight with scales, zero points and padding counted."""
         return 8 * self.nbytes / prod(self.shape)
+
+
+def alike(tensor: Tensor, known: Iterable[tuple[Tensor, Held]]) -> Held | None:
+    """What stands beside the first tensor with the same values; None where there is none. What layers hold in common
+    is found by it, since a layer that was read from a file has a tensor of its own."""
+    return next((held for other, held in known if other is tensor or torch.equal(other, tensor)), None)

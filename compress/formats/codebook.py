@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -117,15 +118,18 @@ class Codebook(Format):
         """Rows of codes, and vectors in each."""
         return self.code_rows(shape[0]), shape[1] // self.step
 
+    def fits(self, columns: int) -> bool:
+        """Whether input columns can be cut into the groups, and these into whole vectors."""
+        return columns % (self.groups * self.step) == 0
+
     def run(self, columns: int) -> int:
-        """Input columns of one group."""
-        width = columns // self.groups
-        if columns % self.groups or width % self.step:
+        """Input columns of one group. Raises: UsageError where they do not fit."""
+        if not self.fits(columns):
             raise UsageError(
                 f"{self}: {columns} input columns cannot be cut into {self.groups} groups of whole vectors. Choose "
                 "another number of groups."
             )
-        return width
+        return columns // self.groups
 
     def fit(
         self,
@@ -137,16 +141,30 @@ class Codebook(Format):
     ) -> Params:
         """See Format.fit. Codebooks by k-means of the scaled weights, one stage after the other, each weight counting
         by `importance` and its squared scale. `search` and `peak` are not read: nothing is cut off."""
-        width, scale = self.run(weight.shape[1]) // self.step, self.fit_scale(weight)
+        self.run(weight.shape[1])
+        scale = self.fit_scale(weight)
         counts = torch.ones(1, weight.shape[1]) if importance is None else importance[None]
-        counts = (counts * scale.square()).expand(weight.shape)
-        vectors, weights = self.vectors(weight / scale), self.vectors(counts)
-        rows, found = len(vectors), []
-        for first in range(0, self.groups * width, width):
-            run = slice(first, first + width)
-            flat, own = vectors[:, run].reshape(rows * width, -1), weights[:, run].reshape(rows * width, -1)
-            found.append(codebooks.learn(flat, own, self.entries, self.stages, SEED))
-        return self.params(torch.stack(found), scale, weight.shape[1])
+        book = self.learn([(weight / scale, (counts * scale.square()).expand(weight.shape))])
+        return self.params(book, scale, weight.shape[1])
+
+    def learn(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Codebooks (groups, stages, entries, vector), as float16 holds them, for layers that hold them in common.
+
+        parts: of each the scaled weight (out, in) and what the squared error of each counts, of the same shape.
+        """
+        vectors = [(self.vectors(weight), self.vectors(counts)) for weight, counts in parts]
+        found = []
+        for place in range(self.groups):
+            runs = [self.runs(each.shape[1])[place] for each, _ in vectors]
+            flat = [torch.cat([pair[at][:, run].flatten(0, 1) for pair, run in zip(vectors, runs, strict=True)])
+                    for at in (0, 1)]  # fmt: skip
+            found.append(codebooks.learn(flat[0], flat[1], self.entries, self.stages, SEED))
+        return codebooks.stored(torch.stack(found))
+
+    def runs(self, units: int) -> list[slice]:
+        """The vectors of a row of codes by the group that they belong to."""
+        width = units // self.groups
+        return [slice(place * width, (place + 1) * width) for place in range(self.groups)]
 
     def fit_scale(self, weight: Tensor) -> Tensor:
         """(out, 1), (1, in) or (1, 1) float32: the root mean square of a row or column as float16 holds it; 1 where all
@@ -154,15 +172,13 @@ class Codebook(Format):
         if self.scale == "none":
             return torch.ones(1, 1)
         size = weight.square().mean(1 if self.scale == "row" else 0, keepdim=True).sqrt()
-        stored = size.clamp(max=torch.finfo(torch.float16).max).half().float()
+        stored = codebooks.stored(size)
         return torch.where(stored > 0, stored, torch.ones(()))
 
     def params(self, codebook: Tensor, scale: Tensor, columns: int) -> Params:
         """Parameters as storage will hold them: codebook (groups, stages, entries, vector), scale as `Parts`."""
         self.run(columns)
-        largest = torch.finfo(torch.float16).max
-        rounded = codebook.clamp(-largest, largest).half().float()
-        return {"codebook": rounded, "scale": scale, "columns": torch.tensor(columns)}
+        return {"codebook": codebooks.stored(codebook), "scale": scale, "columns": torch.tensor(columns)}
 
     def vectors(self, weight: Tensor) -> Tensor:
         """(out, n) → (rows, units, vector); `axis=out` fills the last vector of a column with zeros."""
@@ -195,8 +211,7 @@ class Codebook(Format):
             found = codebooks.assign(vectors[:, chosen].reshape(-1, self.vector), book, BEAM)
             codes[:, chosen] = found.reshape(len(vectors), -1, self.stages)
             values[:, chosen] = codebooks.decode(found, book).reshape(len(vectors), -1, self.vector)
-        dtype = torch.uint8 if self.bits <= 8 else torch.int32
-        return codes.flatten(1).to(dtype), self.weights(values, len(weight)) * scale
+        return codes.flatten(1).to(grid.code_dtype(self.bits)), self.weights(values, len(weight)) * scale
 
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
         tensors = {"codes": grid.pack_bits(codes, self.bits), "codebook": params["codebook"].half()}
@@ -218,14 +233,15 @@ class Codebook(Format):
     def decode(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
         """(out, in) float32, with gradients in the codebook and the scale."""
         codes, books, scale = parts
-        rows, units, _ = codes.shape
-        values = torch.empty(rows, units, self.vector)
-        width = units // self.groups
-        for each, book in enumerate(books):
-            run = slice(each * width, (each + 1) * width)
-            found = codebooks.decode(codes[:, run].reshape(-1, self.stages), book)
-            values[:, run] = found.reshape(rows, width, self.vector)
-        return self.weights(values, shape[0]) * scale
+        return self.unit(codes, books, shape[0]) * scale
+
+    def unit(self, codes: Tensor, books: Tensor, rows: int) -> Tensor:
+        """(out, in) float32 before it is scaled. codes, books: see `Parts`; rows: out."""
+        values = torch.empty(*codes.shape[:2], self.vector)
+        for book, run in zip(books, self.runs(codes.shape[1]), strict=True):
+            found = codebooks.decode(codes[:, run].flatten(0, 1), book)
+            values[:, run] = found.reshape(len(values), -1, self.vector)
+        return self.weights(values, rows)
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         self.run(shape[1])

@@ -61,7 +61,7 @@ def _candidates(shapes: Sequence[tuple[int, int]], like: Codebook) -> list[Codeb
     found = []
     for vector, width, stages in itertools.product(VECTORS, INDEX_BITS, STAGES):
         form = Codebook(vector, 2**width, stages, like.axis, like.groups, like.scale, len(shapes))
-        if any(columns % like.groups or columns // like.groups % form.step for _, columns in shapes):
+        if not all(form.fits(columns) for _, columns in shapes):
             continue
         vectors = sum(prod(form.units(shape)) for shape in shapes)
         if vectors >= USES * form.entries * form.groups:

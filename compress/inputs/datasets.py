@@ -19,13 +19,11 @@ from compress.errors import InputError, UsageError
 from compress.inputs import images
 from compress.inputs.arrays import read_arrays
 from compress.inputs.documents import read_documents
-from compress.inputs.images import CALIBRATION_SAMPLES, Images
+from compress.inputs.images import Images
 from compress.inputs.windows import Windows, choose, cut_windows, join
 from compress.inputs.windows import check_disjoint as check_windows
 from compress.models.embedding import FEWEST_NEIGHBOURS
 from compress.models.model import Model, Task
-
-CALIBRATION_WINDOWS = defaults.SAMPLES
 
 Samples = Windows | Images
 """What a model is calibrated or judged on."""
@@ -97,19 +95,19 @@ def _read_rows(model: Model, source: str | Path, length: int) -> Images:
 
 
 def calibrate(
-    model: Model, source: str | Path, *, samples: int | None = None, length: int = 512, seed: int = 0
+    model: Model, source: str | Path, *, samples: int | None = None, length: int = defaults.LENGTH, seed: int = 0
 ) -> Calibration:
     """Calibration windows, or images, from a whole file. samples: None for 128 windows or 512 images."""
     if model.image is not None:
-        chosen = images.choose(_read_rows(model, source, length), samples or CALIBRATION_SAMPLES, seed)
+        chosen = images.choose(_read_rows(model, source, length), samples or defaults.IMAGES, seed)
         return Calibration(chosen, seed, Path(source).name)
     documents = tokenize(read_documents(source), model, str(source))
     windows = _pieces(model, documents, _fitting(model, length), str(source))
-    return Calibration(choose(windows, samples or CALIBRATION_WINDOWS, seed), seed, Path(source).name)
+    return Calibration(choose(windows, samples or defaults.SAMPLES, seed), seed, Path(source).name)
 
 
 def quality_windows(
-    model: Model, source: str | Path, *, samples: int | None = None, length: int = 512, seed: int = 0
+    model: Model, source: str | Path, *, samples: int | None = None, length: int = defaults.LENGTH, seed: int = 0
 ) -> Samples:
     """Evaluation windows, or images, from a whole file.
 
@@ -152,7 +150,7 @@ def split(
     Raises: UsageError when a run of tokens, or an image, would be in both parts (`check_disjoint`).
     """
     if model.image is not None:
-        found, count = _read_rows(model, source, length), samples or CALIBRATION_SAMPLES
+        found, count = _read_rows(model, source, length), samples or defaults.IMAGES
         first, second = images.split(found, str(source), samples=count, quality_samples=quality_samples, seed=seed)
         check_disjoint(first, second)
         return Calibration(first, seed, Path(source).name), second
@@ -170,7 +168,7 @@ def split(
         held = set(order[: max(1, len(order) // 5)])
         known = [ids for place, ids in enumerate(documents) if place not in held]
         unseen = [ids for place, ids in enumerate(documents) if place in held]
-    calibration = choose(_pieces(model, known, length, str(source)), samples or CALIBRATION_WINDOWS, seed)
+    calibration = choose(_pieces(model, known, length, str(source)), samples or defaults.SAMPLES, seed)
     quality = _judging(model, unseen, str(source), quality_samples, quality_length or length, seed)
     check_disjoint(calibration, quality)
     return Calibration(calibration, seed, Path(source).name), quality

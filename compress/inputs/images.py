@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress import defaults
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.inputs.npz import load_npz
 from compress.models.image_source import ImageSource, Row
@@ -32,7 +31,6 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MOST_PIXELS = 1 << 27
 """Of an image that was resized by its shorter side: a strip of one pixel's height would grow without end."""
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
-CALIBRATION_SAMPLES = defaults.IMAGES
 # Images that go through a model at once: fixed, since an activation grid that is fitted per call sees all of them.
 BATCH = 32
 

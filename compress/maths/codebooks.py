@@ -28,6 +28,12 @@ def learn(vectors: Tensor, weights: Tensor, entries: int, stages: int, seed: int
     return torch.stack(found)
 
 
+def stored(values: Tensor) -> Tensor:
+    """float32 values as float16 holds them."""
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(-largest, largest).half().float()
+
+
 def decode(codes: Tensor, book: Tensor) -> Tensor:
     """codes (n, stages) → (n, d) float32."""
     total = book[0][codes[:, 0]]

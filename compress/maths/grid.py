@@ -103,11 +103,16 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (codes.float() - zero) * scale
 
 
+def code_dtype(bits: int) -> torch.dtype:
+    """What codes of so many bits are held in while they are whole numbers."""
+    return torch.uint8 if bits <= 8 else torch.int32
+
+
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """(rows, n) codes of 1 to 16 bits → (rows, ceil(n · bits / 8)) uint8, lowest bits first, each row padded to a whole
     byte."""
     rows, count = codes.shape
-    codes = codes.to(torch.uint8 if bits <= 8 else torch.int32)
+    codes = codes.to(code_dtype(bits))
     if bits == 8:
         return codes.contiguous()
     if 8 % bits == 0:  # whole codes to a byte
@@ -133,7 +138,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
         return codes.reshape(rows, -1)[:, :count]
     stream = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(rows, -1)[:, : count * bits]
-    dtype = torch.uint8 if bits <= 8 else torch.int32
+    dtype = code_dtype(bits)
     return (stream.reshape(rows, count, bits) << torch.arange(bits, dtype=dtype)).sum(-1, dtype=dtype)
 
 

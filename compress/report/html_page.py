@@ -89,8 +89,6 @@ def _anchor(name: str) -> str:
 
 
 def _next_steps(texts: Sequence[str]) -> str:
-    if not texts:
-        return ""
     items = "".join(f"<li>{_with_code(text)}</li>" for text in texts)
     return f'<section class="next" aria-labelledby="next"><h2 id="next">What to do next</h2><ul>{items}</ul></section>'
 

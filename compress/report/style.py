@@ -181,11 +181,6 @@ pre {
   white-space: pre-wrap; overflow-wrap: anywhere;
 }
 @media (min-width: 60rem) {
-  .lead {
-    display: grid; grid-template-columns: minmax(0, 1fr) 17rem; column-gap: 2rem; align-items: start;
-    margin-bottom: 1.2rem;
-  }
-  .lead .next { margin: 0; }
   #quality th.key { min-width: 11rem; }
   .group { display: grid; grid-template-columns: 1fr 1fr; column-gap: 2.4rem; }
   .group > * { grid-column: 1 / -1; }

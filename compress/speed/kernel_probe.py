@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,18 +98,26 @@ def check(probe: Probe, threads: int = 1) -> Outcome:
 def open_probe(probe: Probe, threads: int) -> tuple[Any, tuple[str, ...]]:
     """A session on the CPU, and the operators that it executes after its own optimizations."""
     import onnx
-    import onnxruntime
 
     with scratch_folder() as folder:
         path = folder / "executed.onnx"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        options.optimized_model_filepath = str(path)
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = onnxruntime.InferenceSession(probe.graph, options, providers=["CPUExecutionProvider"])
+        session = open_session(probe.graph, threads, path)
         executed = onnx.load(str(path)).graph.node
     return session, tuple(dict.fromkeys(node.op_type for node in executed))
+
+
+def open_session(graph: bytes, threads: int, executed: Path | None = None) -> Any:
+    """A session on the CPU as artifacts have it. executed: where the graph is written as it was optimized."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if executed is not None:
+        options.optimized_model_filepath = str(executed)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _model(nodes: list[Any], inputs: list[int | str], outputs: list[int | str], constants: dict[str, Array]) -> bytes:

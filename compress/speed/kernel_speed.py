@@ -75,24 +75,19 @@ def node_seconds(threads: int) -> float:
 def times(call: Callable[[], Any], count: int) -> list[float]:
     """Seconds of each of `count` calls after one that is not counted."""
     call()
-    found = []
-    for _ in range(count):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return found
+    return [seconds(call) for _ in range(count)]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def _call(graph: bytes, size: int, threads: int) -> Callable[[int], Callable[[], Any]]:
     """Rows → a call with so many, in a session as artifacts have it."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = kernel_probe.open_session(graph, threads)
 
     def made(rows: int) -> Callable[[], Any]:
         values: Array = kernel_probe.rows(size)(rows)

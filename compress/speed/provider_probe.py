@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
-from compress.speed import kernel_probe
-
 REMOTE = "AzureExecutionProvider"  # takes any graph, and computes nothing on this machine
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _LOADING = re.compile(r"with error: (.+)")
@@ -27,9 +25,9 @@ class Provider:
     problem: str
 
 
-def probe_providers(runtime: Any) -> list[Provider]:
-    """Each that is compiled in. runtime: the module onnxruntime. What its libraries print meanwhile is kept back."""
-    graph = kernel_probe.probes()[0].graph
+def probe_providers(runtime: Any, graph: bytes) -> list[Provider]:
+    """Each that is compiled in. runtime: the module onnxruntime; graph: that they are to take. What its libraries print
+    meanwhile is kept back."""
     return [_probe(runtime, name, graph) for name in runtime.get_available_providers() if name != REMOTE]
 
 

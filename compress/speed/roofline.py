@@ -85,13 +85,13 @@ class Part:
         """For so many tokens at once."""
         rows = self.share * tokens
         first = min(1.0, rows)  # of an expert, the chance that a token reaches it
-        overhead = Spent(overhead=self.nodes * rates.node_s)
+        overhead = self.nodes * rates.node_s
         if self.speed is None:
             work = rates.at_best(self.weight_bytes * first, 2 * self.multiply_adds * rows, self.dtype)
-            return Spent.together((work, overhead))
+            return work._replace(overhead=overhead)
         reading = self.weight_bytes * first / (self.speed.kernel_gb_s.value * 1e9)
         products = 2 * self.multiply_adds * (rows - first) / (self.speed.kernel_gflops.value * 1e9)
-        return Spent(reading, products, overhead.overhead)
+        return Spent(reading, products, overhead)
 
 
 class Setting(NamedTuple):
@@ -131,8 +131,8 @@ class Arm:
         cached = setting.batch * setting.prompt
         moved = 2 * cached * BYTES[self.float_dtype] * sum(each.kv_heads * each.size for each in blocks)
         operations = 4 * setting.tokens * setting.context * sum(each.heads * each.size for each in blocks)
-        overhead = Spent(overhead=len(blocks) * self.rates.node_s)
-        return Spent.together((self.rates.at_best(moved, operations, self.float_dtype), overhead))
+        work = self.rates.at_best(moved, operations, self.float_dtype)
+        return work._replace(overhead=len(blocks) * self.rates.node_s)
 
     def others(self) -> Spent:
         """Of the small operators."""

@@ -6,7 +6,6 @@ all its rounds, and shows only from one process to the next.
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from compress.errors import InputError, Interrupted
 from compress.hwprofiles import Profile
+from compress.progress import SIGNALS
 from compress.records import Record, Timing
 
 
@@ -57,7 +57,7 @@ def last_line(command: Sequence[str], most_s: float, failed: str, given: str = "
         child = subprocess.run(command, input=given, capture_output=True, text=True, timeout=most_s, check=False)
     except subprocess.TimeoutExpired as late:
         raise InputError(f"{failed}: it did not end in {most_s:.0f} s.") from late
-    if child.returncode in (-signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP):
+    if -child.returncode in SIGNALS:
         # of a terminal Ctrl-C reaches the children too
         raise Interrupted("Stopped; what was finished is kept.", -child.returncode)
     lines = child.stdout.splitlines()

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from compress.errors import CompressError, InputError, Interrupted, ResourceError, UnsupportedError, UsageError
 from compress.files import parse_json
-from compress.progress import Progress
+from compress.progress import SIGNALS, Progress
 
 Task = Mapping[str, Any]
 Answer = dict[str, Any] | CompressError
@@ -212,7 +212,7 @@ def read_answer(code: int, output: str) -> Answer:
         message = str(found["error"]["message"])
     except (IndexError, KeyError, TypeError, ValueError):
         return InputError(f"Its process ended with exit code {code} and no answer.")
-    if code in (129, 130, 143):
+    if code - 128 in SIGNALS:
         return Interrupted(message, code - 128)
     return error_of(message, code)
 

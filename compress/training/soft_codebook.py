@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from compress.formats.base import QuantTensor
+from compress.formats.base import QuantTensor, alike
 from compress.formats.codebook import Codebook, Parts
 from compress.layer import Layer
-from compress.maths import codebooks, grid
+from compress.maths import codebooks
 from compress.training.trainable import straight_through
 
 
@@ -57,15 +57,10 @@ class SoftCodebook:
 
     def rounded(self) -> Layer:
         """The layer with the entries and scales as they now are."""
-        assert isinstance(self.layer.weight, QuantTensor)
         with torch.no_grad():
             _, book, scale = self._parts()
-        stored = self.layer.weight.tensors
-        codes = grid.pack_bits(self.held.flatten(1), self.form.bits)
-        tensors = {**stored, "codes": codes, "codebook": book.half()}
-        if "scale" in stored:
-            tensors["scale"] = scale.flatten().half()
-        return self.layer.with_weight(QuantTensor(self.form, tensors, self.layer.shape))
+        params = {"codebook": book, "scale": scale}
+        return self.layer.with_weight(self.form.pack(self.held.flatten(1), params, self.layer.shape))
 
 
 def soft_codebooks(layers: Iterable[Layer]) -> dict[str, SoftCodebook]:
@@ -77,7 +72,7 @@ def soft_codebooks(layers: Iterable[Layer]) -> dict[str, SoftCodebook]:
         if not isinstance(weight, QuantTensor) or not isinstance(weight.format, Codebook):
             continue
         stored, shared = weight.tensors["codebook"], weight.format.share > 1
-        book = next((leaf for known, leaf in books if shared and torch.equal(known, stored)), None)
+        book = alike(stored, books) if shared else None
         if book is None:
             book = stored.float().clone()
             books += [(stored, book)] if shared else []

@@ -117,5 +117,5 @@ def _check(told: Contents, structure: Structure, folder: Path) -> None:
             raise InputError(f"{where}: by config.json {found}. {AGAIN}")
         if spec.kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING):
             raise InputError(f"{where}: a layer of kind {spec.kind} cannot be a codebook here. {AGAIN}")
-        if spec.shape[1] % stored.format.step or spec.shape[1] // stored.format.step % stored.format.groups:
+        if not stored.format.fits(spec.shape[1]):
             raise InputError(f"{where}: {stored.format} cannot hold {spec.shape[0]} x {spec.shape[1]}. {AGAIN}")
