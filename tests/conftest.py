@@ -26,6 +26,28 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(WORKER.removeprefix("gw")) % len(_cores)]})
 
+SLOW_S = 90
+
+_config: list[pytest.Config] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep it for the reports, which come without it."""
+    _config[:] = [config]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a test that fails, or takes long, at once: a run that is cut off has told of it then."""
+    terminal = None if WORKER else _config[0].pluginmanager.getplugin("terminalreporter")
+    if terminal is None:
+        return
+    if report.failed:
+        last = (report.longreprtext.strip().splitlines() or [""])[-1]
+        terminal.write_line(f"\nFAILED {report.nodeid} ({report.when}): {last}")
+    elif report.duration > SLOW_S:
+        terminal.write_line(f"\nSLOW {report.nodeid} ({report.when}): {report.duration:.0f} s")
+
+
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 
 

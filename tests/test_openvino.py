@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from compress.__main__ import main
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.export import find
 from compress.export.openvino import rules, runtime, target
+from compress.export.openvino.signal_stack import kept_signal_stack
 from compress.formats import parse_format
 from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import ActSpec, LayerKind, LayerSpec
@@ -173,6 +175,32 @@ def test_a_run_ends_with_a_report_and_the_artifact_generates(
     assert not isinstance(engine, Model) and engine.placement.provider == "CPU"
     alone = [engine.generate(prompt, max_new_tokens=6).text for prompt in prompts]
     assert [row.text for row in engine.generate(prompts, max_new_tokens=6).rows] == alone
+
+
+def _stack() -> list[int]:
+    """This thread's alternate signal stack: place, flags, size."""
+    found = (ctypes.c_size_t * 3)()
+    ctypes.CDLL(None).sigaltstack(None, found)
+    return [found[0], found[1] & 0xFFFFFFFF, found[2]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals are handled on a stack of their own on Linux only")
+def test_signals_are_handled_where_they_were_before_openvino_loaded_a_model() -> None:
+    memory, before = ctypes.create_string_buffer(1 << 16), _stack()
+    with kept_signal_stack():
+        # as OpenVINO does, which frees the memory then
+        ctypes.CDLL(None).sigaltstack((ctypes.c_size_t * 3)(ctypes.addressof(memory), 0, len(memory)), None)
+        assert _stack() != before
+    assert _stack() == before
+
+
+@needs_openvino
+@pytest.mark.skipif(sys.platform != "linux", reason="signals are handled on a stack of their own on Linux only")
+def test_loading_a_model_leaves_the_stack_of_signals_alone(encoder: Model, tmp_path: Path) -> None:
+    before = _stack()
+    target.write(encoder, PROFILE, tmp_path)
+    target.session(tmp_path, 1)
+    assert _stack() == before
 
 
 @needs_openvino

@@ -116,11 +116,14 @@ def test_two_quick_signals_leave_no_temporary_folder_and_no_traceback() -> None:
 
 
 def test_a_terminal_that_closes_asks_for_a_stop_once_however_often_it_says_so() -> None:
-    progress, before = Progress(quiet=True), signal.getsignal(signal.SIGHUP)
-    with progress.catching_signals():
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGHUP)
-    assert progress.signal_number == signal.SIGHUP and signal.getsignal(signal.SIGHUP) == before
+    progress, before = Progress(quiet=True), signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+    try:
+        with progress.catching_signals():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert progress.signal_number == signal.SIGHUP and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from compress import extras
 from compress.errors import InputError, UnsupportedError
+from compress.export.openvino.signal_stack import kept_signal_stack
 from compress.runtime import probing
 from compress.runtime.greedy import greedy
 
@@ -49,7 +50,8 @@ class Session:
             raise InputError(f"{folder / GRAPH} is missing. Export the model again.")
         started = time.perf_counter()
         try:
-            self.compiled = ov.Core().compile_model(str(folder / GRAPH), DEVICE, settings)
+            with kept_signal_stack():
+                self.compiled = ov.Core().compile_model(str(folder / GRAPH), DEVICE, settings)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"openvino {version()} cannot load {folder / GRAPH} ({reason}).") from error
