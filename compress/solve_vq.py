@@ -247,16 +247,25 @@ def improve(
     beam: int,
     *,
     fixed: bool = False,
+    tolerance: float = 0.0,
     told: Callable[[float], None] | None = None,
 ) -> tuple[list[Coded], Tensor]:
     """Sweeps of: entries, scales, codes, each the best with the others as they are; entries and scales once more at
-    the end. The total error never rises; `told` is called with it after each sweep. fixed: the entries stay."""
+    the end. The total error never rises; `told` is called with it after each sweep. fixed: the entries stay; tolerance:
+    the last sweep is the one that takes less than this share of the error away."""
     found = list(layers)
+    before = total(found, book) if tolerance and sweeps else 0.0
     for _ in range(sweeps):
         book = book if fixed else refit_books(found, book)
         found = [reassign(refit_scale(layer, book), book, beam) for layer in found]
+        if not told and not tolerance:
+            continue
+        now = total(found, book)
         if told:
-            told(total(found, book))
+            told(now)
+        if tolerance and now > (1 - tolerance) * before:
+            break
+        before = now
     if sweeps:
         book = book if fixed else refit_books(found, book)
         found = [refit_scale(layer, book) for layer in found]

@@ -30,6 +30,7 @@ PASSES: dict[str, Entry] = {
     "rtn": Entry("compress.passes.rtn:Rtn", "round each weight to the nearest point of its grid; needs no data"),
     "gptq": Entry("compress.passes.gptq:Gptq", "round column by column, later columns absorbing the error; needs data"),
     "vptq": Entry("compress.passes.vptq:Vptq", "vectors of weights as codes of learned codebooks; needs data"),
+    "aqlm": Entry("compress.passes.aqlm:Aqlm", "sums of codebook entries, improved until they settle; needs data"),
     "awq": Entry("compress.passes.awq:Awq", "scale salient channels up, then round to nearest; needs data"),
     "hqq": Entry("compress.passes.hqq:Hqq", "move each group's zero point until errors are sparse; needs no data"),
     "bnb4": Entry("compress.passes.bnb4:Bnb4", "4-bit weights as bitsandbytes makes them; needs no data"),
@@ -42,6 +43,7 @@ PASSES: dict[str, Entry] = {
     "autoround": Entry("compress.passes.autoround:AutoRound", "learn which way to round, block by block; needs data"),
     "bias_correct": Entry("compress.passes.bias_correct:BiasCorrect", "take the mean error out of biases; needs data"),
     "adaquant": Entry("compress.passes.adaquant:AdaQuant", "learn weights and grids layer by layer; needs data"),
+    "block_tune": Entry("compress.passes.block_tune:BlockTune", "train codebooks, scales, norms by block; needs data"),
     "pv_tuning": Entry("compress.passes.pv_tuning:PvTuning", "train codes with entries, scales and norms; needs data"),
     "tune": Entry("compress.passes.tune:Tune", "tune scales, norms and biases by the whole model's output; needs data"),
 }

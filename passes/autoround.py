@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.engine.blockpass import Block, BlockPass, Changed, Runner
+from compress.engine.blockpass import Block, BlockPass, Changed, Runner, output_error
 from compress.engine.layer_stats import Stat
 from compress.engine.part import Part
 from compress.errors import UsageError
@@ -96,8 +95,5 @@ def _keep(soft: dict[str, SoftRounding]) -> None:
 
 
 def _loss(runner: Runner, soft: dict[str, SoftRounding], place: int) -> Tensor:
-    """Mean squared error of the block's output as a share of its mean square."""
     lend_soft(runner.root, soft.values())
-    target = runner.targets(place)
-    power = target.square().mean()
-    return (runner.forward(place) - target).square().mean() / torch.where(power > 0, power, 1.0)
+    return output_error(runner, place)

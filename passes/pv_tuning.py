@@ -8,9 +8,10 @@ from pydantic import Field
 
 from compress.engine.modelpass import Stage
 from compress.errors import UsageError
-from compress.passes.tune import Student, Trained, Tune
+from compress.passes.tune import Student, Tune
 from compress.training import distill
 from compress.training.code_step import Codes, CodeStep
+from compress.training.parts import Trained
 
 
 class PvTuning(Tune):
@@ -23,7 +24,8 @@ class PvTuning(Tune):
 
     Settings: those of `tune`, and `code_lr` of the continuous copies, relative to the size of the weights; `changes`
     the share of a layer's units that may change in a step; `beam` candidates for the codes of a vector; `decay` how far
-    a copy goes back to what is decoded after each step (0: not at all).
+    a copy goes back to what is decoded after each step (0: not at all); `trust` how long a step of a layer's codes may
+    be, as a share of its weights' norm (0: as long as `changes` makes it).
     """
 
     name: ClassVar[str] = "pv_tuning"
@@ -34,6 +36,7 @@ class PvTuning(Tune):
     changes: float = Field(default=0.01, gt=0, le=1)
     beam: int = Field(default=4, ge=1, le=256)
     decay: float = Field(default=0.0, ge=0, le=1)
+    trust: float = Field(default=0.0, ge=0, le=1)
 
     @property
     def trained_copies(self) -> float:
@@ -49,14 +52,15 @@ class _Student(Student):
     def __init__(self, item: PvTuning, stage: Stage) -> None:
         super().__init__(stage, frozenset(item.parts))
         self.item = item
-        held: tuple[Codes, ...] = (*self.grids.values(), *self.books.values())
+        parts = self.parts
+        held: tuple[Codes, ...] = (*parts.grids.values(), *parts.books.values())
         if not held:
             raise UsageError(
                 "pv_tuning: no layer that it is for has codes to train, of an integer grid (parts=[scales]) or of a "
                 "codebook (parts=[codebooks]). Quantize first, or name these parts."
             )
-        self.steps = [CodeStep(each, item.changes, item.beam, item.decay) for each in held]
-        self.weights = tuple(self.steps)
+        self.steps = [CodeStep(each, item.changes, item.beam, item.decay, item.trust) for each in held]
+        parts.weights = tuple(self.steps)
 
     def groups(self, lr: float) -> list[distill.Group]:
         return [*super().groups(lr), *(step.group(self.item.code_lr) for step in self.steps)]

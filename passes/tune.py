@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -13,16 +13,10 @@ from compress.engine.layer_stats import Stat
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.part import Part
 from compress.errors import UsageError
-from compress.formats.int_grid import IntGrid
-from compress.layer import ActSpec, Layer, LayerSpec
+from compress.layer import LayerSpec
 from compress.models.model import Model, Task
-from compress.models.placing import replace_input_rounding
 from compress.training import distill
-from compress.training.soft import SoftInput, SoftRounding, SoftWeight, lend_soft
-from compress.training.soft_codebook import parted, soft_codebooks
-from compress.training.trainable import lend_tensor
-
-Trained = Literal["scales", "codebooks", "norms", "biases", "inputs"]
+from compress.training.parts import Continuous, Trained
 
 
 class Tune(ModelPass):
@@ -80,16 +74,17 @@ class Tune(ModelPass):
                 f"{self.name}: the model has nothing of {', '.join(self.parts)} to train. Name other parts."
             )
         train, held = distill.split(len(batches))
-        outcome = distill.fit(
-            groups,
-            lambda at: _loss(stage.model.task, _outputs(teacher, batches[at]), one.outputs(batches[at])),
-            train,
-            held,
-            distill.Budget(self.steps, self.batch, self.minutes),
-            schedule="cosine",
-            seed=self.seed,
-            tell=lambda done, steps: stage.progress.tick("Tuning steps", done, steps),
-        )
+        with one.parts.lent():
+            outcome = distill.fit(
+                groups,
+                lambda at: _loss(stage.model.task, _outputs(teacher, batches[at]), one.outputs(batches[at])),
+                train,
+                held,
+                distill.Budget(self.steps, self.batch, self.minutes),
+                schedule="cosine",
+                seed=self.seed,
+                tell=lambda done, steps: stage.progress.tick("Tuning steps", done, steps),
+            )
         one.write(stage, f"{self.done} with the whole model: {outcome.describe()}")
 
 
@@ -101,78 +96,30 @@ class Student:
         self.module = stage.whole()
         layers = {name: layer for s in model.structure.segments for name, layer in model.layers(s).items()}
         chosen = {name: layers[name] for name in stage.chosen}
-        self.books = soft_codebooks(chosen.values()) if "codebooks" in parts else {}
-        self.parted = parted(self.books)
-        self.grids = {
-            name: SoftRounding(layer, None)
-            for name, layer in chosen.items()
-            if isinstance(layer.format, IntGrid) and "scales" in parts
-        }
-        self.biases = {
-            name: layer.bias.float().clone()
-            for name, layer in chosen.items()
-            if layer.bias is not None and "biases" in parts
-        }
-        learned = {name: layer.act for name, layer in chosen.items() if layer.act and _has_grid(layer.act)}
-        self.inputs = {name: SoftInput(act) for name, act in learned.items() if "inputs" in parts}
-        self.norms = _vectors(self.module, model) if "norms" in parts else {}
-        self.weights: tuple[SoftWeight, ...] = (*self.grids.values(), *self.books.values())
-        self._install()
-
-    def _install(self) -> None:
-        """Put vectors and input grids in place once; weights follow before each pass, since they are computed."""
-        for name, bias in self.biases.items():
-            lend_tensor(self.module, f"{name}.bias", bias)
-        for name, vector in self.norms.items():
-            lend_tensor(self.module, name, vector)
-        for name, soft in self.inputs.items():
-            replace_input_rounding(self.module.get_submodule(name), soft.round)
+        self.parts = Continuous(self.module, chosen, _vectors(self.module, model), parts)
 
     def groups(self, lr: float) -> list[distill.Group]:
-        """What is trained; vectors at a rate that is relative to their size."""
-        scales = [each.factor for each in self.grids.values()]
-        scales += [each.factor for each in self.books.values() if each.form.scale != "none"]
-        groups = [distill.Group([*scales, *(each.log_scale for each in self.inputs.values())], lr)]
-        books = {id(each.book): each.book for name, each in self.books.items() if name not in self.parted}
-        for tensor in (*books.values(), *self.biases.values(), *self.norms.values()):
-            groups.append(distill.Group([tensor], lr * (float(tensor.square().mean().sqrt()) or 1.0)))
-        return [group for group in groups if group.tensors]
+        """What is trained; see `Continuous.groups`."""
+        return self.parts.groups(lr)
 
     def outputs(self, batch: Tensor) -> Tensor:
         """The model's output, with gradients."""
-        lend_soft(self.module, self.weights)
+        self.parts.lend_weights()
         return _outputs(self.module, batch)
-
-    def layer(self, layer: Layer) -> Layer:
-        """A layer as it now is."""
-        name = layer.name
-        soft = self.grids.get(name) or self.books.get(name)
-        done = soft.rounded() if soft else layer
-        act = self.inputs[name].rounded() if name in self.inputs else layer.act
-        return replace(done, act=act, bias=self.biases.get(name, layer.bias))
-
-    def notes(self, name: str, note: str) -> tuple[str, ...]:
-        """For the report, of one layer."""
-        kept = "the entries of its codebook stayed: layers that this pass is not for hold them too"
-        return (note, kept) if name in self.parted else (note,)
 
     def write(self, stage: Stage, note: str) -> None:
         """All segments of the tuned model."""
-        model = stage.model
+        model, parts = stage.model, self.parts
         for segment in model.structure.segments:
             plain = model.plain(segment)
             layers = {
-                name: replace(self.layer(layer), notes=self.notes(name, note)) if name in stage.chosen else layer
+                name: replace(parts.layer(layer), notes=parts.notes(name, note)) if name in stage.chosen else layer
                 for name, layer in model.layers(segment).items()
             }
-            trained = {*self.grids, *self.books, *self.biases, *self.inputs}
-            skipped = dict.fromkeys((set(layers) & set(stage.chosen)) - trained, "nothing of what is trained is in it")
-            norms = {name: self.norms.get(name, tensor) for name, tensor in plain.items()}
+            untrained = (set(layers) & set(stage.chosen)) - parts.trained
+            skipped = dict.fromkeys(untrained, "nothing of what is trained is in it")
+            norms = {name: parts.vectors.get(name, tensor) for name, tensor in plain.items()}
             stage.write(segment, layers, norms, skipped=skipped)
-
-
-def _has_grid(act: ActSpec) -> bool:
-    return act.static and isinstance(act.format, IntGrid)
 
 
 def _vectors(module: nn.Module, model: Model) -> dict[str, Tensor]:

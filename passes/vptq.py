@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from compress import solve_vq
-from compress.engine.blockpass import Block, BlockQuantPass, Changed
-from compress.engine.layer_stats import LayerStats, Stat
-from compress.engine.layerpass import FormatField, Pass
-from compress.errors import UsageError
-from compress.formats.base import Format, QuantTensor, alike
-from compress.formats.codebook import Codebook
-from compress.formats.codebook_choice import choose, counted
-from compress.layer import Layer, LayerKind, LayerSpec
-from compress.maths.hessian import damped
-from compress.solve import System
+from compress.engine.codebook_pass import CodebookPass, Task
 from compress.solve_vq import Coded
 
 
-class Vptq(BlockQuantPass):
+class Vptq(CodebookPass):
     """Vector quantization with second-order compensation (VPTQ, Liu et al. 2024, arXiv 2409.17066), with what its
     authors' program leaves out. Codebooks come from k-means of the scaled weights, each counting as much as its input's
     second moment; GPTQ's loop chooses the codes; then sweeps of descent choose entries, scales and codes again, each
@@ -43,234 +34,30 @@ class Vptq(BlockQuantPass):
     """
 
     name: ClassVar[str] = "vptq"
-    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
-    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT})
-    any_dtype: ClassVar[bool] = True
-    opaque: ClassVar[bool] = True
-    shares: ClassVar[bool] = True
+    fixed_shared: ClassVar[frozenset[str]] = frozenset({"beam", "refit"})
 
-    format: FormatField = Codebook()
-    bits: float | None = Field(default=None, gt=0, le=8)  # type: ignore[assignment]
-    share: str = Field(default="none", pattern="^(none|block)$")
-    damp: float = Field(default=0.05, gt=0, le=1)
     order: str = Field(default="static", pattern="^(static|given)$")
-    sequential: bool = True
-    mismatch: float = Field(default=0.8, ge=0, le=1)
-    beam: int = Field(default=8, ge=1, le=256)
     metric: bool = True
     rescale: bool = True
     refit: int = Field(default=4, ge=0)
 
-    @model_validator(mode="after")
-    def _check_format(self) -> Self:
-        given = self.model_fields_set
-        if not isinstance(self.format, Codebook):
-            raise UsageError(
-                f"vptq: format={self.format} is no codebook. Give codebook(vector=8, entries=256, stages=2) or "
-                "another, or use gptq."
-            )
-        if self.format.axis == "out" and self.format.scale == "row":
-            raise UsageError(
-                f"vptq: in {self.format} the weights of a vector have scales of their own, by which codes are not "
-                "chosen here. Give scale=column or scale=none."
-            )
-        if self.bits is not None and "format" in given:
-            raise UsageError(
-                f"vptq: format={self.format} and bits={self.bits:g} contradict each other: bits chooses the codebook. "
-                "Keep one of them."
-            )
-        if self.group_size is not None:
-            raise UsageError("vptq: group_size is for integer formats. Write groups in the format, or give bits alone.")
-        return self
-
-    @model_validator(mode="after")
-    def _check_order_of_work(self) -> Self:
-        if self.mismatch and "mismatch" in self.model_fields_set and not self.sequential:
-            raise UsageError(
-                f"vptq: mismatch={self.mismatch:g} needs sequential=true: a correction that does not know the errors "
-                "made inside the block does harm. Leave one of the two out, or set mismatch=0."
-            )
-        for pattern, settings in self.overrides.items():
-            whole = {"sequential", "share", "mismatch"} | ({"beam", "refit"} if self.share == "block" else set())
-            fixed = sorted(whole & set(settings))
-            if fixed:
-                raise UsageError(
-                    f"vptq: overrides of '{pattern}' may not set {fixed[0]}: it decides how data are collected for all "
-                    "layers. Set it for the whole pass."
-                )
-        return self
-
-    def _shortened(self, form: Format, short: Mapping[str, Any]) -> Format:
-        return form
-
-    def _inherited(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        given = super()._inherited(settings)
-        dropped = {"bits": "format", "format": "bits"}
-        return {name: value for name, value in given.items() if dropped.get(name) not in settings}
-
     @property
-    def wants(self) -> frozenset[Stat]:
-        return super().wants | ({Stat.CROSS} if self.sequential and self.mismatch else set())
+    def column_order(self) -> str:
+        return self.order
 
-    @property
-    def in_turn(self) -> bool:
-        return self.sequential
+    def counts(self, task: Task, start: Coded) -> Tensor:
+        if self.rescale:
+            return super().counts(task, start)
+        return start.hessian.diagonal().expand_as(start.target)
 
-    @property
-    def surveys(self) -> bool:
-        return self.share == "block"
+    def first_codes(self, task: Task, start: Coded, book: Tensor) -> Coded:
+        """Codes from GPTQ's loop. Without `rescale` it runs on the scaled weights with second moments of unscaled
+        inputs, as in the authors' program."""
+        given, system = start, task.system
+        if not self.rescale:
+            given = replace(start, target=start.target / start.scale, scale=torch.ones(1, 1))
+        found = solve_vq.compensate(given, book, system.factor, system.columns, self.beam, self.metric)
+        return replace(start, codes=found.codes)
 
-    @property
-    def codebook(self) -> Codebook:
-        """The format, as what it always is."""
-        assert isinstance(self.format, Codebook)
-        return self.format
-
-    def settle(self, chosen: Mapping[str, tuple[Pass, LayerSpec]]) -> Mapping[str, Pass]:
-        """The codebook that `bits` buys, and how many layers hold it: outside the blocks each has its own."""
-        groups: dict[object, list[tuple[Vptq, LayerSpec]]] = {}
-        for name, (item, spec) in chosen.items():
-            assert isinstance(item, Vptq)
-            alone = item.share == "none" or spec.segment < 0
-            groups.setdefault(name if alone else (item.format, item.bits), []).append((item, spec))
-        settled: dict[str, Pass] = {}
-        for pairs in groups.values():
-            first, shapes = pairs[0][0], [spec.shape for _, spec in pairs]
-            form = first.codebook if first.bits is None else choose(shapes, first.bits, first.codebook)
-            form = replace(form, share=len(pairs))
-            settled |= {spec.name: item.model_copy(update={"format": form}) for item, spec in pairs}
-        return settled
-
-    def block(self, block: Block) -> Changed:
-        groups: dict[str | Codebook, list[_Task]] = {}
-        for task in _tasks(block, block.chosen):
-            form = task.item.codebook
-            groups.setdefault(task.layer.name if form.share == 1 else form, []).append(task)
-        held = _held(block)
-        found: dict[str, Layer] = {}
-        for key, tasks in groups.items():
-            book = held.get(key)
-            partners = {name: item for name, item in block.ahead.items() if getattr(item, "format", None) == key}
-            if book is None and partners:
-                book = _solve([*tasks, *_tasks(block, partners)])[1].half()
-            found |= {layer.name: layer for layer in _solved(tasks, book)}
-        return Changed(found)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A layer, and what it is solved with."""
-
-    item: Vptq
-    layer: Layer
-    stats: LayerStats
-    system: System
-
-
-def _held(block: Block) -> dict[str | Codebook, Tensor]:
-    """Codebooks of layers whose turn is over, float16, that more layers are to hold."""
-    holders: list[tuple[Tensor, list[QuantTensor]]] = []
-    for layer in block.layers.values():
-        weight = layer.weight
-        if isinstance(weight, QuantTensor) and isinstance(weight.format, Codebook):
-            book = weight.tensors["codebook"]
-            known = alike(book, holders)
-            if known is None:
-                holders.append((book, [weight]))
-            else:
-                known.append(weight)
-    found: dict[str | Codebook, Tensor] = {}
-    for _, (first, *others) in holders:
-        assert isinstance(first.format, Codebook)
-        if len(others) + 1 < first.format.share:
-            found[first.format] = first.tensors["codebook"]
-    return found
-
-
-def _tasks(block: Block, chosen: Mapping[str, Pass]) -> list[_Task]:
-    """Layers that are fed the same share a system."""
-    tasks, systems = [], dict[object, System]()
-    for name, item in chosen.items():
-        assert isinstance(item, Vptq)
-        layer, stats = block.layers[name], block.stats.get(name, LayerStats())
-        key = (name if stats.hessian is None else id(stats.hessian), item.damp, item.order, item.codebook.step)
-        if key not in systems:
-            hessian = torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
-            systems[key] = System.of(hessian, item.damp, item.codebook.step, item.order)
-        tasks.append(_Task(item, layer, stats, systems[key]))
-    return tasks
-
-
-def _solve(tasks: Sequence[_Task], book: Tensor | None = None) -> tuple[list[Coded], Tensor]:
-    """Layers with one codebook in common: learned from all where it is not given, codes layer by layer, then descent
-    over all."""
-    first = tasks[0].item
-    starts = [_start(task) for task in tasks]
-    chosen = _learned(tasks, starts) if book is None else book
-    coded = [_compensated(task, start, chosen) for task, start in zip(tasks, starts, strict=True)]
-    return solve_vq.improve(coded, chosen, first.refit, first.beam, fixed=book is not None)
-
-
-def _solved(tasks: Sequence[_Task], held: Tensor | None) -> list[Layer]:
-    """The layers with codes, and the codebook that was learned before, if there is one."""
-    coded, book = _solve(tasks, None if held is None else held.float())
-    stored = book.half() if held is None else held
-    notes = _shared_notes(tasks)
-    found = []
-    for task, each in zip(tasks, coded, strict=True):
-        # `stored` is the one tensor that all holders of the codebook refer to
-        params = {"codebook": stored, "scale": each.scale}
-        packed = each.form.pack(each.codes.flatten(1), params, task.layer.shape)
-        found.append(replace(task.layer, weight=packed, notes=(*_notes(task), *notes)))
-    return found
-
-
-def _start(task: _Task) -> Coded:
-    """The weight to come close to, and its first scales."""
-    item, stats, system, form = task.item, task.stats, task.system, task.item.codebook
-    target = system.target(task.layer.float_weight(), stats.cross, item.mismatch)
-    none = torch.empty(0, dtype=torch.int64)
-    return Coded(form, target, damped(system.hessian, system.damp), form.fit_scale(target), none)
-
-
-def _learned(tasks: Sequence[_Task], starts: Sequence[Coded]) -> Tensor:
-    """Codebooks (groups, stages, entries, vector) by k-means of the scaled weights of all layers."""
-    form, parts = starts[0].form, []
-    for task, start in zip(tasks, starts, strict=True):
-        squares = start.scale.square() if task.item.rescale else torch.ones(1, 1)
-        counts = (start.hessian.diagonal() * squares).expand_as(start.target)
-        parts.append((start.target / start.scale, counts))
-    return form.learn(parts)
-
-
-def _compensated(task: _Task, start: Coded, book: Tensor) -> Coded:
-    """Codes from GPTQ's loop. Without `rescale` it runs on the scaled weights with second moments of unscaled inputs,
-    as in the authors' program."""
-    item, system = task.item, task.system
-    given = start
-    if not item.rescale:
-        given = replace(start, target=start.target / start.scale, scale=torch.ones(1, 1))
-    found = solve_vq.compensate(given, book, system.factor, system.columns, item.beam, item.metric)
-    return replace(start, codes=found.codes)
-
-
-def _notes(task: _Task) -> list[str]:
-    """What a reader of the report should know about the solve of one layer."""
-    stats, system = task.stats, task.system
-    if stats.hessian is None:
-        return ["no calibration token reached it: solved as if its inputs were alike (identity Hessian)"]
-    return system.notes(stats.tokens, len(system.hessian))
-
-
-def _shared_notes(tasks: Sequence[_Task]) -> list[str]:
-    """What holds for the codebook, and so for all layers that share it."""
-    item, form = tasks[0].item, tasks[0].item.codebook
-    notes = []
-    if item.bits is not None:
-        shapes = [task.layer.shape for task in tasks]
-        notes.append(f"bits={item.bits:g}: {form} counts {counted(form, shapes):.3f} bits per weight")
-    rows_and_units = [form.units(task.layer.shape) for task in tasks]
-    each = sum(rows * units for rows, units in rows_and_units) // form.groups
-    if each < form.entries and len(tasks) == form.share:  # in turn, those still to come are learned from too
-        notes.append(f"{form.entries} entries for {each} vectors: {form.entries - each} of them stand for nothing")
-    return notes
+    def improved(self, coded: Sequence[Coded], book: Tensor, fixed: bool) -> tuple[list[Coded], Tensor]:
+        return solve_vq.improve(coded, book, self.refit, self.beam, fixed=fixed)

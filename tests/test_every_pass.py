@@ -19,6 +19,7 @@ FITTING = {"gptq": "gptq(format=int4(group=32))", "rtn": "rtn(format=int4(group=
 FITTING |= {
     "adaquant": f"{FITTING['rtn']}, adaquant(steps=2)",
     "autoround": f"{FITTING['rtn']}, autoround(steps=2)",
+    "block_tune": f"{FITTING['rtn']}, block_tune(steps=2)",
     "tune": f"{FITTING['rtn']}, tune(steps=2)",
     "pv_tuning": f"{FITTING['rtn']}, pv_tuning(steps=2)",
     "bias_correct": f"{FITTING['rtn']}, bias_correct(add=true)",

@@ -81,6 +81,19 @@ def test_codes_that_were_chosen_again_are_stored(text: str) -> None:
     assert torch.equal(soft.rounded().float_weight(), soft.weight().detach())
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_step_of_the_codes_is_no_longer_than_it_may_be(text: str) -> None:
+    lengths = []
+    for trust in (0.0, 0.3):
+        soft = soft_of(text)
+        step = CodeStep(soft, 0.5, 8, 0.0, trust)
+        before = soft.weight().detach()
+        step.wish += 0.7 * torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
+        step.follow()
+        lengths.append(float((soft.weight() - before).norm() / before.norm()))
+    assert 0 < lengths[1] <= 0.3 < lengths[0]
+
+
 def test_the_loop_keeps_the_codes_of_its_best_iterate() -> None:
     """The loss rises at once, since its target is where the codes already are; what is kept is the start."""
     soft = soft_of(TEXTS[1])

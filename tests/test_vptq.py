@@ -19,41 +19,16 @@ from compress.formats.codebook import Codebook
 from compress.formats.codebook_choice import choose, counted, expected_error
 from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import Layer, LayerKind, LayerSpec
-from compress.maths.hessian import weighted_error
 from compress.models.model import Model
 from compress.passes.vptq import Vptq
 from compress.pipeline import Pipeline, planned
+from helpers import coded
+from helpers.coded import IN, OUT, WIDE, layer, proxy, stats
 from helpers.gptq_twin import inputs, moments
-
-WIDE = 32
-IN = "codebook(vector=4, entries=16, stages=2)"
-OUT = "codebook(vector=4, entries=16, stages=2, out)"
-
-
-def layer(name: str = "block.a", rows: int = 48, seed: int = 1) -> Layer:
-    maker = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, WIDE, generator=maker) * torch.rand(1, WIDE, generator=maker).mul(3).exp()
-    return Layer(name, LayerKind.LINEAR, weight, users=(name,))
-
-
-def stats(seed: int = 0) -> LayerStats:
-    return LayerStats(hessian=moments(inputs(400, WIDE, seed)), tokens=400)
 
 
 def solved(layers: list[Layer], known: LayerStats, **settings: Any) -> list[Layer]:
-    item = Vptq.build(settings)
-    specs = {each.name: LayerSpec(each.name, each.kind, each.shape, each.users, segment=0) for each in layers}
-    passes = {**dict.fromkeys(specs, item), **item.settle({name: (item, spec) for name, spec in specs.items()})}
-    by_name = {each.name: each for each in layers}
-    found = item.block(Block("block", by_name, by_name, passes, {}, dict.fromkeys(specs, known)))
-    return list(found.layers.values())
-
-
-def proxy(source: Layer, result: Layer, known: LayerStats) -> float:
-    """The squared error of the output, as a share of the output's square."""
-    assert known.hessian is not None
-    weight = source.float_weight()
-    return weighted_error(weight - result.float_weight(), known.hessian) / weighted_error(weight, known.hessian)
+    return coded.solved(Vptq.build(settings), layers, known)
 
 
 def mean_proxy(**settings: Any) -> float:

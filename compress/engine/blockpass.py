@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from compress.engine.layer_stats import LayerStats
@@ -43,6 +44,14 @@ class Runner(Protocol):
     def forward(self, place: int, hidden: Tensor | None = None) -> Tensor:
         """The block's output for a batch, with its own inputs or others of the same shape. Keeps gradients."""
         ...
+
+
+def output_error(runner: Runner, place: int) -> Tensor:
+    """Mean squared error of the block's output for a batch, as a share of the mean square that it should have. Needs
+    `Stat.REFERENCE`; keeps gradients."""
+    target = runner.targets(place)
+    power = target.square().mean()
+    return (runner.forward(place) - target).square().mean() / torch.where(power > 0, power, 1.0)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ def lend_tensor(root: nn.Module, name: str, tensor: Tensor) -> None:
     root.get_submodule(path).__dict__[key] = tensor
 
 
+def take_back(root: nn.Module, name: str) -> None:
+    """Undo `lend_tensor`."""
+    path, _, key = name.rpartition(".")
+    root.get_submodule(path).__dict__.pop(key, None)
+
+
 def lend_experts(root: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """The same for experts: name → (out, in). Experts of a stack that are not named stay as they are."""
     stacks: dict[tuple[str, str], dict[int, Tensor]] = {}

@@ -1,0 +1,84 @@
+"""block_tune: train what is continuous in a block, codebooks, scales and norms, by what the block puts out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from compress.engine.blockpass import Block, BlockPass, Changed, Runner, output_error
+from compress.engine.layer_stats import Stat
+from compress.engine.part import Part
+from compress.errors import UsageError
+from compress.layer import LayerSpec
+from compress.training import distill
+from compress.training.parts import Continuous, Trained
+
+
+class BlockTune(BlockPass):
+    """Fine-tuning block by block (AQLM, Egiazarian et al. 2024, arXiv 2401.06118, §3.3, phase 3).
+
+    It refines layers that another pass has quantized, so it comes after one: `aqlm, block_tune` is the paper's, `vptq,
+    block_tune` starts from the better codes. The loss is the squared error of the block's output against the model as
+    the stage received it, with inputs from the compressed prefix; codes stay as they are. The iterate of least loss on
+    held-out batches is kept, the start included. Only one block is in memory with its gradients.
+
+    Settings: `parts` what is trained, as in `tune`: `scales` of layers on integer grids, `codebooks` entries and scales
+    of layers in them, `norms` the block's own vectors, `biases`, `inputs` static input grids; `steps`; `batch`
+    calibration batches per step; `lr` (Adam, relative to the size of what is trained, falling to 0); `patience` looks
+    at the held-out loss, one every 25 steps, without a gain before it stops (0: never); `seed`.
+    """
+
+    name: ClassVar[str] = "block_tune"
+    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
+    part: ClassVar[Part] = Part.ROUNDING
+    before: ClassVar[frozenset[Part]] = frozenset({Part.TUNING})
+    after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
+    inside: ClassVar[bool] = True
+    per_layer: ClassVar[bool] = False
+
+    parts: tuple[Trained, ...] = ("scales", "codebooks", "norms")
+    steps: int = Field(default=200, ge=1)
+    batch: int = Field(default=2, ge=1)
+    lr: float = Field(default=3e-3, gt=0, le=1)
+    patience: int = Field(default=3, ge=0)
+    seed: int = 0
+
+    @property
+    def trained_copies(self) -> float:
+        return 15.0
+
+    @property
+    def trained_batches(self) -> int:
+        return self.steps * self.batch
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return spec
+
+    def block(self, block: Block) -> Changed:
+        runner = block.runner
+        assert runner is not None
+        layers = {name: layer for name, layer in block.layers.items() if name in block.chosen}
+        vectors = {name: tensor for name, tensor in block.plain.items() if tensor.ndim == 1}
+        parts = Continuous(runner.root, layers, vectors, frozenset(self.parts))
+        groups = parts.groups(self.lr)
+        if not groups:
+            raise UsageError(
+                f"block_tune: {block.name} has nothing of {', '.join(self.parts)} to train. Name other parts, or leave "
+                "the block out with ignore."
+            )
+        train, held = distill.split(runner.batches)
+        budget = distill.Budget(self.steps, self.batch, patience=self.patience)
+        with parts.lent():
+            outcome = distill.fit(groups, lambda at: _loss(runner, parts, at), train, held, budget, seed=self.seed)
+        note = f"tuned with its block: {outcome.describe()}"
+        done = {name: replace(parts.layer(layers[name]), notes=parts.notes(name, note)) for name in parts.trained}
+        skipped = dict.fromkeys(layers.keys() - parts.trained, "nothing of what is trained is in it")
+        return Changed(done, parts.vectors, skipped)
+
+
+def _loss(runner: Runner, parts: Continuous, place: int) -> Tensor:
+    parts.lend_weights()
+    return output_error(runner, place)

@@ -1,0 +1,96 @@
+"""The pass `block_tune`: blocks come nearer to what they should put out, and only what is named moves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+from compress.errors import UsageError
+from compress.formats.base import QuantTensor
+from compress.inputs.datasets import Calibration, calibrate
+from compress.layer import Layer
+from compress.models.model import Model
+from compress.pipeline import Pipeline, Result
+from compress.quality.evaluate import stream_logits
+
+START = "rtn(format=codebook(vector=4, entries=256, stages=1))"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def model(two_blocks: Path) -> Model:
+    return compress.load(two_blocks)
+
+
+@pytest.fixture(scope="module")
+def calibration(model: Model, text_file: Path) -> Calibration:
+    return calibrate(model, text_file, samples=64, length=32)
+
+
+def run(model: Model, calibration: Calibration, text: str) -> Result:
+    return Pipeline.parse(text).run(model, calibration)
+
+
+@pytest.fixture(scope="module")
+def before(model: Model, calibration: Calibration) -> Result:
+    return run(model, calibration, START)
+
+
+@pytest.fixture(scope="module")
+def tuned(model: Model, calibration: Calibration) -> Result:
+    return run(model, calibration, f"{START}, block_tune(steps=25, batch=1, lr=0.01)")
+
+
+def layer(result: Result, name: str = "model.layers.1.mlp.up_proj") -> Layer:
+    return result.model.layer(result.model.structure.layers[name])
+
+
+def tensors(result: Result) -> dict[str, Tensor]:
+    weight = layer(result).weight
+    assert isinstance(weight, QuantTensor)
+    return weight.tensors
+
+
+def divergence(model: Model, other: Model, ids: Tensor) -> float:
+    total = 0.0
+    for first, second in zip(stream_logits(model, ids), stream_logits(other, ids), strict=True):
+        p, q = first.log_softmax(-1), second.log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum(-1).mean())
+    return total
+
+
+def test_the_model_comes_nearer_to_the_original_on_text_it_did_not_see(
+    model: Model, before: Result, tuned: Result, text_file: Path
+) -> None:
+    other = torch.cat(list(calibrate(model, text_file, samples=64, length=32, seed=9).batches()))[:16]
+    assert divergence(model, tuned.model, other) < 0.7 * divergence(model, before.model, other)
+    assert all("tuned with its block: held-out loss" in row.notes[0] for row in tuned.passes[1].layers if row.changed)
+
+
+def test_codes_are_held_and_entries_scales_and_norms_move(before: Result, tuned: Result) -> None:
+    first, second = tensors(before), tensors(tuned)
+    assert torch.equal(first["codes"], second["codes"])
+    assert not torch.equal(first["codebook"], second["codebook"]) and not torch.equal(first["scale"], second["scale"])
+    norms = [result.model.plain(result.model.structure.segments[2])[NORM] for result in (before, tuned)]
+    assert not torch.equal(norms[0], norms[1])
+
+
+def test_the_same_seed_gives_the_same_bytes(model: Model, calibration: Calibration) -> None:
+    text = f"{START}, block_tune(steps=3)"
+    first, second = (tensors(run(model, calibration, text)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_what_is_named_is_trained(model: Model, calibration: Calibration, before: Result) -> None:
+    found = run(model, calibration, f"{START}, block_tune(steps=3, parts=[norms])")
+    assert all(torch.equal(tensors(before)[name], tensors(found)[name]) for name in tensors(before))
+    assert not any(row.changed for row in found.passes[1].layers)
+    with pytest.raises(UsageError, match="nothing of biases to train"):
+        run(model, calibration, f"{START}, block_tune(steps=3, parts=[biases])")
+
+
+def test_it_comes_after_a_pass_that_quantizes(model: Model, calibration: Calibration) -> None:
+    with pytest.raises(UsageError, match="block_tune"):
+        run(model, calibration, "block_tune")
