@@ -36,6 +36,7 @@ EXTRAS = {
     "openvino": "openvino",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt-rtx",
+    "triton": "triton",
 }
 NVIDIA = ("Tensorrt", "CUDA", "NvTensorRTRTX")
 """Providers of ONNX Runtime."""
@@ -63,7 +64,8 @@ class Diagnosis(Record):
 
 def diagnose(folder: Path) -> Diagnosis:
     """Every check. folder: where outputs would be written."""
-    checks: list[Callable[[], Iterable[Finding]]] = [_machine, _packages, _overwritten, _torch, _onnxruntime, _tensorrt]
+    checks: list[Callable[[], Iterable[Finding]]] = [_machine, _packages, _overwritten, _torch, _kernels]
+    checks += [_onnxruntime, _tensorrt]
     found = [finding for check in checks for finding in check()]
     found += [*_disk(folder), *_memory(), _timer(), _noise()]
     return Diagnosis(healthy=all(one.state != "failed" for one in found), findings=tuple(found))
@@ -136,6 +138,18 @@ def _torch() -> list[Finding]:
     device = "no CUDA device" if not torch.cuda.is_available() else f"CUDA device {torch.cuda.get_device_name()}"
     text = f"two layers run in torch {torch.__version__} on the CPU with {torch.get_num_threads()} threads; {device}"
     return [Finding(what="torch", state="ok" if finite else "failed", text=text)]
+
+
+def _kernels() -> list[Finding]:
+    """Kernels of this package for codebook weights, on the CPU and for CUDA devices."""
+    try:
+        from compress import kernels
+    except (ImportError, OSError):  # told by `_torch`
+        return []
+    reason = kernels.missing()
+    text = f"on the CPU by {', '.join(kernels.kernel_paths())}" + (f" ({reason})" if reason else "")
+    text += f"; on a CUDA device by {', '.join(kernels.gpu_paths())}"
+    return [Finding(what="codebook kernels", state="warning" if reason else "ok", text=text)]
 
 
 def _onnxruntime() -> list[Finding]:

@@ -68,7 +68,14 @@ def test_a_noisy_machine_is_a_warning_and_a_quiet_one_is_not() -> None:
 def test_doctor_says_what_works_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
-    for part in ("onnxruntime, int4 weights", "runs as MatMulNBits", "GB free", "steps of", "profile "):
+    for part in (
+        "onnxruntime, int4 weights",
+        "runs as MatMulNBits",
+        "GB free",
+        "steps of",
+        "profile ",
+        "on a CUDA device by",
+    ):
         assert part in told
 
 

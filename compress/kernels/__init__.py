@@ -1,4 +1,4 @@
-"""Products with compressed weights on the CPU, straight from the codes.
+"""Products with compressed weights on the CPU or a GPU, straight from the codes.
 
     product = CodebookProduct(*form.unpack(tensors, shape), shape, form.axis)
     y = product(x)                     # x (..., in) floating → y (..., out), x's dtype
@@ -7,6 +7,7 @@
     product.dequantize(start, stop)    # rows of the weight, float32
     kernel_paths()                     # paths this machine has, fastest first, "torch" last
     missing()                          # why there is no compiled library; "" where there is one
+    codebook_product(…, device="cuda") # the same in a GPU's memory: .kernel is "codebook triton"
 
 A compiled library beside this file (`lookup.c`, `decode.c`: plain functions reached through ctypes, built with the
 package where there is a compiler) does the work: up to `FEW_TOKENS` tokens one at a time from the codes, more of them
@@ -15,12 +16,27 @@ the library torch does all of it, many times slower for one token, and `kernel` 
 compiled when a program runs. `python -m compress.kernels` tells what there is, `python -m compress.kernels build`
 compiles the library with the machine's `cc`.
 
-The environment variable COMPRESS_KERNELS names the path to take: avx512-vbmi, avx2, portable or torch. A path that
-this machine lacks is refused with the reason. Threads are as many as torch uses (`torch.set_num_threads`); their
-number does not change a byte of the result.
+On a GPU Triton's kernels (`triton_codebook.py`, extra `triton`) do both, from codes that are packed as they are stored;
+without Triton torch decodes panels of rows for every product, and `kernel` says "codebook torch".
+
+The environment variable COMPRESS_KERNELS names the path to take: avx512-vbmi, avx2, portable or torch, on a GPU triton
+or torch. A path that this machine lacks, or that is not for the device of the codes, is refused with the reason.
+Threads on the CPU are as many as torch uses (`torch.set_num_threads`); their number does not change a byte of the
+result.
 """
 
 from compress.kernels.codebook import FEW_TOKENS, CodebookProduct, as_decoding
+from compress.kernels.gpu import GpuProduct, codebook_product, gpu_paths, missing_triton
 from compress.kernels.library import kernel_paths, missing
 
-__all__ = ["FEW_TOKENS", "CodebookProduct", "as_decoding", "kernel_paths", "missing"]
+__all__ = [
+    "FEW_TOKENS",
+    "CodebookProduct",
+    "GpuProduct",
+    "as_decoding",
+    "codebook_product",
+    "gpu_paths",
+    "kernel_paths",
+    "missing",
+    "missing_triton",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from compress.errors import CompressError
-from compress.kernels import library
+from compress.kernels import gpu, library
 
 
 def main(words: list[str]) -> int:
@@ -19,6 +19,9 @@ def main(words: list[str]) -> int:
         print(f"Paths of this machine, fastest first: {', '.join(library.kernel_paths())}.")
         if why := library.missing():
             print(f"No compiled library: {why}.")
+        print(f"Paths for a CUDA device, fastest first: {', '.join(gpu.gpu_paths())}.")
+        if why := gpu.missing_triton():
+            print(why)
     except CompressError as error:
         print(error, file=sys.stderr)
         return error.exit_code

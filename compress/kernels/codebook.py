@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from compress.errors import UsageError
 from compress.kernels import library, packing, plain
+from compress.kernels.checks import check_input, check_parts, check_rows
 
 # With more tokens than this, decoding rows and multiplying them by torch is faster than the codes token by token.
 FEW_TOKENS = 4
 # bytes of the dense rows that are there at a time
 PANEL = 4 << 20
-# decode.c keeps as many in arrays of its own
-LONGEST, STAGES = 64, 4
+CPU = torch.device("cpu")
 
 _few: ContextVar[float] = ContextVar("few", default=FEW_TOKENS)
 
@@ -32,6 +32,11 @@ def as_decoding() -> Iterator[None]:
         yield
     finally:
         _few.reset(before)
+
+
+def few_tokens() -> float:
+    """Up to so many tokens are computed straight from the codes."""
+    return _few.get()
 
 
 class CodebookProduct:
@@ -61,7 +66,9 @@ class CodebookProduct:
         *,
         path: str | None = None,
     ) -> None:
-        _check(codes, codebook, scale, shape, axis)
+        check_parts(codes, codebook, scale, shape, axis)
+        if {each.device.type for each in (codes, codebook, scale)} != {"cpu"}:
+            raise UsageError("These kernels compute on the CPU. `codebook_product` makes the product for a GPU.")
         self.shape, self.axis = shape, axis
         self.path = library.chosen_path(path)
         self._rows, self._units, self._stages = codes.shape
@@ -94,10 +101,10 @@ class CodebookProduct:
 
         Raises: UsageError: x of another width, kind or device, or one that gradients are wanted of.
         """
-        self._check_input(x)
+        check_input(x, self.shape[1], CPU)
         tokens = x.detach().reshape(-1, self.shape[1]).float()
         tokens = (tokens if self._column_scale is None else tokens * self._column_scale).contiguous()
-        if len(tokens) > _few.get():
+        if len(tokens) > few_tokens():
             found = self._by_panels(tokens)
         else:
             found = (
@@ -107,9 +114,7 @@ class CodebookProduct:
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start to stop (all) of the weight: (stop - start, in) float32."""
-        stop = self.shape[0] if stop is None else stop
-        if not 0 <= start <= stop <= self.shape[0]:
-            raise UsageError(f"Rows {start} to {stop} of a weight of {self.shape[0]} rows.")
+        stop = check_rows(start, stop, self.shape[0])
         per_code = 1 if self.axis == "in" else self._vector
         first = start // per_code // packing.BLOCK * packing.BLOCK
         rows = self._decoded(first, -(-stop // per_code))[start - first * per_code : stop - first * per_code]
@@ -120,13 +125,6 @@ class CodebookProduct:
         if self.path == library.TORCH:
             return codes.contiguous()
         return packing.by_tables(codes) if self._by_lookup else packing.by_eights(codes)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.shape[-1:] != self.shape[1:] or not x.is_floating_point() or x.device.type != "cpu":
-            found = f"{tuple(x.shape)}, {x.dtype} on {x.device}"
-            raise UsageError(f"This product takes floating inputs (..., {self.shape[1]}) on the CPU, not {found}.")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError("These kernels give no gradients. Multiply by `dequantize()`, or use torch.no_grad().")
 
     def _one(self, x: Tensor) -> Tensor:
         """(in) → (out)"""
@@ -187,29 +185,3 @@ class CodebookProduct:
             self._codes.data_ptr(), self._book.data_ptr(), start, stop, out.data_ptr(),
         )  # fmt: skip
         return out
-
-
-def _check(codes: Tensor, codebook: Tensor, scale: Tensor, shape: tuple[int, int], axis: str) -> None:
-    if axis not in ("in", "out"):
-        raise UsageError(f"axis={axis!r} is not allowed. Allowed: in, out.")
-    if codes.dim() != 3 or codebook.dim() != 4 or codes.shape[2] != codebook.shape[1]:
-        found = f"{tuple(codes.shape)} and {tuple(codebook.shape)}"
-        raise UsageError(
-            f"Codes are (rows, units, stages) and codebooks (groups, stages, entries, vector), not {found}."
-        )
-    (rows, units, _), (groups, _, entries, vector) = codes.shape, codebook.shape
-    covered = (rows, units * vector) if axis == "in" else (-(-shape[0] // vector), units)
-    if covered != (shape[0] if axis == "in" else rows, shape[1]) or units % groups:
-        raise UsageError(
-            f"Codes {tuple(codes.shape)} and codebooks {tuple(codebook.shape)} along axis {axis} do not make a weight "
-            f"{tuple(shape)}."
-        )
-    if not (1 <= vector <= LONGEST and 1 <= entries <= 65536 and 1 <= codes.shape[2] <= STAGES):
-        found = f"Vectors of {vector}, {entries} entries, {codes.shape[2]} stages"
-        raise UsageError(f"{found}: at most {LONGEST}, 65536 and {STAGES} are allowed.")
-    if tuple(scale.shape) not in ((shape[0], 1), (1, shape[1]), (1, 1)):
-        raise UsageError(
-            f"A scale is (out, 1), (1, in) or (1, 1) of a weight {tuple(shape)}, not {tuple(scale.shape)}."
-        )
-    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < entries:
-        raise UsageError(f"Codes from {int(codes.min())} to {int(codes.max())} of a codebook of {entries} entries.")

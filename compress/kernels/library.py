@@ -21,6 +21,8 @@ SOURCES = ("lookup.c", "decode.c", "pool.c")
 # the numbers are those of kernels.h; the order is fastest first
 PATHS = {"avx512-vbmi": 2, "avx2": 1, "portable": 0}
 TORCH = "torch"
+# for GPUs, see gpu.py
+TRITON = "triton"
 # of the functions and layouts in the C sources, which say the same
 VERSION = 1
 VARIABLE = "COMPRESS_KERNELS"
@@ -77,20 +79,27 @@ def kernel_paths() -> tuple[str, ...]:
     return (*(() if isinstance(found, str) else (p for p, n in PATHS.items() if found.codebook_has(n))), TORCH)
 
 
+def named_path(asked: str | None = None) -> str:
+    """The path asked for, else the one that COMPRESS_KERNELS names, else "". Raises: UsageError: no such path."""
+    named, allowed = asked or os.environ.get(VARIABLE, ""), (*PATHS, TRITON, TORCH)
+    if named and named not in allowed:
+        where = "path" if asked else VARIABLE
+        raise UsageError(f"{where}={named!r} is no path of the kernels.{nearest(named, allowed)}")
+    return named
+
+
 def chosen_path(asked: str | None = None) -> str:
-    """The path asked for, else the one that COMPRESS_KERNELS names, else the fastest.
+    """The path on the CPU asked for, else the one that COMPRESS_KERNELS names, else the fastest.
 
     Raises: UsageError: no such path. UnsupportedError: this machine lacks it.
     """
-    named = asked or os.environ.get(VARIABLE, "")
+    named = named_path(asked)
     if not named:
         return kernel_paths()[0]
-    if named not in (*PATHS, TORCH):
-        where = "path" if asked else VARIABLE
-        raise UsageError(f"{where}={named!r} is no path of the kernels.{nearest(named, (*PATHS, TORCH))}")
     if named in kernel_paths():
         return named
     why = missing() or f"this processor lacks what '{named}' needs"
+    why = "they compute on a GPU, not on the CPU" if named == TRITON else why
     raise UnsupportedError(f"Kernels '{named}': {why}. This machine has: {', '.join(kernel_paths())}.")
 
 
