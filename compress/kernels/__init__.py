@@ -9,11 +9,11 @@
     missing()                          # why there is no compiled library; "" where there is one
     codebook_product(…, device="cuda") # the same in a GPU's memory: .kernel is "codebook triton"
 
-A compiled library beside this file (`lookup.c`, `decode.c`: plain functions reached through ctypes, built with the
-package where there is a compiler) does the work: up to `FEW_TOKENS` tokens one at a time from the codes, more of them
-by panels of rows that are decoded and multiplied by torch, so that the dense weight is never whole in memory. Without
-the library torch does all of it, many times slower for one token, and `kernel` says "codebook torch"; nothing is
-compiled when a program runs. `python -m compress.kernels` tells what there is, `python -m compress.kernels build`
+A compiled library beside this file (`lookup.c`, `nibble.c`, `decode.c`: plain functions reached through ctypes, built
+with the package where there is a compiler) does the work: up to `FEW_TOKENS` tokens one at a time from the codes, more
+of them by panels of rows that are decoded and multiplied by torch, so that the dense weight is never whole in memory.
+Without the library torch does all of it, many times slower for one token, and `kernel` says "codebook torch"; nothing
+is compiled when a program runs. `python -m compress.kernels` tells what there is, `python -m compress.kernels build`
 compiles the library with the machine's `cc`.
 
 On a GPU Triton's kernels (`triton_codebook.py`, extra `triton`) do both, from codes that are packed as they are stored;

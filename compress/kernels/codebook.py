@@ -49,9 +49,9 @@ class CodebookProduct:
     path: as in COMPRESS_KERNELS, over which it goes; None takes the fastest there is.
 
     Rounding, as a share of the result's norm: codebooks of up to 256 entries along axis "in" go by look-up, whose
-    tables have 12 bits with avx512-vbmi (7e-4 on normal weights and inputs) and 10 with avx2 (3e-3) for up to
-    `FEW_TOKENS` tokens; all else is float32. NaN or infinity among the inputs of a token leaves none of its
-    outputs finite.
+    tables have 12 bits with avx512-vbmi, or with avx2 and up to 16 entries (7e-4 on normal weights and inputs), and 10
+    with avx2 and more entries (3e-3) for up to `FEW_TOKENS` tokens; all else is float32. NaN or infinity among the
+    inputs of a token leaves none of its outputs finite.
 
     Raises: UsageError: shapes or codes that do not fit, no such path. UnsupportedError: a path this machine lacks.
     """
@@ -74,12 +74,14 @@ class CodebookProduct:
         self._rows, self._units, self._stages = codes.shape
         self._groups, _, self._entries, self._vector = codebook.shape
         self._by_lookup = axis == "in" and self._entries <= 256
+        self._by_nibbles = self._by_lookup and self._entries <= 16 and self.path not in (library.TORCH, "portable")
         self._codes = self._packed(packing.narrow(codes, self._entries))
         width = self._vector if self.path == library.TORCH else packing.padded_width(self._vector)
         self._book = F.pad(codebook.float(), (0, width - self._vector)).contiguous()
         self._tables = torch.empty(0)
         if self._by_lookup and self.path != library.TORCH:
-            self._tables = F.pad(codebook.float().transpose(2, 3), (0, 256 - self._entries)).contiguous()
+            width = 16 if self._by_nibbles else 256
+            self._tables = F.pad(codebook.float().transpose(2, 3), (0, width - self._entries)).contiguous()
         self._row_scale = scale.float().expand(shape[0], -1)[:, 0].contiguous() if scale.shape[1] == 1 else None
         self._column_scale = None if scale.shape[1] == 1 else scale.float().flatten().contiguous()
 
@@ -124,7 +126,14 @@ class CodebookProduct:
     def _packed(self, codes: Tensor) -> Tensor:
         if self.path == library.TORCH:
             return codes.contiguous()
+        if self._by_nibbles:
+            return packing.by_nibbles(codes)
         return packing.by_tables(codes) if self._by_lookup else packing.by_eights(codes)
+
+    @property
+    def _kind(self) -> int:
+        """How the codes lie, as decode.c counts it: bytes, pairs of them, halves."""
+        return 2 if self._by_nibbles else int(self._entries > 256)
 
     def _one(self, x: Tensor) -> Tensor:
         """(in) → (out)"""
@@ -134,10 +143,14 @@ class CodebookProduct:
         path, opened = library.PATHS[self.path], library.library()
         if self._by_lookup:
             y, scale = torch.empty(out), self._row_scale if self._row_scale is not None else torch.ones(out)
-            memory = library.scratch(opened.codebook_lookup_memory(path, out))
             sizes = (out, self._units, self._stages, self._vector, self._groups)
-            read = (self._codes, self._tables, scale, x, y)
-            opened.codebook_lookup(path, threads, *sizes, *(each.data_ptr() for each in read), memory)
+            read = [each.data_ptr() for each in (self._codes, self._tables, scale, x, y)]
+            if self._by_nibbles:
+                memory = library.scratch(opened.codebook_nibbles_memory(self._units, self._stages))
+                opened.codebook_nibbles(path, threads, *sizes, *read, memory)
+            else:
+                memory = library.scratch(opened.codebook_lookup_memory(path, out))
+                opened.codebook_lookup(path, threads, *sizes, *read, memory)
             return y
         return self._one_by_decoding(x, path, threads)
 
@@ -148,7 +161,7 @@ class CodebookProduct:
         y = torch.empty(self._rows * self._vector if across else self._rows)
         sizes = (self._rows, self._units, self._stages, self._entries, self._vector, padded, self._groups)
         library.library().codebook_product(
-            path, threads, int(self._entries > 256), int(across), *sizes,
+            path, threads, self._kind, int(across), *sizes,
             *(each.data_ptr() for each in (self._codes, self._book, x, y)),
         )  # fmt: skip
         y = y[: self.shape[0]]
@@ -181,7 +194,7 @@ class CodebookProduct:
         sizes = (layout, self._units, self._stages, self._entries, self._vector, self._book.shape[-1], self._groups)
         threads = library.thread_count((stop - start) * self._units * self._stages)
         library.library().codebook_rows(
-            library.PATHS[self.path], threads, int(self._entries > 256), int(across), *sizes,
+            library.PATHS[self.path], threads, self._kind, int(across), *sizes,
             self._codes.data_ptr(), self._book.data_ptr(), start, stop, out.data_ptr(),
         )  # fmt: skip
         return out

@@ -7,7 +7,7 @@
 #include "kernels.h"
 
 typedef struct {
-    int path, wide, across; /* wide: codes of two bytes; across: axis out */
+    int path, kind, across; /* kind of codes: see code_at; across: axis out */
     long rows, units, stages, entries, vector, padded, groups;
     const uint8_t *codes;
     const float *book, *x; /* (groups, stages, entries, padded); (units · padded), or (units) for axis out */
@@ -17,11 +17,16 @@ typedef struct {
     long start, stop, width;  /* rows of codes to decode; columns of the weight */
 } Decode;
 
-INLINE long code_at(const uint8_t *codes, long at, int wide) { return wide ? ((const uint16_t *)codes)[at] : codes[at]; }
+enum { BYTES, PAIRS, NIBBLES }; /* one byte to a code, two bytes, half a one (the layout of nibble.c only) */
+
+INLINE long code_at(const uint8_t *codes, long at, int kind) {
+    if (kind == NIBBLES) return codes[at >> 1] >> (at & 1) * 4 & 15;
+    return kind == PAIRS ? ((const uint16_t *)codes)[at] : codes[at];
+}
 
 /* Sums of 8 rows of codes, one stretch of the vector of the width of F at a time. */
 #define PRODUCT(NAME, F, LANES)                                                                                       \
-    INLINE void NAME(const Decode *job, long block, const int wide) {                                                 \
+    INLINE void NAME(const Decode *job, long block, const int kind) {                                                 \
         long stages = job->stages, padded = job->padded, per_group = job->units / job->groups;                        \
         for (long part = 0; part < padded; part += LANES) {                                                           \
             F sum[8] = {{0}};                                                                                         \
@@ -33,7 +38,7 @@ INLINE long code_at(const uint8_t *codes, long at, int wide) { return wide ? ((c
                 const float *book = job->book + unit / per_group * stages * job->entries * padded + part;             \
                 for (long stage = 0; stage < stages; stage++, at += 8, book += job->entries * padded)                 \
                     for (int i = 0; i < 8; i++) {                                                                     \
-                        memcpy(&entry, book + code_at(job->codes, at + i, wide) * padded, sizeof entry);              \
+                        memcpy(&entry, book + code_at(job->codes, at + i, kind) * padded, sizeof entry);              \
                         sum[i] += x * entry;                                                                          \
                     }                                                                                                 \
             }                                                                                                         \
@@ -55,10 +60,10 @@ PRODUCT(product4, floats4, 4)
 PRODUCT(product8, floats8, 8)
 
 INLINE void product(const Decode *job, long block) {
-    if (job->padded == 4 && job->wide) product4(job, block, 1);
-    else if (job->padded == 4) product4(job, block, 0);
-    else if (job->wide) product8(job, block, 1);
-    else product8(job, block, 0);
+    if (job->padded == 4 && job->kind == PAIRS) product4(job, block, PAIRS);
+    else if (job->padded == 4) product4(job, block, BYTES);
+    else if (job->kind == PAIRS) product8(job, block, PAIRS);
+    else product8(job, block, BYTES);
 }
 
 #ifdef WITH_AVX2
@@ -77,26 +82,30 @@ static void product_pieces(void *data) {
 }
 
 /* y (rows of codes · vector for axis out, else rows) = W x, without a scale. */
-API void codebook_product(int path, int threads, int wide, int across, long rows, long units,
+API void codebook_product(int path, int threads, int kind, int across, long rows, long units,
                           long stages, long entries, long vector, long padded, long groups, const uint8_t *codes,
                           const float *book, const float *x, float *y) {
-    Decode job = {path, wide, across, rows, units, stages, entries, vector, padded, groups, codes, book, x, y,
+    Decode job = {path, kind, across, rows, units, stages, entries, vector, padded, groups, codes, book, x, y,
                   0, 0, 0, rows, 0};
     share(threads, product_pieces, &job);
 }
 
 #define UNITS 8 /* decoded at a time, so that stores fill whole lines */
 
-/* Where the codes of 8 rows, from `row` on, of one unit and stage begin; look-up layout: see lookup.c. */
+/* Where the codes of 8 rows, from `row` on, of one unit and stage begin; look-up layouts: see nibble.c (in halves of a
+   byte, two from row to row) and lookup.c. */
 INLINE long codes_of(const Decode *job, long row, long unit, long stage) {
     long table = unit * job->stages + stage, tables = job->units * job->stages;
     if (!job->layout_rows) return (row / 8 * tables + table) * 8;
-    long run = table / 16, n = least(16, tables - run * 16), tile = row / 256;
-    return run * 16 * job->layout_rows + n * tile * 256 + table % 16 * least(256, job->layout_rows - tile * 256) + row % 256;
+    long tile = row / 256, width = least(256, job->layout_rows - tile * 256);
+    long run = table / 16, n = least(16, tables - run * 16);
+    if (job->kind == NIBBLES) return (tile * 256 * ((tables + 1) / 2) + table / 2 * width + row % 256) * 2 + table % 2;
+    return run * 16 * job->layout_rows + n * tile * 256 + table % 16 * width + row % 256;
 }
 
 INLINE void decode_block(const Decode *job, long row, long unit, long count, const long v, const long stages) {
     long per_group = job->units / job->groups, last = least(8, job->stop - row), at[UNITS * 4];
+    const long step = job->kind == NIBBLES ? 2 : 1;
     const float *books[UNITS * 4];
     for (long k = 0; k < count * stages; k++) {
         at[k] = codes_of(job, row, unit + k / stages, k % stages);
@@ -107,7 +116,7 @@ INLINE void decode_block(const Decode *job, long row, long unit, long count, con
         for (long j = 0; j < count; j++) {
             float weight[64];
             for (long k = j * stages; k < (j + 1) * stages; k++) {
-                const float *entry = books[k] + code_at(job->codes, at[k] + i, job->wide) * job->padded;
+                const float *entry = books[k] + code_at(job->codes, at[k] + i * step, job->kind) * job->padded;
                 for (long t = 0; t < v; t++) weight[t] = k == j * stages ? entry[t] : weight[t] + entry[t];
             }
             if (!job->across) memcpy(out + (unit + j) * v, weight, (size_t)v * sizeof *weight);
@@ -144,16 +153,16 @@ static void decode_pieces(void *data) {
 
 /* Rows of codes start (a multiple of 8) to stop, as weights without a scale: out (rows, width), row-major.
    layout_rows: the padded rows of the look-up layout, or 0 for the layout of this file. vector: at most 64, stages: at most 4. */
-API void codebook_rows(int path, int threads, int wide, int across, long layout_rows, long units,
+API void codebook_rows(int path, int threads, int kind, int across, long layout_rows, long units,
                        long stages, long entries, long vector, long padded, long groups, const uint8_t *codes,
                        const float *book, long start, long stop, float *out) {
-    Decode job = {path, wide, across, stop, units, stages, entries, vector, padded, groups, codes, book, 0, out,
+    Decode job = {path, kind, across, stop, units, stages, entries, vector, padded, groups, codes, book, 0, out,
                   0, layout_rows, start, stop, across ? units : units * vector};
     share(threads, decode_pieces, &job);
 }
 
 /* Of the functions and layouts here; library.py takes no other. */
-API int codebook_version(void) { return 1; }
+API int codebook_version(void) { return 2; }
 
 /* Whether this machine can take a path. */
 API int codebook_has(int path) {

@@ -17,18 +17,19 @@ import torch
 from compress.errors import ResourceError, UnsupportedError, UsageError, nearest
 
 HERE = Path(__file__).parent
-SOURCES = ("lookup.c", "decode.c", "pool.c")
+SOURCES = ("lookup.c", "nibble.c", "decode.c", "pool.c")
 # the numbers are those of kernels.h; the order is fastest first
 PATHS = {"avx512-vbmi": 2, "avx2": 1, "portable": 0}
 TORCH = "torch"
 # for GPUs, see gpu.py
 TRITON = "triton"
 # of the functions and layouts in the C sources, which say the same
-VERSION = 1
+VERSION = 2
 VARIABLE = "COMPRESS_KERNELS"
 BUILD = "python -m compress.kernels build"
 
 _LOOKUP = (c_int, c_int, *(c_long,) * 5, *(c_void_p,) * 6)
+_NIBBLES = (c_int, c_int, *(c_long,) * 5, *(c_void_p,) * 6)
 _PRODUCT = (c_int, c_int, c_int, c_int, *(c_long,) * 7, *(c_void_p,) * 4)
 _ROWS = (c_int, c_int, c_int, c_int, *(c_long,) * 7, c_void_p, c_void_p, c_long, c_long, c_void_p)
 _SIGNATURES = {
@@ -36,6 +37,8 @@ _SIGNATURES = {
     "codebook_has": ((c_int,), c_int),
     "codebook_lookup_memory": ((c_int, c_long), c_long),
     "codebook_lookup": (_LOOKUP, None),
+    "codebook_nibbles_memory": ((c_long, c_long), c_long),
+    "codebook_nibbles": (_NIBBLES, None),
     "codebook_product": (_PRODUCT, None),
     "codebook_rows": (_ROWS, None),
 }

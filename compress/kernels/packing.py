@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# as in lookup.c and decode.c
+# as in lookup.c, nibble.c and decode.c
 RUN, TILE, BLOCK, EIGHT = 16, 256, 64, 8
 
 
@@ -26,6 +26,14 @@ def by_tables(codes: Tensor) -> Tensor:
     for run in torch.split(tables, RUN):
         parts += [run[:, :whole].reshape(len(run), -1, TILE).transpose(0, 1).flatten(), run[:, whole:].flatten()]
     return torch.cat(parts)
+
+
+def by_nibbles(codes: Tensor) -> Tensor:
+    """Codes (rows, units, m) of up to 16 entries → [tile of rows][pair of tables][row], two codes to a byte, the first
+    table's in the low bits; rows padded to 64, tables to an even number."""
+    tables = F.pad(codes.flatten(1).T, (0, -len(codes) % BLOCK, 0, -codes[0].numel() % 2))
+    pairs = tables[::2] | tables[1::2] << 4
+    return torch.cat([tile.flatten() for tile in torch.split(pairs, TILE, 1)])
 
 
 def by_eights(codes: Tensor) -> Tensor:
