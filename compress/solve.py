@@ -43,6 +43,10 @@ def column_order(hessian: Tensor, step: int, order: str) -> Tensor:
     return units.flatten()
 
 
+NOT_GUIDED = "not guided: no gradient of the loss by all tokens and rows (experts have none): plain Hessian"
+"""A note for layers that guided passes treat like others."""
+
+
 @dataclass(frozen=True)
 class System:
     """What all rows that are multiplied with the same inputs have in common: the Hessian in stored order, the order of

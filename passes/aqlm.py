@@ -26,10 +26,10 @@ class Aqlm(CodebookPass):
     phase, is the pass `block_tune` after this one.
 
     Settings: `format` a codebook along the inputs, or `bits`: counted bits per weight, codes, codebooks and scales
-    together, for which vector length, entries and stages are chosen by the shapes of the layers; `share`, `sequential`
-    and `mismatch` as in vptq; `damp` of the second moments, as a share of their mean diagonal: the paper needs none, a
-    little keeps inputs that were seldom on from deciding codes; `beam` candidates in the choice of codes; `sweeps` at
-    most; `tolerance` the share of the error that a sweep has to gain for another one.
+    together, for which vector length, entries and stages are chosen by the shapes of the layers; `share`, `sequential`,
+    `mismatch` and `guided` as in vptq; `damp` of the second moments, as a share of their mean diagonal: the paper needs
+    none, a little keeps inputs that were seldom on from deciding codes; `beam` candidates in the choice of codes;
+    `sweeps` at most; `tolerance` the share of the error that a sweep has to gain for another one.
     """
 
     name: ClassVar[str] = "aqlm"

@@ -227,5 +227,5 @@ def _notes(item: Gptq, stats: LayerStats, system: System) -> tuple[str, ...]:
         return ("no calibration token reached it: rounded as if its inputs were alike (identity Hessian)",)
     notes = system.notes(stats.tokens, len(stats.hessian))
     if item.guided and stats.guided is None:
-        notes.append("not guided: no gradient of the loss by all tokens and rows (experts have none): plain Hessian")
+        notes.append(solve.NOT_GUIDED)
     return tuple(notes)

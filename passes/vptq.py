@@ -23,12 +23,13 @@ class Vptq(CodebookPass):
 
     Settings: `format` a codebook, or `bits`: counted bits per weight, codes, codebooks and scales together, for which
     vector length, entries and stages are chosen by the shapes of the layers; `share`: `none`, or `block` where the
-    layers of a block hold one codebook in common; `damp`, `order`, `sequential` and `mismatch` as in gptq (where layers
-    are taken in turn, a shared codebook is learned from all of them before the first one's turn, with the inputs that
-    they have in the block as it then is; in its turn each gets codes and scales). The rest are repairs, each of which
-    can be turned off: `beam` codes of all stages are chosen together, from so many candidates (1: one stage after the
-    other); `metric` codes of neighbouring columns go by what the columns after them cannot make up for, not by plain
-    distance; `rescale` second moments follow the weights where these are scaled; `refit` sweeps of descent (0: none).
+    layers of a block hold one codebook in common; `damp`, `order`, `sequential`, `mismatch` and `guided` as in gptq
+    (where layers are taken in turn, a shared codebook is learned from all of them before the first one's turn, with the
+    inputs that they have in the block as it then is; in its turn each gets codes and scales). The rest are repairs,
+    each of which can be turned off: `beam` codes of all stages are chosen together, from so many candidates (1: one
+    stage after the other); `metric` codes of neighbouring columns go by what the columns after them cannot make up for,
+    not by plain distance; `rescale` second moments follow the weights where these are scaled; `refit` sweeps of descent
+    (0: none).
     beam=1, metric=false, rescale=false, refit=0 with `out` in the format comes closest to the authors' program, which
     scales columns by their range where ours are scaled by their root mean square.
     """

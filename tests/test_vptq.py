@@ -19,6 +19,7 @@ from compress.formats.codebook import Codebook
 from compress.formats.codebook_choice import choose, counted, expected_error
 from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import Layer, LayerKind, LayerSpec
+from compress.maths.hessian import weighted_error
 from compress.models.model import Model
 from compress.passes.vptq import Vptq
 from compress.pipeline import Pipeline, planned
@@ -217,3 +218,39 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], says: str
 def test_an_override_replaces_a_budget_by_a_format_and_the_other_way_round() -> None:
     assert str(Vptq.build({"bits": 2}).with_settings({"format": IN}).format) == IN
     assert Vptq.build({"format": IN}).with_settings({"bits": 3}).bits == 3
+
+
+def test_a_guided_layer_has_its_rows_solved_with_hessians_of_their_own_and_one_codebook() -> None:
+    source, known = layer(), stats()
+    assert known.hessian is not None
+    plain = solved([source], known, format=IN, mismatch=0)[0].float_weight()
+    alike = replace(known, guided=known.hessian.repeat(3, 1, 1) * 7)
+    same = solved([source], alike, format=IN, mismatch=0, guided=3)[0]
+    assert proxy(source, same, known) == pytest.approx(proxy(source, replace(source, weight=plain), known), rel=0.1)
+    groups = torch.stack([moments(inputs(400, WIDE, 20 + group)) for group in range(3)])
+    guided = solved([source], replace(known, guided=groups), format=IN, mismatch=0, guided=3)[0].float_weight()
+    rows = torch.arange(48).tensor_split(3)
+    errors = [
+        sum(weighted_error((found - source.float_weight())[part], own) for own, part in zip(groups, rows, strict=True))
+        for found in (guided, plain)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_layer_without_gradients_is_told_and_codebooks_across_rows_cannot_be_guided() -> None:
+    (found,) = solved([layer()], stats(), format=IN, mismatch=0, guided=2)
+    assert any("not guided" in note for note in found.notes)
+    with pytest.raises(UsageError, match="decides groups of output rows apart"):
+        Vptq.build({"format": OUT, "guided": 2})
+
+
+def test_a_layer_that_no_token_reached_counts_little_in_a_codebook_that_others_hold_too() -> None:
+    layers, known = [layer("block.a"), layer("block.b", rows=96, seed=2)], stats()
+    item = Vptq.build({"format": IN, "mismatch": 0})
+    specs = {each.name: LayerSpec(each.name, each.kind, each.shape, each.users, segment=0) for each in layers}
+    shared = Vptq.build({"format": IN, "mismatch": 0, "share": "block"})
+    passes = shared.settle({name: (shared, spec) for name, spec in specs.items()})
+    by_name = {each.name: each for each in layers}
+    found = shared.block(Block("block", by_name, by_name, passes, {}, {"block.a": known})).layers["block.a"]
+    alone = item.block(Block("block", by_name, by_name, {"block.a": item}, {}, {"block.a": known})).layers["block.a"]
+    assert proxy(layers[0], found, known) < 1.3 * proxy(layers[0], alone, known)

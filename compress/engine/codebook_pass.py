@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compress.engine import backward
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
-from compress.engine.layer_stats import LayerStats, Stat
+from compress.engine.codebook_tasks import Task, held, notes_of, shared_notes, tasks_of
+from compress.engine.layer_stats import Stat
 from compress.engine.layerpass import FormatField, Pass
 from compress.errors import UsageError
-from compress.formats.base import Format, QuantTensor, alike
+from compress.formats.base import Format
 from compress.formats.codebook import Codebook
-from compress.formats.codebook_choice import choose, counted
+from compress.formats.codebook_choice import choose
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths.hessian import damped
-from compress.solve import System
+from compress.models.model import Model
 from compress.solve_vq import Coded
 
 
@@ -30,10 +32,10 @@ class CodebookPass(BlockQuantPass, ABC):
     Settings: `format` a codebook, or `bits`: counted bits per weight, codes, codebooks and scales together, for which
     vector length, entries and stages are chosen by the shapes of the layers; `share`: `none`, or `block` where the
     layers of a block hold one codebook in common; `damp` of the second moments, as a share of their mean diagonal;
-    `sequential` and `mismatch` as in gptq (where layers are taken in turn, a shared codebook is learned from all of
-    them before the first one's turn, with the inputs that they have in the block as it then is; in its turn each gets
-    codes and scales); `beam` codes of all stages are chosen together, from so many candidates (1: one stage after the
-    other).
+    `sequential`, `mismatch` and `guided` as in gptq (where layers are taken in turn, a shared codebook is learned from
+    all of them before the first one's turn, with the inputs that they have in the block as it then is; in its turn each
+    gets codes and scales); `beam` codes of all stages are chosen together, from so many candidates (1: one stage after
+    the other).
     """
 
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
@@ -41,7 +43,7 @@ class CodebookPass(BlockQuantPass, ABC):
     any_dtype: ClassVar[bool] = True
     opaque: ClassVar[bool] = True
     shares: ClassVar[bool] = True
-    fixed: ClassVar[frozenset[str]] = frozenset({"sequential", "share", "mismatch"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"sequential", "share", "mismatch", "guided"})
     """Settings that no override may change, for they decide how data are collected; `fixed_shared`: nor these where a
     block shares its codebook."""
     fixed_shared: ClassVar[frozenset[str]] = frozenset({"beam"})
@@ -52,6 +54,7 @@ class CodebookPass(BlockQuantPass, ABC):
     damp: float = Field(default=0.05, gt=0, le=1)
     sequential: bool = True
     mismatch: float = Field(default=0.8, ge=0, le=1)
+    guided: int = Field(default=0, ge=0)
     beam: int = Field(default=8, ge=1, le=256)
 
     @model_validator(mode="after")
@@ -65,6 +68,12 @@ class CodebookPass(BlockQuantPass, ABC):
             raise UsageError(
                 f"{self.name}: in {self.format} the weights of a vector have scales of their own, by which codes are "
                 "not chosen here. Give scale=column or scale=none."
+            )
+        if self.guided and (self.format.axis == "out" or self.format.scale == "column"):
+            raise UsageError(
+                f"{self.name}: guided={self.guided} decides groups of output rows apart, which {self.format} cannot, "
+                "since its vectors or scales cross rows. Use a codebook along the inputs with scale=row or none, or "
+                "set guided=0."
             )
         if self.bits is not None and "format" in self.model_fields_set:
             raise UsageError(
@@ -104,7 +113,16 @@ class CodebookPass(BlockQuantPass, ABC):
 
     @property
     def wants(self) -> frozenset[Stat]:
-        return super().wants | ({Stat.CROSS} if self.sequential and self.mismatch else set())
+        cross = {Stat.CROSS} if self.sequential and self.mismatch else set()
+        return super().wants | cross | ({Stat.GUIDED} if self.guided else set())
+
+    @property
+    def row_groups(self) -> int:
+        return self.guided
+
+    def check(self, model: Model) -> None:
+        if self.guided:
+            backward.check(model)
 
     @property
     def in_turn(self) -> bool:
@@ -154,62 +172,22 @@ class CodebookPass(BlockQuantPass, ABC):
 
     def block(self, block: Block) -> Changed:
         groups: dict[str | Codebook, list[Task]] = {}
-        for task in _tasks(block, block.chosen):
+        for task in tasks_of(block, _ours(block.chosen)):
             form = task.item.codebook
             groups.setdefault(task.layer.name if form.share == 1 else form, []).append(task)
-        held = _held(block)
+        known = held(block)
         found: dict[str, Layer] = {}
         for key, tasks in groups.items():
-            book = held.get(key)
+            book = known.get(key)
             partners = {name: item for name, item in block.ahead.items() if getattr(item, "format", None) == key}
             if book is None and partners:
-                book = _solve([*tasks, *_tasks(block, partners)])[1].half()
+                book = _solve([*tasks, *tasks_of(block, _ours(partners))])[1].half()
             found |= {layer.name: layer for layer in _solved(tasks, book)}
         return Changed(found)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A layer, and what it is solved with."""
-
-    item: CodebookPass
-    layer: Layer
-    stats: LayerStats
-    system: System
-
-
-def _held(block: Block) -> dict[str | Codebook, Tensor]:
-    """Codebooks of layers whose turn is over, float16, that more layers are to hold."""
-    holders: list[tuple[Tensor, list[QuantTensor]]] = []
-    for layer in block.layers.values():
-        weight = layer.weight
-        if isinstance(weight, QuantTensor) and isinstance(weight.format, Codebook):
-            book = weight.tensors["codebook"]
-            known = alike(book, holders)
-            if known is None:
-                holders.append((book, [weight]))
-            else:
-                known.append(weight)
-    found: dict[str | Codebook, Tensor] = {}
-    for _, (first, *others) in holders:
-        assert isinstance(first.format, Codebook)
-        if len(others) + 1 < first.format.share:
-            found[first.format] = first.tensors["codebook"]
-    return found
-
-
-def _tasks(block: Block, chosen: Mapping[str, Pass]) -> list[Task]:
-    """Layers that are fed the same share a system."""
-    tasks, systems = [], dict[object, System]()
-    for name, item in chosen.items():
-        assert isinstance(item, CodebookPass)
-        layer, stats = block.layers[name], block.stats.get(name, LayerStats())
-        key = (name if stats.hessian is None else id(stats.hessian), item.damp, item.column_order, item.codebook.step)
-        if key not in systems:
-            hessian = torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
-            systems[key] = System.of(hessian, item.damp, item.codebook.step, item.column_order)
-        tasks.append(Task(item, layer, stats, systems[key]))
-    return tasks
+def _ours(chosen: Mapping[str, Pass]) -> dict[str, CodebookPass]:
+    return {name: item for name, item in chosen.items() if isinstance(item, CodebookPass)}
 
 
 def _solve(tasks: Sequence[Task], book: Tensor | None = None) -> tuple[list[Coded], Tensor]:
@@ -222,51 +200,34 @@ def _solve(tasks: Sequence[Task], book: Tensor | None = None) -> tuple[list[Code
     return first.improved(coded, chosen, fixed=book is not None)
 
 
-def _solved(tasks: Sequence[Task], held: Tensor | None) -> list[Layer]:
+def _solved(tasks: Sequence[Task], given: Tensor | None) -> list[Layer]:
     """The layers with codes, and the codebook that was learned before, if there is one."""
-    coded, book = _solve(tasks, None if held is None else held.float())
-    stored = book.half() if held is None else held
-    notes = _shared_notes(tasks)
-    found = []
+    coded, book = _solve(tasks, None if given is None else given.float())
+    stored = book.half() if given is None else given
+    notes = shared_notes(tasks)
+    parts: dict[str, list[tuple[Task, Coded]]] = {}
     for task, each in zip(tasks, coded, strict=True):
+        parts.setdefault(task.layer.name, []).append((task, each))
+    found = []
+    for pairs in parts.values():
+        task, form = pairs[0][0], pairs[0][1].form
+        codes, scales = torch.cat([each.codes for _, each in pairs]), [each.scale for _, each in pairs]
         # `stored` is the one tensor that all holders of the codebook refer to
-        params = {"codebook": stored, "scale": each.scale}
-        packed = each.form.pack(each.codes.flatten(1), params, task.layer.shape)
-        found.append(replace(task.layer, weight=packed, notes=(*_notes(task), *notes)))
+        params = {"codebook": stored, "scale": torch.cat(scales) if form.scale == "row" else scales[0]}
+        packed = form.pack(codes.flatten(1), params, task.layer.shape)
+        own = notes_of(max((task for task, _ in pairs), key=lambda task: task.system.doubled))
+        found.append(replace(task.layer, weight=packed, notes=(*own, *notes)))
     return found
 
 
 def _start(task: Task) -> Coded:
     """The weight to come close to, and its first scales."""
-    item, stats, system, form = task.item, task.stats, task.system, task.item.codebook
-    target = system.target(task.layer.float_weight(), stats.cross, item.mismatch)
+    system, form = task.system, task.item.codebook
     none = torch.empty(0, dtype=torch.int64)
-    return Coded(form, target, damped(system.hessian, system.damp), form.fit_scale(target), none)
+    return Coded(form, task.weight, damped(system.hessian, system.damp), form.fit_scale(task.weight), none)
 
 
 def _learned(tasks: Sequence[Task], starts: Sequence[Coded]) -> Tensor:
     """Codebooks (groups, stages, entries, vector) by k-means of the scaled weights of all layers."""
     pairs = zip(tasks, starts, strict=True)
     return starts[0].form.learn([(start.target / start.scale, task.item.counts(task, start)) for task, start in pairs])
-
-
-def _notes(task: Task) -> list[str]:
-    """What a reader of the report should know about the solve of one layer."""
-    stats, system = task.stats, task.system
-    if stats.hessian is None:
-        return ["no calibration token reached it: solved as if its inputs were alike (identity Hessian)"]
-    return system.notes(stats.tokens, len(system.hessian))
-
-
-def _shared_notes(tasks: Sequence[Task]) -> list[str]:
-    """What holds for the codebook, and so for all layers that share it."""
-    item, form = tasks[0].item, tasks[0].item.codebook
-    notes = []
-    if item.bits is not None:
-        shapes = [task.layer.shape for task in tasks]
-        notes.append(f"bits={item.bits:g}: {form} counts {counted(form, shapes):.3f} bits per weight")
-    rows_and_units = [form.units(task.layer.shape) for task in tasks]
-    each = sum(rows * units for rows, units in rows_and_units) // form.groups
-    if each < form.entries and len(tasks) == form.share:  # in turn, those still to come are learned from too
-        notes.append(f"{form.entries} entries for {each} vectors: {form.entries - each} of them stand for nothing")
-    return notes

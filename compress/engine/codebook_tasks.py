@@ -1,0 +1,123 @@
+"""Layers that are to get codebooks, with the systems that they are solved with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.engine.blockpass import Block
+from compress.engine.layer_stats import LayerStats
+from compress.formats.base import QuantTensor, alike
+from compress.formats.codebook import Codebook
+from compress.formats.codebook_choice import counted
+from compress.layer import Layer
+from compress.solve import NOT_GUIDED, System
+
+if TYPE_CHECKING:
+    from compress.engine.codebook_pass import CodebookPass
+
+# share of an input's usual second moment that one of a layer without tokens counts
+UNREACHED = 1e-3
+
+
+@dataclass(frozen=True)
+class Task:
+    """A layer, or a run of its output rows, and what it is solved with.
+
+    weight (rows, in) float32, what it is to come close to.
+    """
+
+    item: CodebookPass
+    layer: Layer
+    stats: LayerStats
+    system: System
+    weight: Tensor
+
+
+def held(block: Block) -> dict[str | Codebook, Tensor]:
+    """Codebooks of layers whose turn is over, float16, that more layers are to hold."""
+    holders: list[tuple[Tensor, list[QuantTensor]]] = []
+    for layer in block.layers.values():
+        weight = layer.weight
+        if isinstance(weight, QuantTensor) and isinstance(weight.format, Codebook):
+            book = weight.tensors["codebook"]
+            known = alike(book, holders)
+            if known is None:
+                holders.append((book, [weight]))
+            else:
+                known.append(weight)
+    found: dict[str | Codebook, Tensor] = {}
+    for _, (first, *others) in holders:
+        assert isinstance(first.format, Codebook)
+        if len(others) + 1 < first.format.share:
+            found[first.format] = first.tensors["codebook"]
+    return found
+
+
+def tasks_of(block: Block, chosen: Mapping[str, CodebookPass]) -> list[Task]:
+    """Layers that are fed the same share a system; a guided layer has one for each group of its rows."""
+    tasks, systems = [], dict[object, System]()
+    unknown = _unknown(block)
+    for name, item in chosen.items():
+        layer, stats = block.layers[name], block.stats.get(name, LayerStats())
+        key = (name if stats.hessian is None else id(stats.hessian), item.damp, item.column_order, item.codebook.step)
+        if key not in systems:
+            hessian = torch.eye(layer.shape[1]) * unknown if stats.hessian is None else stats.hessian
+            systems[key] = _system(item, hessian)
+        target = systems[key].target(layer.float_weight(), stats.cross, item.mismatch)
+        if item.guided and stats.guided is not None:
+            parts = zip(_balanced(stats), target.tensor_split(len(stats.guided)), strict=True)
+            tasks += [Task(item, layer, stats, _system(item, hessian), rows) for hessian, rows in parts]
+        else:
+            tasks.append(Task(item, layer, stats, systems[key], target))
+    return tasks
+
+
+def _system(item: CodebookPass, hessian: Tensor) -> System:
+    return System.of(hessian, item.damp, item.codebook.step, item.column_order)
+
+
+def _unknown(block: Block) -> float:
+    """What an input counts of a layer that no token reached, beside layers that some did: little, since entries that
+    they hold in common are learned from both."""
+    known = [float(stats.hessian.diagonal().mean()) for stats in block.stats.values() if stats.hessian is not None]
+    return UNREACHED * sum(known) / len(known) if known and sum(known) > 0 else 1.0
+
+
+def _balanced(stats: LayerStats) -> Tensor:
+    """The guided Hessians (groups, in, in) of a layer, which together count what its plain one does: layers that hold
+    a codebook in common are weighed against each other as without them."""
+    assert stats.guided is not None and stats.hessian is not None
+    whole = float(stats.guided.diagonal(dim1=1, dim2=2).sum(1).mean())
+    return stats.guided * (float(stats.hessian.trace()) / whole) if whole > 0 else stats.guided
+
+
+def notes_of(task: Task) -> list[str]:
+    """What a reader of the report should know about the solve of one layer."""
+    stats, system = task.stats, task.system
+    if stats.hessian is None:
+        return ["no calibration token reached it: solved as if its inputs were alike (identity Hessian)"]
+    notes = system.notes(stats.tokens, len(system.hessian))
+    if task.item.guided and stats.guided is None:
+        notes.append(NOT_GUIDED)
+    return notes
+
+
+def shared_notes(tasks: Sequence[Task]) -> list[str]:
+    """What holds for the codebook, and so for all layers that share it."""
+    item, form = tasks[0].item, tasks[0].item.codebook
+    notes = []
+    if item.bits is not None:
+        shapes = list({task.layer.name: task.layer.shape for task in tasks}.values())
+        notes.append(f"bits={item.bits:g}: {form} counts {counted(form, shapes):.3f} bits per weight")
+    rows_and_units = [form.units((len(task.weight), task.layer.shape[1])) for task in tasks]
+    each = sum(rows * units for rows, units in rows_and_units) // form.groups
+    if (
+        each < form.entries and len({task.layer.name for task in tasks}) == form.share
+    ):  # in turn, those still to come are learned from too
+        notes.append(f"{form.entries} entries for {each} vectors: {form.entries - each} of them stand for nothing")
+    return notes
