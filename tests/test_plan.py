@@ -37,6 +37,8 @@ def planned(model: Model, passes: str) -> Plan:
         ("rtn(format=int4(group=32)), rtn(format=int8(group=32), targets=[kind:embedding, kind:head])", 0.02),
         # w8a8-int8 but for the smoothing, which needs data and stores norms in float32
         ("rtn(format=int8(channel)), act_quant, rtn(format=int8(group=32), targets=[kind:embedding, kind:head])", 0.02),
+        # a dozen nodes for a layer
+        ("rtn(format=codebook(vector=4, entries=16, stages=2))", 0.02),
     ],
 )
 def test_the_predicted_artifact_is_within_2_percent_of_the_written_one(

@@ -12,5 +12,6 @@ LOWERINGS: tuple[str, ...] = (
     "compress.export.onnx.static_qdq",
     "compress.export.onnx.matmul_nbits",
     "compress.export.onnx.matmul_bnb4",
+    "compress.export.onnx.codebook",
     "compress.export.onnx.decoded_conv",
 )

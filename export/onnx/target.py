@@ -90,18 +90,19 @@ def capture(model: Model, profile: Profile) -> bytes:
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
     """Bytes of the folder that `write` would make, without the weights (graph estimated per node kind)."""
     specs, runtime = list(specs), profile.runtime(RUNTIME)
-    choices = [choose(spec, runtime) for spec in specs]
-    weights = sum(choice.stored_bytes for choice in choices if isinstance(choice, Choice))
-    weights += transforms.stored_bytes(specs)
+    choices = [choice for spec in specs if isinstance(choice := choose(spec, runtime), Choice)]
+    weights = sum(choice.stored_bytes for choice in choices) + transforms.stored_bytes(specs)
+    nodes = sum(choice.graph_bytes for choice in choices)
     if model.image is not None:
         quantized = sum(spec.format is not None for spec in specs)
-        return weights + model.plain_bytes + IMAGE_BYTES + len(specs) * IMAGE_LAYER_BYTES + quantized * DECODED_BYTES
+        nodes += IMAGE_BYTES + len(specs) * IMAGE_LAYER_BYTES + quantized * DECODED_BYTES
+        return weights + model.plain_bytes + nodes
     side = model.side_bytes + CONFIG_BYTES
-    layers = sum(isinstance(choice, Choice) for choice in choices)
-    graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES
+    layers = len(choices)
+    graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
     if model.task is Task.CAUSAL_LM and cache_shapes(model.config)[0][1] % grouped_query.STEP == 0:
         rotary = angles.predict_bytes(model.config, model.longest) // (2 if half.wanted(runtime) else 1)
-        graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + rotary
+        graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + nodes + rotary
     return weights + model.plain_bytes + side + graphs
 
 

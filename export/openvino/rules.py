@@ -64,7 +64,8 @@ def _weight_only(spec: LayerSpec, runtime: Runtime, operator: str) -> Choice | R
     """Weights in 4 or 8 bits, decoded by the kernel or, of a convolution, when the model is loaded."""
     form, (rows, columns) = spec.format, spec.shape
     if not isinstance(form, IntGrid):
-        return Refusal(f"{form}: of this target only integer grids are stored; export for onnx or checkpoint")
+        told = "of this target only integer grids are stored; take int4(group=128), or export for onnx or checkpoint"
+        return Refusal(f"{form}: {told}")
     support = runtime.support("weight_only", form.bits, format=name_of(form))
     if support.state == "no":
         return Refusal(f"{form}: {support.note.removesuffix('.')}", usage=False)

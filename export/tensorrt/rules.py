@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from compress.export.onnx import experts, float_matmul
 from compress.export.onnx.lowering import Choice
 from compress.formats import name_of
+from compress.formats.codebook import Codebook
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Element, Profile, Runtime, Support, Use
@@ -136,6 +137,8 @@ def _weight(spec: LayerSpec) -> str:
     form = spec.format
     if isinstance(form, IntGrid):
         return "" if form.scheme == "symmetric" else f"{form}: TensorRT takes symmetric grids, without zero points"
+    if isinstance(form, Codebook):
+        return f"{form}: TensorRT reads no codes of codebooks; take int4(group=128) or fp8_e4m3(channel)"
     if not isinstance(form, FloatGrid):
         return f"{form}: TensorRT has no such type; it takes int8, int4, fp8_e4m3, fp4_e2m1 and nvfp4"
     if (form.exponent, form.mantissa) not in ((4, 3), (2, 1)):
