@@ -94,6 +94,13 @@ def test_a_few_tokens_and_many_are_multiplied_by_the_weight_that_the_codes_stand
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("text", ["codebook(vector=2, entries=8)", "codebook(vector=3, entries=16, out)"])
+def test_no_tokens_make_no_outputs_as_with_a_float_weight(text: str) -> None:
+    layer = layer_of(form_of(text))
+    found = session_of(graph_of(layer, spec_of(layer))).run(None, {"x": np.zeros((0, 3, 42), np.float32)})[0]
+    assert found.shape == (0, 3, 13)
+
+
 def kept_in(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
     """Stored tensors, those of graphs inside too."""
     inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]

@@ -123,7 +123,7 @@ def _stored_bytes(spec: LayerSpec, form: Codebook) -> int:
 
 def _graph_bytes(spec: LayerSpec, form: Codebook) -> int:
     """Fitted on eight of these formats on a Llama of 8 blocks."""
-    nodes, unpacking = (4_100, 765) if _has_tables(spec) else (2_110, 350)
+    nodes, unpacking = (4_260, 765) if _has_tables(spec) else (2_110, 350)
     stages = 95 + 250 * form.stages if form.stages > 1 else 0
     return nodes + stages + unpacking * (_width(form) == 4) + 650 * (form.scale != "none")
 
@@ -207,7 +207,8 @@ def _either(graph: GraphBuilder, spec: LayerSpec, tokens: ir.Value, codes: ir.Va
     """(tokens, in) → (tokens, blocks, rows) by tables for up to `FEW_TOKENS`, else by decoded weights."""
     factors = graph.node("Transpose", [book], {"perm": [1, 0, 3, 2]})  # (stages, groups, vector, entries)
     count = graph.node("Shape", [tokens], {"end": 1}, dtype=INT64)
-    few = graph.node("LessOrEqual", [count, graph.constant([FEW_TOKENS])], dtype=ir.DataType.BOOL)
+    ends = [graph.constant(end) for end in (1, FEW_TOKENS)]  # none at all are no matrices to multiply with
+    few = graph.node("Equal", [count, graph.node("Clip", [count, *ends], dtype=INT64)], dtype=ir.DataType.BOOL)
     inside = [graph.at(_short(few, name)) for name in "ab"]
     branches = [
         _subgraph(inside[0], [], _tables(inside[0], spec, tokens, codes, factors)),
