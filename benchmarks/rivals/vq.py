@@ -47,7 +47,8 @@ APART = 1.01
 """Rows are compared where ours has at most this multiple of the rival's bits."""
 EPOCHS = 5
 """Of AQLM's block fine-tuning: its program's default. Its README's command has 10, which takes over an hour here."""
-TUNE = "tune(parts=[codebooks, norms], steps=200, batch=2)"
+AS_AQLM = "codebook(vector=8, entries=32, stages=3)"
+BLOCKS, CODES = "block_tune(steps=200)", "pv_tuning(steps=100, batch=2)"
 SCALAR = "autoround, tune(steps=200, batch=2)"
 
 
@@ -76,7 +77,7 @@ def _aqlm(budget: str, stages: int, bits: int, vector: int, epochs: int = EPOCHS
 
 def _ours(budget: str, pass_text: str, name: str) -> list[Row]:
     alone = Row(budget, name, ours=pass_text)
-    return [alone, Row(budget, f"{name}, tuned", ours=f"{pass_text}, {TUNE}")]
+    return [alone, Row(budget, f"{name}, blocks tuned", ours=f"{pass_text}, {BLOCKS}")]
 
 
 ROWS: list[Row] = [
@@ -86,27 +87,26 @@ ROWS: list[Row] = [
     _vptq("2.0", 5, 256, 2, norm=False),
     _aqlm("2.0", 3, 5, 8, epochs=0),
     _aqlm("2.0", 3, 5, 8),
-    *_ours("2.0", "vptq(format=codebook(vector=8, entries=32, stages=3))", "vptq, AQLM's format"),
+    *_ours("2.0", f"vptq(format={AS_AQLM})", "vptq, AQLM's format"),
+    Row("2.0", "vptq, AQLM's format, guided", ours=f"vptq(format={AS_AQLM}, guided=4)"),
+    *_ours("2.0", f"aqlm(format={AS_AQLM})", "aqlm"),
+    Row("2.0", "vptq, AQLM's format, blocks and codes tuned", ours=f"vptq(format={AS_AQLM}), {BLOCKS}, {CODES}"),
     *_ours("2.0", "vptq(bits=2.0, share=block)", "vptq, one codebook per block"),
-    *_ours("2.0", "vptq(bits=2.0)", "vptq, one codebook per layer"),
     Row("2.0", "scalar, gptq + autoround + tune", ours=f"gptq(format=int2(channel, signed)), {SCALAR}"),
     _vptq("2.3", 7, 256, 32),
     _vptq("2.3", 5, 64, 32, norm=False),
     _aqlm("2.3", 3, 3, 4),
     *_ours("2.3", "vptq(bits=2.3, share=block)", "vptq, one codebook per block"),
-    *_ours("2.3", "vptq(bits=2.3)", "vptq, one codebook per layer"),
     Row("2.3", "scalar, gptq + autoround + tune", ours=f"gptq(format=int2(group=64, signed)), {SCALAR}"),
     _vptq("3.0", 7, 512, 128),
     _vptq("3.0", 5, 128, 128, norm=False),
     _aqlm("3.0", 3, 4, 4),
     *_ours("3.0", "vptq(bits=3.06, share=block)", "vptq, one codebook per block"),
-    *_ours("3.0", "vptq(bits=3.06)", "vptq, one codebook per layer"),
     Row("3.0", "scalar, gptq + autoround + tune", ours=f"gptq(format=int3(channel, signed)), {SCALAR}"),
     _vptq("4.0", 4, 256, 128),
     _vptq("4.0", 3, 64, 64, norm=False),
     _aqlm("4.0", 4, 4, 4),
     *_ours("4.0", "vptq(bits=4.08, share=block)", "vptq, one codebook per block"),
-    *_ours("4.0", "vptq(bits=4.08)", "vptq, one codebook per layer"),
     Row("4.0", "scalar, gptq + autoround + tune", ours=f"gptq(format=int4(channel, signed)), {SCALAR}"),
 ]
 
