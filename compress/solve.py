@@ -214,3 +214,23 @@ def _descend(values: Tensor, slope: Tensor, hessian: Tensor, rounder: Rounder) -
             slope[at + 1 : stop].addmm_(hessian[at + 1 : stop, at : at + 1], step, alpha=-1)
         slope[stop:].addmm_(hessian[stop:, start:stop], moved[: stop - start], alpha=-1)
     return codes
+
+
+def row_scales(target: Tensor, unit: Tensor, hessian: Tensor) -> Tensor:
+    """(out,): what each row of `unit` (out, in) is best multiplied with to come close to the target; 0 for a row that
+    does nothing."""
+    with products.fast():
+        reaction = unit @ hessian
+    gain, curvature = (target * reaction).sum(1), (unit * reaction).sum(1)
+    return torch.where(curvature > 0, gain / curvature, 0.0)
+
+
+def column_scales(target: Tensor, unit: Tensor, hessian: Tensor) -> Tensor | None:
+    """(in,): what the columns of `unit` (out, in) are best multiplied with, H ∘ (UᵀU) s = diag(Uᵀ W H), by a Cholesky
+    factor; a little is added where columns are zeros. None where there is no factor."""
+    with products.fast():
+        matrix = (hessian * (unit.T @ unit)).double()
+        right = (unit * (target @ hessian)).sum(0, dtype=torch.float64)
+    matrix.diagonal().add_(1e-6 * float(matrix.diagonal().mean()))
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return None if int(failed) else torch.cholesky_solve(right[:, None], factor)[:, 0].float()

@@ -209,10 +209,10 @@ def refit_scale(layer: Coded, book: Tensor) -> Coded:
     if layer.form.scale == "none":
         return layer
     unit = layer.unit(book)
+    if layer.form.scale == "column":
+        return _columns_rescaled(layer, book, unit)
     with products.fast():
         reaction = unit @ layer.hessian
-    if layer.form.scale == "column":
-        return _columns_rescaled(layer, book, unit, reaction)
     gain, curvature = (layer.target * reaction).sum(1), (unit * reaction).sum(1)
     wanted = _kept(torch.where(curvature > 0, gain / curvature, 0.0)[:, None], layer.scale)
     now, new = layer.scale[:, 0], wanted[:, 0]
@@ -220,17 +220,11 @@ def refit_scale(layer: Coded, book: Tensor) -> Coded:
     return replace(layer, scale=torch.where(lower[:, None], wanted, layer.scale))
 
 
-def _columns_rescaled(layer: Coded, book: Tensor, unit: Tensor, reaction: Tensor) -> Coded:
-    """H ∘ (ÛᵀÛ) s = diag(Ûᵀ W H), by a Cholesky factor; a little is added where columns decode to zeros."""
-    with products.fast():
-        matrix = (layer.hessian * (unit.T @ unit)).double()
-        right = (unit * (layer.target @ layer.hessian)).sum(0, dtype=torch.float64)
-    matrix.diagonal().add_(1e-6 * float(matrix.diagonal().mean()))
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
+def _columns_rescaled(layer: Coded, book: Tensor, unit: Tensor) -> Coded:
+    wanted = solve.column_scales(layer.target, unit, layer.hessian)
+    if wanted is None:
         return layer
-    wanted = torch.cholesky_solve(right[:, None], factor)[:, 0].float()[None]
-    found = replace(layer, scale=_kept(wanted, layer.scale))
+    found = replace(layer, scale=_kept(wanted[None], layer.scale))
     return found if found.error(book) < layer.error(book) else layer
 
 

@@ -32,6 +32,7 @@ TARGETS: dict[str, str] = {
     "checkpoint-bnb": "compress.export.checkpoint.target:BITSANDBYTES",
     "checkpoint-aqlm": "compress.export.checkpoint.target:AQLM",
     "checkpoint-vptq": "compress.export.checkpoint.target:VPTQ",
+    "checkpoint-exl3": "compress.export.checkpoint.target:EXL3",
 }
 
 

@@ -29,6 +29,7 @@ class Entry(NamedTuple):
 PASSES: dict[str, Entry] = {
     "rtn": Entry("compress.passes.rtn:Rtn", "round each weight to the nearest point of its grid; needs no data"),
     "gptq": Entry("compress.passes.gptq:Gptq", "round column by column, later columns absorbing the error; needs data"),
+    "trellis": Entry("compress.passes.trellis:Trellis", "tiles of weights as paths through a trellis; needs data"),
     "vptq": Entry("compress.passes.vptq:Vptq", "vectors of weights as codes of learned codebooks; needs data"),
     "aqlm": Entry("compress.passes.aqlm:Aqlm", "sums of codebook entries, improved until they settle; needs data"),
     "awq": Entry("compress.passes.awq:Awq", "scale salient channels up, then round to nearest; needs data"),

@@ -1,6 +1,7 @@
 """What every registered export target gets for free: its interface, and one small model from end to end."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,19 @@ from compress.target import Refusal, Target, require_tools, timed_here
 RECIPES = {
     "checkpoint-aqlm": "rtn(format=codebook(vector=4, entries=16, stages=2))",
     "checkpoint-awq": "rtn(format=int4(group=32))",
+    "checkpoint-exl3": "rtn(format=trellis(bits=2))",
     "checkpoint-gptq": "rtn(format=int8(channel))",
     "checkpoint-vptq": "rtn(format=codebook(vector=4, entries=16, stages=2, out))",
     "native": "rtn(format=codebook(vector=4, entries=16, stages=2))",
+}
+# models of other sizes, where a target takes no layers of 64
+SIZES = {
+    "checkpoint-exl3": {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 1,
+    }
 }
 FUNCTIONS = [name for name, _ in inspect.getmembers(Target, inspect.isfunction) if not name.startswith("_")]
 
@@ -57,9 +68,10 @@ def test_a_target_offers_the_interface_and_takes_its_arguments(name: str, profil
 
 
 def test_a_target_writes_what_its_runtime_loads_and_which_agrees_with_the_model(
-    name: str, profile: Profile, llama: Path, tmp_path: Path
+    name: str, profile: Profile, llama: Path, make_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    target, model = find(name), compress.load(llama)
+    source = make_llama(f"for-{name}", **SIZES[name]) if name in SIZES else llama
+    target, model = find(name), compress.load(source)
     specs = model.structure.layers
     choices = [target.plan_layer(spec, profile) for spec in specs.values()]
     assert not any(isinstance(choice, Refusal) for choice in choices)

@@ -45,6 +45,7 @@ TRIED = (
     *("fp8_e4m3(channel)", "mxfp4", "nvfp4", "mxfp8_e4m3"),
     *("nf4(block=64)", "nf4(block=64, double)", "table(bits=3, group=32)"),
     *("codebook(vector=4, entries=16, stages=2)", "codebook(vector=4, entries=16, stages=2, out)"),
+    "trellis(bits=2)",
 )
 UNTRIED = (
     *("int5", "int6", "int7", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"),
@@ -86,29 +87,34 @@ class Cell:
 
 
 Fill = Callable[[str, str, str], Cell | None]
+Models = Callable[[str], Model]
 
 
 @pytest.fixture(scope="module")
-def model(make_llama: Callable[..., Path]) -> Model:
-    return compress.load(make_llama("support", num_hidden_layers=1, intermediate_size=128, tie_word_embeddings=False))
+def models(make_llama: Callable[..., Path]) -> Models:
+    """The model that a weight format is tried on: trellises take whole blocks of 128 only."""
+    common = {"num_hidden_layers": 1, "intermediate_size": 128, "tie_word_embeddings": False}
+    small = compress.load(make_llama("support", **common))
+    wide = compress.load(make_llama("wide", hidden_size=128, num_key_value_heads=4, **common))
+    return lambda weight: wide if weight.startswith("trellis") else small
 
 
 @pytest.fixture(scope="module")
-def data(model: Model, text_file: Path) -> Calibration:
-    return calibrate(model, text_file, samples=8, length=32)
+def data(models: Models, text_file: Path) -> Calibration:
+    return calibrate(models(""), text_file, samples=8, length=32)
 
 
 @pytest.fixture(scope="module")
-def fill(model: Model, data: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Fill:
+def fill(models: Models, data: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Fill:
     """(weight, inputs, target) → the cell, None where the target refuses; each is made once."""
-    ids = torch.randint(0, model.vocabulary, (4, 128), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, models("").vocabulary, (4, 128), generator=torch.Generator().manual_seed(0))
     found = hwprofiles.load("cpu-x86-avx512-vnni")
     assert found.cpu is not None
     profile = found.model_copy(update={"cpu": found.cpu.model_copy(update={"threads": 1})})
 
     @cache
     def made(weight: str, inputs: str) -> Model:
-        return Pipeline.parse(", ".join([f"rtn(format={weight})", *_act(inputs)])).run(model, data).model
+        return Pipeline.parse(", ".join([f"rtn(format={weight})", *_act(inputs)])).run(models(weight), data).model
 
     @cache
     def cell(weight: str, inputs: str, name: str) -> Cell | None:
@@ -154,8 +160,8 @@ def test_every_cell_that_is_not_refused_is_read_back_and_agrees(
 
 
 @pytest.mark.skipif(not OPENVINO, reason="OpenVINO is not installed (extra openvino): its column cannot be made")
-def test_the_page_is_what_was_found(fill: Fill, model: Model, data: Calibration) -> None:
-    text = _page(fill, model, data)
+def test_the_page_is_what_was_found(fill: Fill, models: Models, data: Calibration) -> None:
+    text = _page(fill, models, data)
     if WRITE:
         DOCS.write_text(text, encoding="utf8")
     written = DOCS.read_text(encoding="utf8")
@@ -182,7 +188,7 @@ rescale before them, whatever the format.
 """
 
 
-def _page(fill: Fill, model: Model, data: Calibration) -> str:
+def _page(fill: Fill, models: Models, data: Calibration) -> str:
     lines = [HEAD, "| weights | inputs | " + " | ".join(f"`{name}`" for name in READ_HERE) + " |"]
     lines.append("|" + "---|" * (2 + len(READ_HERE)))
     for weight, inputs in ROWS:
@@ -192,7 +198,7 @@ def _page(fill: Fill, model: Model, data: Calibration) -> str:
     lines += ["", "## Weights by pass", "", "| weights | " + " | ".join(f"`{name}`" for name in METHODS) + " |"]
     lines.append("|" + "---|" * (1 + len(METHODS)))
     for weight in WEIGHTS:
-        found = [_runs(name, weight, model, data) for name in METHODS]
+        found = [_runs(name, weight, models(weight), data) for name in METHODS]
         lines.append(f"| `{weight}` | " + " | ".join("yes" if each else "" for each in found) + " |")
     return "\n".join([*lines, TAIL])
 

@@ -17,7 +17,7 @@ import torch
 from compress.errors import ResourceError, UnsupportedError, UsageError, nearest
 
 HERE = Path(__file__).parent
-SOURCES = ("lookup.c", "nibble.c", "decode.c", "pool.c")
+SOURCES = ("lookup.c", "nibble.c", "decode.c", "trellis.c", "pool.c")
 # the numbers are those of kernels.h; the order is fastest first
 PATHS = {"avx512-vbmi": 2, "avx2": 1, "portable": 0}
 TORCH = "torch"
@@ -32,6 +32,7 @@ _LOOKUP = (c_int, c_int, *(c_long,) * 5, *(c_void_p,) * 6)
 _NIBBLES = (c_int, c_int, *(c_long,) * 5, *(c_void_p,) * 6)
 _PRODUCT = (c_int, c_int, c_int, c_int, *(c_long,) * 7, *(c_void_p,) * 4)
 _ROWS = (c_int, c_int, c_int, c_int, *(c_long,) * 7, c_void_p, c_void_p, c_long, c_long, c_void_p)
+_SEARCH = (c_int, c_int, c_int, c_long, c_void_p, c_void_p, c_void_p)
 _SIGNATURES = {
     "codebook_version": ((), c_int),
     "codebook_has": ((c_int,), c_int),
@@ -41,6 +42,7 @@ _SIGNATURES = {
     "codebook_nibbles": (_NIBBLES, None),
     "codebook_product": (_PRODUCT, None),
     "codebook_rows": (_ROWS, None),
+    "trellis_search": (_SEARCH, c_int),
 }
 
 

@@ -1,4 +1,4 @@
-"""The packages aqlm and vptq, told to decode what they read."""
+"""The packages aqlm, vptq and gptqmodel (for EXL3), told to decode what they read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import InputError
+
+EXL3_TENSORS = ("trellis", "suh", "svh", "mcg", "mul1")
 
 
 def decode_aqlm(model: Any) -> None:
@@ -52,6 +54,25 @@ def decode_vptq(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dic
         found[f"{module}.weight"] = _weight(layer, dequantize)
         if "bias" in own:
             found[f"{module}.bias"] = own["bias"]
+    return found
+
+
+def decode_exl3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A folder's tensors by name, each packed module read and decoded by GPTQModel's torch layer, float32.
+
+    Raises: InputError where the installed package does not work.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            from gptqmodel.nn_modules.exllamav3_torch import ExllamaV3TorchLinear
+    except (ImportError, OSError) as error:
+        raise InputError(f"The package gptqmodel is installed, but does not work here ({error}).") from error
+    found = dict(tensors)
+    for module in config["tensor_storage"]:
+        own = {name: found.pop(f"{module}.{name}") for name in EXL3_TENSORS if f"{module}.{name}" in found}
+        sizes = {"in_features": len(own["suh"]), "out_features": len(own["svh"])}
+        layer = ExllamaV3TorchLinear.from_tensors(**sizes, name=module, tensors=own)
+        found[f"{module}.weight"] = layer.get_weight_tensor(torch.float32).T.contiguous()
     return found
 
 

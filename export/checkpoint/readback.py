@@ -152,6 +152,45 @@ def _vptq(own: Take, config: Mapping[str, Any]) -> Tensor:
     return whole * own["weight_scale"].float() + own["weight_bias"].float()
 
 
+def _exl3(own: Take, config: Mapping[str, Any]) -> Tensor:
+    """A tile's bits are one row, highest first, its words of 16 bits in swapped pairs; a state is the 16 bits that end
+    with a symbol, around the end of the row."""
+    shape = own["trellis"].shape
+    words = (own["trellis"].long() & 0xFFFF).reshape(*shape[:2], -1, 2).flip(-1).flatten(-2)
+    bits = shape[-1] // 16
+    row = torch.stack([(words >> bit) & 1 for bit in range(15, -1, -1)], -1).flatten(-2)
+    ends = (torch.arange(256) + 1) * bits
+    state = torch.zeros(*shape[:2], 256, dtype=torch.int64)
+    for back in range(16):
+        state |= row[..., (ends - 1 - back) % (256 * bits)] << back
+    values = _exl3_values(own)[state]  # (in / 16, out / 16, 256)
+    inner = torch.empty(values.shape[0] * 16, values.shape[1] * 16)
+    for symbol in range(256):
+        lane, part = divmod(symbol, 8)
+        down = 2 * (lane % 4) + (0, 1, 8, 9)[part % 4]
+        inner[down::16, lane // 4 + 8 * (part // 4) :: 16] = values[..., symbol]
+    mixer = torch.ones(1, 1)
+    for _ in range(7):
+        mixer = torch.cat([torch.cat([mixer, mixer], 1), torch.cat([mixer, -mixer], 1)])
+    mixer = mixer / 128**0.5
+    left = (mixer @ inner.reshape(-1, 128, inner.shape[1])).flatten(0, 1) * own["suh"].float()[:, None]
+    whole: Tensor = (left.reshape(len(left), -1, 128) @ mixer).flatten(1) * own["svh"].float()
+    return whole.T.contiguous()
+
+
+def _exl3_values(own: Take) -> Tensor:
+    """(65536,) float32: what each state stands for, by the code that the module is marked with."""
+    state = torch.arange(1 << 16)
+    if "mul1" in own:
+        product = state * 0x83DCD12D
+        total = torch.stack([(product >> shift) & 0xFF for shift in (0, 8, 16, 24)]).sum(0)
+        factor, offset = torch.tensor([0x1EEE, 0xC931 - 0x10000], dtype=torch.int16).view(torch.float16).float().unbind()
+        return (total + 1024) * factor + offset
+    product = state * 0xCBAC1FED if "mcg" in own else state * 89226354 + 64248484
+    halves = torch.stack([(product >> shift) & 0x8FFF ^ 0x3B60 for shift in (0, 16)])
+    return (halves - ((halves & 0x8000) << 1)).to(torch.int16).view(torch.float16).float().sum(0)
+
+
 # quant_method → the tensor by which a packed module is known, and what decodes it
 DECODERS: dict[str, tuple[str, Callable[[Take, Mapping[str, Any]], Tensor]]] = {
     "gptq": ("qweight", _gptq),
@@ -159,4 +198,5 @@ DECODERS: dict[str, tuple[str, Callable[[Take, Mapping[str, Any]], Tensor]]] = {
     "bitsandbytes": ("weight", _bitsandbytes),
     "aqlm": ("codes", _aqlm),
     "vptq": ("indices", _vptq),
+    "exl3": ("trellis", _exl3),
 }

@@ -20,6 +20,7 @@ PACKAGES: dict[str | None, tuple[str, ...]] = {
     "bitsandbytes": ("bitsandbytes", "accelerate"),
     "aqlm": ("aqlm", "accelerate"),
     "vptq": ("vptq", "accelerate", "sentence_transformers"),
+    "exl3": ("gptqmodel",),
 }
 NVFP4 = "nvfp4-pack-quantized"
 
@@ -38,6 +39,10 @@ PACKED_EXPERTS = (
 VPTQ_BY_LAYERS = (
     "transformers loads VPTQ on CUDA GPUs only, and vptq's own loader wants transformers 4: vptq's layers read and "
     "decoded the weights here, one module at a time, and the folder as a whole has not run in another tool"
+)
+EXL3_BY_LAYERS = (
+    "transformers loads no EXL3 files: GPTQModel's layers read and decoded the weights here, one module at a time, and "
+    "the folder as a whole has not run in another tool"
 )
 _EXPERT = re.compile(r"[.]experts[.][0-9]+[.]\w+[.]qweight$")
 

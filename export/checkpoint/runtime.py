@@ -145,8 +145,9 @@ def _obstacle(folder: Path, config: dict[str, Any]) -> str:
             f"{' and '.join(absent)} not installed, so this package's own reader, written from the format's "
             f"description, decoded the {method} weights: the folder has not run in another tool"
         )
-    if method == "vptq":
-        return readers.VPTQ_BY_LAYERS
+    by_layers = {"vptq": readers.VPTQ_BY_LAYERS, "exl3": readers.EXL3_BY_LAYERS}
+    if method in by_layers:
+        return by_layers[method]
     return readers.PACKED_ZERO if method == "compressed-tensors" and readers.has_packed_zero(config) else ""
 
 
@@ -155,6 +156,8 @@ def _decoded(folder: Path, config: dict[str, Any], obstacle: str) -> dict[str, t
         return readers.decompress_files(readback.stored(folder), config)
     if obstacle == readers.VPTQ_BY_LAYERS:
         return codebook_readers.decode_vptq(readback.stored(folder), config)
+    if obstacle == readers.EXL3_BY_LAYERS:
+        return codebook_readers.decode_exl3(readback.stored(folder), config)
     return readback.read(folder)
 
 
@@ -163,7 +166,7 @@ def _name(method: str | None, obstacle: str) -> str:
     if method is None:
         return f"{loader} CPU"
     package = readers.PACKAGES[method][0]
-    if obstacle == readers.VPTQ_BY_LAYERS:
+    if obstacle in (readers.VPTQ_BY_LAYERS, readers.EXL3_BY_LAYERS):
         return f"{loader} CPU on weights decoded by {package} {metadata.version(package)}"
     if not obstacle:
         return f"{loader} CPU with {package.replace('_', '-')} {metadata.version(package)}"

@@ -19,6 +19,7 @@ from compress.export.checkpoint.aqlm import Aqlm
 from compress.export.checkpoint.awq import Awq
 from compress.export.checkpoint.bitsandbytes import BitsAndBytes
 from compress.export.checkpoint.compressed_tensors import CompressedTensors
+from compress.export.checkpoint.exl3 import Exl3
 from compress.export.checkpoint.gptq import Gptq
 from compress.export.checkpoint.layout import Choice, Layout, Packed, plain_choice, rows_of
 from compress.export.checkpoint.names import FileNames, Place, require_expert_names
@@ -274,3 +275,4 @@ AWQ = CheckpointTarget(Awq())
 BITSANDBYTES = CheckpointTarget(BitsAndBytes())
 AQLM = CheckpointTarget(Aqlm())
 VPTQ = CheckpointTarget(Vptq())
+EXL3 = CheckpointTarget(Exl3())

@@ -13,9 +13,15 @@ SAMPLES = [
     *("codebook(vector=2, entries=16, stages=2)", "codebook(vector=7, entries=8, stages=1, groups=2, scale=none)"),
     "codebook(vector=2, entries=1024, stages=1, out)",
     "codebook(vector=5, entries=4, stages=3, scale=column, share=7)",
+    *("trellis(bits=2, block=16)", "trellis(bits=5, mcg, block=32)"),
 ]
 
 
 def name_of(text: str) -> str:
     """`int4(group=32)` → `int4`."""
     return text.partition("(")[0]
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """A size (out, in) that a format takes: an odd one, but for formats that take whole blocks only."""
+    return (32, 64) if name_of(text) == "trellis" else (5, 70)

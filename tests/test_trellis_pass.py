@@ -1,0 +1,146 @@
+"""The pass `trellis`: its solver's parts against their plain definitions, and what a run of it may be trusted with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+from compress import solve, solve_trellis
+from compress.engine.blockpass import Block
+from compress.engine.layer_stats import LayerStats
+from compress.errors import CompressError, UsageError
+from compress.formats.base import QuantTensor
+from compress.formats.trellis import Trellis
+from compress.inputs.datasets import calibrate
+from compress.layer import Layer, LayerKind
+from compress.maths.hessian import damped, weighted_error
+from compress.passes import find
+from compress.pipeline import Pipeline, planned
+
+FORM = Trellis(2, block=16)
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(size: int) -> Tensor:
+    """Of inputs that go together, of unlike sizes."""
+    inputs = gaussian(400, size, seed=1) @ gaussian(size, size, seed=2) * torch.linspace(0.2, 2, size)
+    return damped(inputs.T @ inputs / 400, 0.01)
+
+
+def coded(order: str = "static", rows: int = 32, columns: int = 64) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    target, hessian = gaussian(rows, columns), moments(columns)
+    params = FORM.fit(target, importance=hessian.diagonal())
+    return target, hessian, params, solve_trellis.encode(FORM, target, hessian, params, order)
+
+
+def lost(target: Tensor, hessian: Tensor, codes: Tensor, params: dict[str, Tensor]) -> float:
+    shape = (target.shape[0], target.shape[1])
+    return weighted_error(target - FORM.pack(codes, params, shape).dequantize(), hessian)
+
+
+def test_what_is_coded_meets_the_second_moments_turned_with_it() -> None:
+    hessian, suh, svh = moments(32), gaussian(32, seed=3).exp(), torch.ones(16)
+    inner = gaussian(32, 16)
+    turned = solve_trellis.turned_moments(FORM, hessian, suh)
+    expected = weighted_error(FORM.turn_back(inner, suh, svh), hessian)
+    assert weighted_error(inner.T, turned) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("order", "share"), [("static", 0.7), ("given", 0.95)])
+def test_later_rows_of_tiles_absorb_what_is_lost(order: str, share: float) -> None:
+    target, hessian, params, codes = coded(order)
+    plain = FORM.quantize(target, params, torch.arange(64))[0]
+    assert codes.shape == plain.shape
+    assert lost(target, hessian, codes, params) < share * lost(target, hessian, plain, params)
+
+
+def test_inputs_that_are_alike_leave_nothing_to_absorb() -> None:
+    target = gaussian(16, 32)
+    params = {"suh": torch.ones(32), "svh": torch.ones(16)}
+    codes = solve_trellis.encode(FORM, target, torch.eye(32), params, "static")
+    assert torch.equal(codes, FORM.quantize(target, params, torch.arange(32))[0])
+
+
+def test_refitted_scales_never_lose_more_and_are_what_storage_holds() -> None:
+    target, hessian, params, codes = coded()
+    errors = [lost(target, hessian, codes, params)]
+    for sweeps in (1, 2, 3):
+        found = solve_trellis.refit(FORM, target, hessian, codes, params, sweeps)
+        assert all(torch.equal(value, value.half().float()) for value in found.values())
+        errors.append(lost(target, hessian, codes, found))
+    assert errors == sorted(errors, reverse=True) and errors[1] < errors[0]
+
+
+def test_scales_of_rows_and_columns_are_those_of_the_normal_equations() -> None:
+    target, unit, hessian = gaussian(5, 6), gaussian(5, 6, seed=1), moments(6)
+    root = torch.linalg.cholesky(hessian.double())
+    rows = solve.row_scales(target, unit, hessian)
+    for row in range(5):
+        plain = torch.linalg.lstsq((unit[row].double() @ root)[:, None], target[row].double() @ root).solution
+        assert float(rows[row]) == pytest.approx(float(plain), rel=1e-4)
+    design = torch.stack([(torch.outer(unit[:, at], torch.eye(6)[at]).double() @ root).flatten() for at in range(6)], 1)
+    expected = torch.linalg.lstsq(design, (target.double() @ root).flatten()[:, None]).solution[:, 0]
+    found = solve.column_scales(target, unit, hessian)
+    assert found is not None
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_that_no_token_reached_is_coded_as_if_its_inputs_were_alike_and_says_so() -> None:
+    one = {"m": Layer("m", LayerKind.LINEAR, gaussian(16, 32))}
+    item = find("trellis").build({"format": "trellis(bits=4, block=16)"})
+    done = item.block(Block("b", one, one, {"m": item}, {}, {"m": LayerStats()})).layers["m"]  # type: ignore[attr-defined]
+    assert "no calibration token" in done.notes[0]
+    assert float((done.float_weight() - gaussian(16, 32)).square().mean()) < 0.01
+
+
+def test_without_compiled_kernels_torch_finds_the_same_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"m": Layer("m", LayerKind.LINEAR, gaussian(16, 16))}
+    item = find("trellis").build({"format": "trellis(bits=3, block=16)"})
+    block = Block("b", one, one, {"m": item}, {}, {"m": LayerStats(moments(16), tokens=400)})
+    here = item.block(block).layers["m"]  # type: ignore[attr-defined]
+    monkeypatch.setenv("COMPRESS_KERNELS", "torch")
+    found = item.block(block).layers["m"]  # type: ignore[attr-defined]
+    assert any("searched by torch" in note for note in found.notes)
+    torch.testing.assert_close(found.float_weight(), here.float_weight())
+
+
+def test_a_run_codes_every_layer_with_the_width_it_was_given(make_llama: Callable[..., Path], text_file: Path) -> None:
+    model = compress.load(make_llama("one", num_hidden_layers=1))
+    data = calibrate(model, text_file, samples=8, length=32)
+    text = "trellis(format=trellis(bits=2, block=32), overrides={*.o_proj: {bits: 4}})"
+    found, again = (Pipeline.parse(text).run(model, data).model for _ in range(2))
+    for name, spec in found.structure.layers.items():
+        weight, same = found.layer(spec).weight, again.layer(spec).weight
+        if spec.format is not None:
+            assert isinstance(weight, QuantTensor) and isinstance(same, QuantTensor)
+            assert spec.format == Trellis(4 if "o_proj" in name else 2, block=32)
+            assert all(torch.equal(same.tensors[part], tensor) for part, tensor in weight.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("trellis(format=int4(group=32))", "no trellis.*gptq"),
+        ("trellis(bits=9)", "less than or equal to 8"),
+        ("trellis(format=trellis(bits=2), bits=3)", "contradict each other"),
+        ("trellis(group_size=32)", "group_size is for integer formats"),
+        ("trellis(sequential=false, mismatch=0.5)", "needs sequential=true"),
+        ("trellis(overrides={*: {mismatch: 0}})", "may not set mismatch"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        Pipeline.parse(text)
+
+
+def test_a_model_of_other_sizes_is_refused_before_work_starts(llama: Path) -> None:
+    with pytest.raises(CompressError, match=r"128 input columns.*q_proj has 64.*ignore="):
+        planned(Pipeline.parse("trellis").resolve(compress.load(llama)))
