@@ -19,8 +19,8 @@ class PvTuning(Tune):
 
     Besides entries, scales and norms a continuous copy of each weight is trained, straight through its codes; after
     each step the codes of the few units that have come furthest from their copy are chosen again
-    (compress/training/code_step.py). A unit is what shares a code: a vector of a codebook, or one weight of an integer
-    grid.
+    (compress/training/code_step.py). A unit is what shares a code: a vector of a codebook, a tile of a trellis, or one
+    weight of an integer grid.
 
     Settings: those of `tune`, and `code_lr` of the continuous copies, relative to the size of the weights; `changes`
     the share of a layer's units that may change in a step; `beam` candidates for the codes of a vector; `decay` how far
@@ -53,11 +53,11 @@ class _Student(Student):
         super().__init__(stage, frozenset(item.parts))
         self.item = item
         parts = self.parts
-        held: tuple[Codes, ...] = (*parts.grids.values(), *parts.books.values())
+        held: tuple[Codes, ...] = (*parts.grids.values(), *parts.trellises.values(), *parts.books.values())
         if not held:
             raise UsageError(
-                "pv_tuning: no layer that it is for has codes to train, of an integer grid (parts=[scales]) or of a "
-                "codebook (parts=[codebooks]). Quantize first, or name these parts."
+                "pv_tuning: no layer that it is for has codes to train, of an integer grid or trellis (parts=[scales]) "
+                "or of a codebook (parts=[codebooks]). Quantize first, or name these parts."
             )
         self.steps = [CodeStep(each, item.changes, item.beam, item.decay, item.trust) for each in held]
         parts.weights = tuple(self.steps)

@@ -26,9 +26,9 @@ class Tune(ModelPass):
     or image; for an encoder the squared error of its hidden states as a share of theirs. Both models are in memory at
     once, with the gradients. The iterate of least loss on held-out calibration batches is kept, the start included.
 
-    Settings: `parts` what is trained: `scales` of layers on integer grids, `codebooks` entries and scales of layers in
-    them, `norms` (every stored vector that is no layer's, whatever the targets), `biases`, `inputs` static input grids;
-    `steps`; `batch` calibration batches per step; `lr` (Adam, relative to the size of what is trained, to 0 along a
+    Settings: `parts` what is trained: `scales` of layers on integer grids or in trellises, `codebooks` entries and
+    scales of layers in them, `norms` (every stored vector that is no layer's, whatever the targets), `biases`, `inputs`
+    static input grids; `steps`; `batch` calibration batches per step; `lr` (Adam, relative to the size of what is trained, to 0 along a
     cosine); `minutes` at most; `seed`. Codes stay as they are.
     """
 

@@ -21,6 +21,7 @@ from compress.layer import Layer, LayerKind
 from compress.maths.hessian import damped, weighted_error
 from compress.passes import find
 from compress.pipeline import Pipeline, planned
+from compress.training.soft_trellis import SoftTrellis
 
 FORM = Trellis(2, block=16)
 
@@ -144,3 +145,54 @@ def test_settings_that_contradict_each_other_are_refused(text: str, reason: str)
 def test_a_model_of_other_sizes_is_refused_before_work_starts(llama: Path) -> None:
     with pytest.raises(CompressError, match=r"128 input columns.*q_proj has 64.*ignore="):
         planned(Pipeline.parse("trellis").resolve(compress.load(llama)))
+
+
+def soft() -> SoftTrellis:
+    form = Trellis(3, block=16)
+    params = form.fit(gaussian(32, 32))
+    codes = form.quantize(gaussian(32, 32), params, torch.arange(32))[0]
+    return SoftTrellis(Layer("m", LayerKind.LINEAR, form.pack(codes, params, (32, 32))))
+
+
+def test_scales_take_the_gradient_of_the_weight_and_are_stored_as_trained() -> None:
+    one = soft()
+    assert torch.equal(one.weight(), one.layer.float_weight())
+    for factor in one.factors:
+        factor.requires_grad_()
+    (one.weight() * gaussian(32, 32, seed=4)).sum().backward()
+    step = torch.tensor(2.0**-8)
+    for factor in one.factors:
+        assert factor.grad is not None
+        expected = float(factor.grad[7])
+        before = (one.weight() * gaussian(32, 32, seed=4)).sum()
+        with torch.no_grad():
+            factor[7] += step
+        after = (one.weight() * gaussian(32, 32, seed=4)).sum()
+        assert float((after - before) / step) == pytest.approx(expected, rel=0.2)
+    torch.testing.assert_close(one.rounded().float_weight(), one.weight().detach())
+
+
+def test_codes_of_the_tiles_that_are_furthest_follow_a_wish_and_no_others() -> None:
+    one = soft()
+    before, target = one.held.clone(), one.weight().clone()
+    wish = target.clone()
+    wish[:16, :16] += 0.5 * gaussian(16, 16, seed=5)
+    one.reencode(wish, 0.25, 1)
+    changed = (one.held != before).any(-1)
+    assert changed[0, 0] and int(changed.sum()) == 1
+    assert float((one.weight() - wish).square().sum()) < float((target - wish).square().sum())
+
+
+@pytest.mark.parametrize("method", ["tune", "pv_tuning"])
+def test_tuning_trains_the_scales_of_a_trellis(method: str, make_llama: Callable[..., Path], text_file: Path) -> None:
+    model = compress.load(make_llama("one", num_hidden_layers=1))
+    data = calibrate(model, text_file, samples=8, length=32)
+    start = "trellis(format=trellis(bits=2, block=32), mismatch=0)"
+    coded, tuned = (Pipeline.parse(text).run(model, data).model for text in (start, f"{start}, {method}(steps=3)"))
+    for name, spec in coded.structure.layers.items():
+        first, second = coded.layer(spec).weight, tuned.layer(spec).weight
+        if spec.format is not None:
+            assert isinstance(first, QuantTensor) and isinstance(second, QuantTensor)
+            assert not torch.equal(first.tensors["svh"], second.tensors["svh"]), name
+            # three steps take a weight nowhere near another path
+            assert torch.equal(first.tensors["trellis"], second.tensors["trellis"]), name

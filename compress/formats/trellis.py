@@ -89,16 +89,17 @@ class Trellis(Format):
     ) -> Params:
         """See Format.fit. Signs come from fixed seeds. A Hadamard matrix spreads errors evenly over what it mixes: with
         scales t of outputs and s of inputs the error is as Σ t² · Σ h s² · Σ (w / ts)², h being the `importance`. By
-        Cauchy and Schwarz that is least where t² goes as the size of a row, and s² as that of a column over √h. Blocks
-        are then brought to one size, since the values of states have one. `search` and `peak` are not read: nothing is
-        cut off."""
+        Cauchy and Schwarz that is least where t² goes as the size of a row, and s² as that of a column over √h; where
+        later columns make up for all they can, s goes as the size of a column alone, and what is taken lies halfway.
+        Blocks are then brought to one size, since the values of states have one. `search` and `peak` are not read:
+        nothing is cut off."""
         self.tensor_specs((weight.shape[0], weight.shape[1]))
         rows = self._levelled(_rms(weight, 1).sqrt(), weight)
         scaled = weight / _divisor(rows)[:, None]
-        columns = _rms(scaled, 0).sqrt()
+        columns = _rms(scaled, 0).pow(0.75)
         if importance is not None:
             floor = 1e-4 * float(importance.mean())
-            columns = columns / importance.clamp(min=floor or 1.0).pow(0.25)
+            columns = columns / importance.clamp(min=floor or 1.0).pow(0.125)
         columns = self._levelled(columns, scaled.T)
         params = {"suh": _signed(columns, SEEDS[0]), "svh": _signed(rows, SEEDS[1])}
         size = float(self.turn(weight, params).square().mean().sqrt())
@@ -129,9 +130,12 @@ class Trellis(Format):
     def search(self, inner: Tensor) -> Tensor:
         """Symbols (in / 16, out / 16, 256) uint8 whose values come closest to (in, out), whole tiles."""
         tiles = trellis.to_tiles(inner)
+        return self.search_tiles(tiles.flatten(0, 1)).reshape(tiles.shape)
+
+    def search_tiles(self, tiles: Tensor) -> Tensor:
+        """Symbols (n, 256) uint8 for tiles (n, 256) in their order, by the compiled kernel where there is one."""
         find = kernel.search if kernel.has_kernel() else trellis.search
-        found = find(tiles.flatten(0, 1), self.bits, trellis.table(self.code))
-        return found.reshape(tiles.shape)
+        return find(tiles, self.bits, trellis.table(self.code))
 
     def values(self, symbols: Tensor) -> Tensor:
         """(in, out) float32 for symbols (in / 16, out / 16, 256)."""

@@ -10,11 +10,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from compress.formats.int_grid import IntGrid
+from compress.formats.trellis import Trellis
 from compress.layer import ActSpec, Layer
 from compress.models.placing import replace_input_rounding
 from compress.training import distill
 from compress.training.soft import SoftInput, SoftRounding, SoftWeight, lend_soft
 from compress.training.soft_codebook import parted, soft_codebooks
+from compress.training.soft_trellis import SoftTrellis
 from compress.training.trainable import lend_tensor, lending, take_back
 
 Trained = Literal["scales", "codebooks", "norms", "biases", "inputs"]
@@ -23,8 +25,8 @@ Trained = Literal["scales", "codebooks", "norms", "biases", "inputs"]
 class Continuous:
     """Some layers in loaded modules, with what is trained of them in place of what is stored.
 
-    `scales` of layers on integer grids, `codebooks` entries and scales of layers in them, `norms` the vectors that are
-    given, `biases`, `inputs` static input grids. Codes stay as they are. Layers that hold a codebook in common train it
+    `scales` of layers on integer grids or in trellises, `codebooks` entries and scales of layers in them, `norms` the
+    vectors that are given, `biases`, `inputs` static input grids. Codes stay as they are. Layers that hold a codebook in common train it
     together; where some of its holders are not among the layers, its entries stay.
 
     Args: root: the modules, with the weights of these layers in them; vectors: name → (n,) float32.
@@ -41,6 +43,11 @@ class Continuous:
             for name, layer in layers.items()
             if isinstance(layer.format, IntGrid) and "scales" in parts
         }
+        self.trellises = {
+            name: SoftTrellis(layer)
+            for name, layer in layers.items()
+            if isinstance(layer.format, Trellis) and "scales" in parts
+        }
         self.biases = {
             name: layer.bias.float().clone()
             for name, layer in layers.items()
@@ -49,17 +56,18 @@ class Continuous:
         learned = {name: layer.act for name, layer in layers.items() if layer.act and _has_grid(layer.act)}
         self.inputs = {name: SoftInput(act) for name, act in learned.items() if "inputs" in parts}
         self.vectors = {name: vector.detach().float().clone() for name, vector in vectors.items() if "norms" in parts}
-        self.weights: tuple[SoftWeight, ...] = (*self.grids.values(), *self.books.values())
+        self.weights: tuple[SoftWeight, ...] = (*self.grids.values(), *self.trellises.values(), *self.books.values())
 
     @property
     def trained(self) -> frozenset[str]:
         """The layers of which something is trained."""
-        return frozenset({*self.grids, *self.books, *self.biases, *self.inputs})
+        return frozenset({*self.grids, *self.trellises, *self.books, *self.biases, *self.inputs})
 
     def groups(self, lr: float) -> list[distill.Group]:
         """What is trained; entries and vectors at a rate that is relative to their size."""
         scales = [each.factor for each in self.grids.values()]
         scales += [each.factor for each in self.books.values() if each.form.scale != "none"]
+        scales += [factor for each in self.trellises.values() for factor in each.factors]
         groups = [distill.Group([*scales, *(each.log_scale for each in self.inputs.values())], lr)]
         books = {id(each.book): each.book for name, each in self.books.items() if name not in self.parted}
         for tensor in (*books.values(), *self.biases.values(), *self.vectors.values()):
@@ -86,7 +94,7 @@ class Continuous:
     def layer(self, layer: Layer) -> Layer:
         """A layer as it now is."""
         name = layer.name
-        soft = self.grids.get(name) or self.books.get(name)
+        soft = self.grids.get(name) or self.trellises.get(name) or self.books.get(name)
         done = soft.rounded() if soft else layer
         act = self.inputs[name].rounded() if name in self.inputs else layer.act
         return replace(done, act=act, bias=self.biases.get(name, layer.bias))

@@ -184,7 +184,9 @@ def _exl3_values(own: Take) -> Tensor:
     if "mul1" in own:
         product = state * 0x83DCD12D
         total = torch.stack([(product >> shift) & 0xFF for shift in (0, 8, 16, 24)]).sum(0)
-        factor, offset = torch.tensor([0x1EEE, 0xC931 - 0x10000], dtype=torch.int16).view(torch.float16).float().unbind()
+        factor, offset = (
+            torch.tensor([0x1EEE, 0xC931 - 0x10000], dtype=torch.int16).view(torch.float16).float().unbind()
+        )
         return (total + 1024) * factor + offset
     product = state * 0xCBAC1FED if "mcg" in own else state * 89226354 + 64248484
     halves = torch.stack([(product >> shift) & 0x8FFF ^ 0x3B60 for shift in (0, 16)])
