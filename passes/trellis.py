@@ -33,7 +33,7 @@ class Trellis(BlockQuantPass):
     `mismatch` as in gptq; `refit` sweeps in which the scales of outputs and of inputs are chosen again for the codes
     (0: none), which never makes the error of the output larger. Layers whose sizes are not multiples of 128 are
     refused: leave them out, or write a smaller `block` in the format. Without compiled kernels the search takes some
-    fifty times as long, and the report says so.
+    forty times as long, and the report says so.
     """
 
     name: ClassVar[str] = "trellis"
