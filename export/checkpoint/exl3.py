@@ -2,7 +2,8 @@
 
 Per module: `trellis` int16 (in / 16, out / 16, 16 · bits), the symbols of each tile of 16 by 16 as one stream;
 `suh` (in) and `svh` (out) float16, signs and scales; `mcg` or `mul1` int32 (), which says by what states are
-multiplied, neither for the code 3inst. Each layer has a width and a code of its own.
+multiplied, neither for the code 3inst. Each layer has a width and a code of its own. exllamav3's kernels compute in
+float16, GPTQModel's torch layers, and this package, in float32.
 """
 
 from __future__ import annotations
