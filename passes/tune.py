@@ -28,8 +28,8 @@ class Tune(ModelPass):
 
     Settings: `parts` what is trained: `scales` of layers on integer grids or in trellises, `codebooks` entries and
     scales of layers in them, `norms` (every stored vector that is no layer's, whatever the targets), `biases`, `inputs`
-    static input grids; `steps`; `batch` calibration batches per step; `lr` (Adam, relative to the size of what is trained, to 0 along a
-    cosine); `minutes` at most; `seed`. Codes stay as they are.
+    static input grids; `steps`; `batch` calibration batches per step; `lr` (Adam, relative to the size of what is
+    trained, to 0 along a cosine); `minutes` at most; `seed`. Codes stay as they are.
     """
 
     name: ClassVar[str] = "tune"
