@@ -25,10 +25,10 @@ class BlockTune(BlockPass):
     the stage received it, with inputs from the compressed prefix; codes stay as they are. The iterate of least loss on
     held-out batches is kept, the start included. Only one block is in memory with its gradients.
 
-    Settings: `parts` what is trained, as in `tune`: `scales` of layers on integer grids, `codebooks` entries and scales
-    of layers in them, `norms` the block's own vectors, `biases`, `inputs` static input grids; `steps`; `batch`
-    calibration batches per step; `lr` (Adam, relative to the size of what is trained, falling to 0); `patience` looks
-    at the held-out loss, one every 25 steps, without a gain before it stops (0: never); `seed`.
+    Settings: `parts` what is trained, as in `tune`: `scales` of layers on integer grids or in trellises, `codebooks`
+    entries and scales of layers in them, `norms` the block's own vectors, `biases`, `inputs` static input grids;
+    `steps`; `batch` calibration batches per step; `lr` (Adam, relative to the size of what is trained, falling to 0);
+    `patience` looks at the held-out loss, one every 25 steps, without a gain before it stops (0: never); `seed`.
     """
 
     name: ClassVar[str] = "block_tune"

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from compress import solve_vq
-from compress.engine.codebook_pass import CodebookPass, Task
+from compress.engine.codebook_pass import CodebookPass
+from compress.engine.codebook_tasks import Task
 from compress.solve_vq import Coded
 
 

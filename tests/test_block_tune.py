@@ -94,3 +94,10 @@ def test_only_what_is_named_is_trained(model: Model, calibration: Calibration, b
 def test_it_comes_after_a_pass_that_quantizes(model: Model, calibration: Calibration) -> None:
     with pytest.raises(UsageError, match="block_tune"):
         run(model, calibration, "block_tune")
+
+
+def test_the_scales_of_a_trellis_are_trained_and_its_codes_held(model: Model, calibration: Calibration) -> None:
+    text = "rtn(format=trellis(bits=2, block=32))"
+    first, second = (tensors(run(model, calibration, text + more)) for more in ("", ", block_tune(steps=25, batch=1)"))
+    assert torch.equal(first["trellis"], second["trellis"])
+    assert not torch.equal(first["suh"], second["suh"]) and not torch.equal(first["svh"], second["svh"])

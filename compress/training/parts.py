@@ -26,8 +26,8 @@ class Continuous:
     """Some layers in loaded modules, with what is trained of them in place of what is stored.
 
     `scales` of layers on integer grids or in trellises, `codebooks` entries and scales of layers in them, `norms` the
-    vectors that are given, `biases`, `inputs` static input grids. Codes stay as they are. Layers that hold a codebook in common train it
-    together; where some of its holders are not among the layers, its entries stay.
+    vectors that are given, `biases`, `inputs` static input grids. Codes stay as they are. Layers that hold a codebook
+    in common train it together; where some of its holders are not among the layers, its entries stay.
 
     Args: root: the modules, with the weights of these layers in them; vectors: name → (n,) float32.
     """
