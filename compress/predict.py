@@ -9,10 +9,12 @@ from math import prod
 from typing import Any
 
 from compress import defaults
+from compress.engine.codebook_pass import CodebookPass
 from compress.engine.layerpass import Pass
 from compress.engine.modelpass import ModelPass
 from compress.formats.codebook import Codebook
 from compress.formats.int_grid import IntGrid
+from compress.formats.trellis import Trellis
 from compress.hwprofiles import Profile
 from compress.inputs.images import BATCH
 from compress.inputs.windows import BATCH_TOKENS
@@ -149,12 +151,16 @@ def _statistics(specs: Iterable[LayerSpec]) -> int:
 
 def _guided(specs: Iterable[LayerSpec], passes: Sequence[Pass]) -> int:
     """Guided second moments that are held at once: of the first block's layers of one width, at most, where they come
-    in turn, else of all of them."""
+    in turn, else of all of them. Where codebooks are learned, each with the working copies of its solve."""
     widths: dict[int, int] = {}
     for spec in specs:
         if spec.segment == 0 and spec.kind is LayerKind.LINEAR:
             widths[spec.shape[1]] = widths.get(spec.shape[1], 0) + spec.shape[1] ** 2 * 4
-    held = [(max if item.in_turn else sum)(widths.values() or (0,)) * item.row_groups for item in passes]
+    held = []
+    for item in passes:
+        layers = max if item.in_turn and not item.surveys else sum
+        copies = 4 if isinstance(item, CodebookPass) else 1
+        held.append(layers(widths.values() or (0,)) * item.row_groups * copies)
     return max(held, default=0)
 
 
@@ -172,7 +178,7 @@ def _training(specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, v
     whole = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
     grids: dict[int, int] = {}
     for spec in specs:
-        if spec.segment >= 0 and isinstance(spec.format, IntGrid | Codebook):
+        if spec.segment >= 0 and isinstance(spec.format, IntGrid | Codebook | Trellis):
             grids[spec.segment] = grids.get(spec.segment, 0) + spec.shape[0] * spec.shape[1] * 4
     found = [0]
     for item in passes:

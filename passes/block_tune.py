@@ -14,7 +14,7 @@ from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.layer import LayerSpec
 from compress.training import distill
-from compress.training.parts import Continuous, Trained
+from compress.training.parts import Continuous, Trained, trainable, vectors_of
 
 
 class BlockTune(BlockPass):
@@ -55,27 +55,29 @@ class BlockTune(BlockPass):
         return self.steps * self.batch
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
+        if "norms" not in self.parts and not trainable(spec, frozenset(self.parts)):
+            raise UsageError(
+                f"block_tune: layer {spec.name} ({spec.format or 'not quantized'}) has nothing of "
+                f"{', '.join(self.parts)} to train. Name other parts, or leave the layer out with ignore."
+            )
         return spec
 
     def block(self, block: Block) -> Changed:
         runner = block.runner
         assert runner is not None
         layers = {name: layer for name, layer in block.layers.items() if name in block.chosen}
-        vectors = {name: tensor for name, tensor in block.plain.items() if tensor.ndim == 1}
-        parts = Continuous(runner.root, layers, vectors, frozenset(self.parts))
+        parts = Continuous(runner.root, layers, vectors_of(runner.root, block.plain), frozenset(self.parts))
         groups = parts.groups(self.lr)
         if not groups:
-            raise UsageError(
-                f"block_tune: {block.name} has nothing of {', '.join(self.parts)} to train. Name other parts, or leave "
-                "the block out with ignore."
-            )
+            return Changed({}, skipped=dict.fromkeys(layers, "nothing of what is trained is in it"))
         train, held = distill.split(runner.batches)
         budget = distill.Budget(self.steps, self.batch, patience=self.patience)
         with parts.lent():
             outcome = distill.fit(groups, lambda at: _loss(runner, parts, at), train, held, budget, seed=self.seed)
         note = f"tuned with its block: {outcome.describe()}"
         done = {name: replace(parts.layer(layers[name]), notes=parts.notes(name, note)) for name in parts.trained}
-        skipped = dict.fromkeys(layers.keys() - parts.trained, "nothing of what is trained is in it")
+        vectors = f"; the vectors of its block: {note}" if parts.vectors else ""
+        skipped = dict.fromkeys(layers.keys() - parts.trained, f"nothing of what is trained is in it{vectors}")
         return Changed(done, parts.vectors, skipped)
 
 

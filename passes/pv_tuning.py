@@ -62,5 +62,9 @@ class _Student(Student):
         self.steps = [CodeStep(each, item.changes, item.beam, item.decay, item.trust) for each in held]
         parts.weights = tuple(self.steps)
 
+    def told(self) -> str:
+        refused, steps = sum(step.refused for step in self.steps), sum(step.steps for step in self.steps)
+        return f"; {refused} of {steps} steps of codes were too long for trust={self.item.trust:g}" if refused else ""
+
     def groups(self, lr: float) -> list[distill.Group]:
         return [*super().groups(lr), *(step.group(self.item.code_lr) for step in self.steps)]

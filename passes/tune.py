@@ -14,9 +14,9 @@ from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.layer import LayerSpec
-from compress.models.model import Model, Task
+from compress.models.model import Task
 from compress.training import distill
-from compress.training.parts import Continuous, Trained
+from compress.training.parts import Continuous, Trained, vectors_of
 
 
 class Tune(ModelPass):
@@ -85,7 +85,7 @@ class Tune(ModelPass):
                 seed=self.seed,
                 tell=lambda done, steps: stage.progress.tick("Tuning steps", done, steps),
             )
-        one.write(stage, f"{self.done} with the whole model: {outcome.describe()}")
+        one.write(stage, f"{self.done} with the whole model: {outcome.describe()}{one.told()}")
 
 
 class Student:
@@ -96,7 +96,8 @@ class Student:
         self.module = stage.whole()
         layers = {name: layer for s in model.structure.segments for name, layer in model.layers(s).items()}
         chosen = {name: layers[name] for name in stage.chosen}
-        self.parts = Continuous(self.module, chosen, _vectors(self.module, model), parts)
+        names = [name for segment in model.structure.segments for name in model.structure.plain[segment]]
+        self.parts = Continuous(self.module, chosen, vectors_of(self.module, names), parts)
 
     def groups(self, lr: float) -> list[distill.Group]:
         """What is trained; see `Continuous.groups`."""
@@ -106,6 +107,10 @@ class Student:
         """The model's output, with gradients."""
         self.parts.lend_weights()
         return _outputs(self.module, batch)
+
+    def told(self) -> str:
+        """What more the report's notes say of all layers."""
+        return ""
 
     def write(self, stage: Stage, note: str) -> None:
         """All segments of the tuned model."""
@@ -120,15 +125,6 @@ class Student:
             skipped = dict.fromkeys(untrained, "nothing of what is trained is in it")
             norms = {name: parts.vectors.get(name, tensor) for name, tensor in plain.items()}
             stage.write(segment, layers, norms, skipped=skipped)
-
-
-def _vectors(module: nn.Module, model: Model) -> dict[str, Tensor]:
-    """Stored vectors that are no layer's: norm weights and biases."""
-    names = [name for segment in model.structure.segments for name in model.structure.plain[segment]]
-    parameters = dict(module.named_parameters())
-    return {
-        name: parameters[name].detach().clone() for name in names if name in parameters and parameters[name].ndim == 1
-    }
 
 
 def _outputs(module: nn.Module, batch: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import compress
 from compress import hwprofiles, plan, recipe
-from compress.engine import backward
+from compress.engine import backward, codebook_pass
 from compress.engine.backward import saliency
+from compress.engine.codebook_tasks import Task
 from compress.engine.journal import Journal
 from compress.errors import InputError, Interrupted, UnsupportedError
 from compress.inputs.datasets import Calibration
@@ -100,16 +101,42 @@ def block(model: Model, passes: str, index: int = 0) -> dict[str, Tensor]:
     return {name: layer.float_weight() for name, layer in made.layers(index).items()}
 
 
-@pytest.mark.parametrize("order", ["sequential=true", "sequential=false"])
-def test_a_run_is_guided_but_where_an_override_says_otherwise(model: Model, order: str) -> None:
-    plain = block(model, f"gptq(format=int3(group=32), {order})")
+VECTORS = "format=codebook(vector=4, entries=16, stages=1), mismatch=0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gptq(format=int3(group=32), sequential=true",
+        "gptq(format=int3(group=32), sequential=false",
+        f"vptq({VECTORS}, refit=1",
+        f"aqlm({VECTORS}, sweeps=1, sequential=false",
+    ],
+)
+def test_a_run_is_guided_but_where_an_override_says_otherwise(model: Model, text: str) -> None:
+    plain = block(model, f"{text})")
     kept = "*.q_proj: {guided: 0}"
-    found = block(model, f"gptq(format=int3(group=32), {order}, guided=2, overrides={{{kept}}})")
+    found = block(model, f"{text}, guided=2, overrides={{{kept}}})")
     for name, weight in found.items():
         if name.endswith("q_proj"):  # its inputs are those of the plain run
             torch.testing.assert_close(weight, plain[name])
         else:
             assert float((weight != plain[name]).float().mean()) > 0.01, name
+
+
+def test_a_codebook_for_a_block_is_learned_by_guided_hessians_from_all_of_its_layers(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+    learned = codebook_pass._learned
+
+    def noting(tasks: list[Task], *given: object) -> Tensor:
+        seen.append({task.layer.name for task in tasks if task.stats.guided is not None})
+        return learned(tasks, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(codebook_pass, "_learned", noting)
+    names = set(block(model, f"vptq({VECTORS}, share=block, refit=0, guided=2)"))
+    assert seen[0] == names
 
 
 def test_a_run_in_which_every_token_weighs_the_same_is_that_without_guides(

@@ -12,7 +12,7 @@ from compress.formats.base import QuantTensor
 from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import Layer
 from compress.models.model import Model
-from compress.pipeline import Pipeline, Result
+from compress.pipeline import Pipeline, Result, planned
 from compress.quality.evaluate import stream_logits
 
 START = "rtn(format=codebook(vector=4, entries=256, stages=1))"
@@ -87,12 +87,26 @@ def test_only_what_is_named_is_trained(model: Model, calibration: Calibration, b
     found = run(model, calibration, f"{START}, block_tune(steps=3, parts=[norms])")
     assert all(torch.equal(tensors(before)[name], tensors(found)[name]) for name in tensors(before))
     assert not any(row.changed for row in found.passes[1].layers)
-    with pytest.raises(UsageError, match="nothing of biases to train"):
-        run(model, calibration, f"{START}, block_tune(steps=3, parts=[biases])")
+    norms = [result.model.plain(result.model.structure.segments[2])[NORM] for result in (before, found)]
+    assert not torch.equal(norms[0], norms[1])
+
+
+def test_a_layer_without_what_is_trained_is_refused_before_any_work(model: Model) -> None:
+    mixed = "rtn(format=fp8_e4m3(channel), targets=[*layers.1.*]), rtn(format=codebook, ignore=[*layers.1.*])"
+    with pytest.raises(UsageError, match=r"layers\.1\.\S+ \(fp8_e4m3\(channel\)\) has nothing of codebooks to train"):
+        planned(Pipeline.parse(f"{mixed}, block_tune(parts=[codebooks])").resolve(model))
+    planned(Pipeline.parse(f"{mixed}, block_tune").resolve(model))
+
+
+def test_running_means_that_a_model_keeps_are_no_part_of_what_is_trained(cnn: str, images_file: Path) -> None:
+    model = compress.load(cnn)
+    calibration = calibrate(model, images_file, samples=16)
+    found = Pipeline.parse("rtn(format=int4(channel)), block_tune(steps=2, batch=1)").run(model, calibration)
+    assert any("tuned with its block" in " ".join(row.notes) for row in found.passes[1].layers)
 
 
 def test_it_comes_after_a_pass_that_quantizes(model: Model, calibration: Calibration) -> None:
-    with pytest.raises(UsageError, match="block_tune"):
+    with pytest.raises(UsageError, match="block_tune must come after a pass that sets the weight format"):
         run(model, calibration, "block_tune")
 
 

@@ -94,6 +94,16 @@ def test_a_step_of_the_codes_is_no_longer_than_it_may_be(text: str) -> None:
     assert 0 < lengths[1] <= 0.3 < lengths[0]
 
 
+def test_a_layer_of_zeros_is_stepped_over_where_steps_have_a_longest_length() -> None:
+    form = parse_format(TEXTS[1])
+    weight = torch.zeros(12, 16)
+    params = form.fit(weight)
+    codes, _ = form.quantize(weight, params, torch.arange(16))
+    soft = soft_codebooks([Layer("l", LayerKind.LINEAR, form.pack(codes, params, (12, 16)), users=("l",))])["l"]
+    CodeStep(soft, 0.5, 8, 0.0, 0.3).follow()
+    assert not soft.weight().any()
+
+
 def test_the_loop_keeps_the_codes_of_its_best_iterate() -> None:
     """The loss rises at once, since its target is where the codes already are; what is kept is the start."""
     soft = soft_of(TEXTS[1])

@@ -172,6 +172,12 @@ def test_a_path_that_the_device_lacks_is_refused_with_what_there_is(monkeypatch:
         library.chosen_path()
 
 
+def test_a_device_that_is_named_without_its_number_takes_what_lies_on_it() -> None:
+    form, tensors, shape = triton_cases.stored("bytes")
+    product = GpuProduct(*form.unpack(tensors, shape), shape, device="cpu:0", path="torch")
+    assert product(torch.ones(1, shape[1])).shape == (1, shape[0])
+
+
 def test_without_triton_torch_computes_and_the_extra_is_named(no_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(library.VARIABLE, raising=False)
     assert gpu.gpu_paths() == ("torch",) and "pip install 'compress[triton]'" in missing_triton()

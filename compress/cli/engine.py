@@ -179,7 +179,8 @@ def _open(artifact: Path, engine: str | None, threads: int | None, anyway: bool,
 def where(loaded: Engine | Generated) -> str:
     """`onnxruntime 1.31.1 on CPU, 2 threads, onnx/model.onnx`."""
     found = loaded.placement
-    return f"{found.runtime} on {found.provider}, {found.threads} thread{'s'[: found.threads > 1]}, {found.file}"
+    on = "" if found.runtime.endswith(found.provider) else f" on {found.provider}"
+    return f"{found.runtime}{on}, {found.threads} thread{'s'[: found.threads > 1]}, {found.file}"
 
 
 def _prompts(given: list[str]) -> list[str]:

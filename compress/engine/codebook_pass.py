@@ -43,7 +43,7 @@ class CodebookPass(BlockQuantPass, ABC):
     any_dtype: ClassVar[bool] = True
     opaque: ClassVar[bool] = True
     shares: ClassVar[bool] = True
-    fixed: ClassVar[frozenset[str]] = frozenset({"sequential", "share", "mismatch", "guided"})
+    fixed: ClassVar[frozenset[str]] = frozenset({"sequential", "share", "mismatch"})
     """Settings that no override may change, for they decide how data are collected; `fixed_shared`: nor these where a
     block shares its codebook."""
     fixed_shared: ClassVar[frozenset[str]] = frozenset({"beam"})
@@ -96,6 +96,11 @@ class CodebookPass(BlockQuantPass, ABC):
         for pattern, settings in self.overrides.items():
             whole = self.fixed | (self.fixed_shared if self.share == "block" else frozenset())
             refused = sorted(whole & set(settings))
+            if settings.get("guided", 0) not in (0, self.guided):
+                raise UsageError(
+                    f"{self.name}: overrides of '{pattern}' may not set guided={settings['guided']}: one backward pass "
+                    "serves all layers. Set it for the whole pass; an override may then set guided=0."
+                )
             if refused:
                 raise UsageError(
                     f"{self.name}: overrides of '{pattern}' may not set {refused[0]}: it decides how data are "
@@ -147,11 +152,21 @@ class CodebookPass(BlockQuantPass, ABC):
             groups.setdefault(name if alone else (item.format, item.bits), []).append((item, spec))
         settled: dict[str, Pass] = {}
         for pairs in groups.values():
-            first, shapes = pairs[0][0], [spec.shape for _, spec in pairs]
-            form = first.codebook if first.bits is None else choose(shapes, first.bits, first.codebook)
+            first = pairs[0][0]
+            form = first._choice([spec for _, spec in pairs])
             form = replace(form, share=len(pairs))
             settled |= {spec.name: item.model_copy(update={"format": form}) for item, spec in pairs}
         return settled
+
+    def _choice(self, specs: Sequence[LayerSpec]) -> Codebook:
+        """The codebook of layers that hold it in common. Raises: UsageError naming them where none is small enough."""
+        if self.bits is None:
+            return self.codebook
+        try:
+            return choose([spec.shape for spec in specs], self.bits, self.codebook)
+        except UsageError as error:
+            more = f" and {len(specs) - 1} more" if len(specs) > 1 else ""
+            raise UsageError(f"{self.name}: {specs[0].name}{more}: {error}") from error
 
     @property
     def column_order(self) -> str:

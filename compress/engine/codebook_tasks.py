@@ -70,8 +70,9 @@ def tasks_of(block: Block, chosen: Mapping[str, CodebookPass]) -> list[Task]:
             systems[key] = _system(item, hessian)
         target = systems[key].target(layer.float_weight(), stats.cross, item.mismatch)
         if item.guided and stats.guided is not None:
-            parts = zip(_balanced(stats), target.tensor_split(len(stats.guided)), strict=True)
-            tasks += [Task(item, layer, stats, _system(item, hessian), rows) for hessian, rows in parts]
+            share, parts = _balance(stats), target.tensor_split(len(stats.guided))
+            pairs = zip(stats.guided, parts, strict=True)
+            tasks += [Task(item, layer, stats, _system(item, share * hessian), rows) for hessian, rows in pairs]
         else:
             tasks.append(Task(item, layer, stats, systems[key], target))
     return tasks
@@ -88,12 +89,12 @@ def _unknown(block: Block) -> float:
     return UNREACHED * sum(known) / len(known) if known and sum(known) > 0 else 1.0
 
 
-def _balanced(stats: LayerStats) -> Tensor:
-    """The guided Hessians (groups, in, in) of a layer, which together count what its plain one does: layers that hold
-    a codebook in common are weighed against each other as without them."""
+def _balance(stats: LayerStats) -> float:
+    """What the guided Hessians of a layer are multiplied by, so that together they count what its plain one does:
+    layers that hold a codebook in common are weighed against each other as without them."""
     assert stats.guided is not None and stats.hessian is not None
     whole = float(stats.guided.diagonal(dim1=1, dim2=2).sum(1).mean())
-    return stats.guided * (float(stats.hessian.trace()) / whole) if whole > 0 else stats.guided
+    return float(stats.hessian.trace()) / whole if whole > 0 else 1.0
 
 
 def notes_of(task: Task) -> list[str]:
@@ -110,14 +111,14 @@ def notes_of(task: Task) -> list[str]:
 def shared_notes(tasks: Sequence[Task]) -> list[str]:
     """What holds for the codebook, and so for all layers that share it."""
     item, form = tasks[0].item, tasks[0].item.codebook
-    notes = []
+    shapes = {task.layer.name: task.layer.shape for task in tasks}
+    together, notes = len(shapes) == form.share, []  # in turn, those still to come hold the codebook too
     if item.bits is not None:
-        shapes = list({task.layer.name: task.layer.shape for task in tasks}.values())
-        notes.append(f"bits={item.bits:g}: {form} counts {counted(form, shapes):.3f} bits per weight")
+        share = f"is one codebook for {form.share} layers"
+        counts = f"counts {counted(form, list(shapes.values())):.3f} bits per weight" if together else share
+        notes.append(f"bits={item.bits:g}: {form} {counts}")
     rows_and_units = [form.units((len(task.weight), task.layer.shape[1])) for task in tasks]
     each = sum(rows * units for rows, units in rows_and_units) // form.groups
-    if (
-        each < form.entries and len({task.layer.name for task in tasks}) == form.share
-    ):  # in turn, those still to come are learned from too
+    if each < form.entries and together:
         notes.append(f"{form.entries} entries for {each} vectors: {form.entries - each} of them stand for nothing")
     return notes

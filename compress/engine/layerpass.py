@@ -263,7 +263,7 @@ class Quantizing(Pass, ABC):
         if not self.shares and any(count > 1 for count in form.holders.values()):
             raise UsageError(
                 f"{self.name}: {form} is held by several layers in common, but each layer gets one of its own here. "
-                "Leave share out, or use a pass that learns it for several layers (vptq)."
+                "Leave share out, or use a pass that learns it for several layers (vptq or aqlm)."
             )
         try:
             form.tensor_specs(spec.shape)

@@ -114,7 +114,8 @@ class SegmentPasses:
         if self.turns is None or self.stream is None or not item.surveys:
             return {}
         with products.fast():
-            return self.stream.collect(segment.index, names, {Stat.HESSIAN})
+            wants = {Stat.HESSIAN} | (item.wants & {Stat.GUIDED})
+            return self.stream.collect(segment.index, names, wants, self.guides.get(item.row_groups))
 
     def ahead_in_turn(self, layers: Mapping[str, Layer]) -> bool:
         """Whether turns will carry the reference stream over a block: where one pass alone changes it, taking all that

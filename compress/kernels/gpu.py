@@ -68,11 +68,12 @@ class GpuProduct:
         path: str | None = None,
     ) -> None:
         check_parts(codes, codebook, scale, shape, axis)
-        self.shape, self.axis, self.device = shape, axis, torch.device(device)
-        self.path = chosen_path(self.device, path)
+        self.shape, self.axis = shape, axis
+        self.path = chosen_path(torch.device(device), path)
         self._rows, self._units, self._stages = codes.shape
         self._vector = codebook.shape[3]
-        self._book = _smallest(codebook.to(self.device, torch.float32))
+        self._book = _smallest(codebook.to(device, torch.float32))
+        self.device = self._book.device  # with the number that "cuda" leaves open
         flat = scale.to(self.device, torch.float32)
         self._row_scale = flat.expand(shape[0], -1)[:, 0].contiguous() if scale.shape[1] == 1 else None
         self._column_scale = None if scale.shape[1] == 1 else flat.flatten().contiguous()

@@ -49,6 +49,7 @@ class CodeStep:
     def __init__(self, codes: Codes, share: float, beam: int, decay: float, trust: float = 0.0) -> None:
         self.codes, self.share, self.beam, self.decay, self.trust = codes, share, beam, decay, trust
         self.layer = codes.layer
+        self.steps = self.refused = 0
         self.wish = codes.weight().detach().clone()
         self.size = float(self.wish.square().mean().sqrt()) or 1.0
 
@@ -58,6 +59,7 @@ class CodeStep:
 
     def follow(self) -> None:
         """The step."""
+        self.steps += 1
         with torch.no_grad():
             if self.trust:
                 self._trusted()
@@ -70,13 +72,15 @@ class CodeStep:
         held, share = self.codes.held, self.share
         assert held is not None
         kept, before = held.clone(), self.codes.weight()
+        most = self.trust * float(before.norm())
         for _ in range(TRIES):
             self.codes.reencode(self.wish, share, self.beam)
-            moved = float((self.codes.weight() - before).norm() / before.norm())
-            if moved <= self.trust:
+            moved = float((self.codes.weight() - before).norm())
+            if moved <= most:
                 return
             held.copy_(kept)
-            share *= 0.9 * (self.trust / moved) ** 2  # the square of a change is the sum over its units
+            share *= 0.9 * (most / moved) ** 2  # the square of a change is the sum over its units
+        self.refused += 1
 
     def group(self, lr: float) -> distill.Group:
         """What trains it. lr: of the wish, relative to the size of the weights."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
 
+from compress.formats.codebook import Codebook
 from compress.formats.int_grid import IntGrid
 from compress.formats.trellis import Trellis
-from compress.layer import ActSpec, Layer
+from compress.layer import ActSpec, Layer, LayerSpec
 from compress.models.placing import replace_input_rounding
 from compress.training import distill
 from compress.training.soft import SoftInput, SoftRounding, SoftWeight, lend_soft
@@ -61,7 +62,8 @@ class Continuous:
     @property
     def trained(self) -> frozenset[str]:
         """The layers of which something is trained."""
-        return frozenset({*self.grids, *self.trellises, *self.books, *self.biases, *self.inputs})
+        books = {name for name, each in self.books.items() if name not in self.parted or each.form.scale != "none"}
+        return frozenset({*self.grids, *self.trellises, *books, *self.biases, *self.inputs})
 
     def groups(self, lr: float) -> list[distill.Group]:
         """What is trained; entries and vectors at a rate that is relative to their size."""
@@ -82,10 +84,12 @@ class Continuous:
             lend_tensor(self.root, name, tensor)
         for name, soft in self.inputs.items():
             replace_input_rounding(self.root.get_submodule(name), soft.round)
-        with lending(self.root, [each.layer for each in self.weights]):
-            yield
-        for name in biases | self.vectors:
-            take_back(self.root, name)
+        try:
+            with lending(self.root, [each.layer for each in self.weights]):
+                yield
+        finally:
+            for name in biases | self.vectors:
+                take_back(self.root, name)
 
     def lend_weights(self) -> None:
         """Before each pass through the modules, since weights are computed from what is trained."""
@@ -103,6 +107,26 @@ class Continuous:
         """For the report, of one layer."""
         kept = "the entries of its codebook stayed: layers that this pass is not for hold them too"
         return (note, kept) if name in self.parted else (note,)
+
+
+def trainable(spec: LayerSpec, parts: frozenset[Trained]) -> bool:
+    """Whether a layer will have something of some parts to train, its values unseen."""
+    form, act = spec.format, spec.act
+    found = {
+        "scales": isinstance(form, IntGrid | Trellis),
+        "codebooks": isinstance(form, Codebook),
+        "biases": spec.has_bias,
+        "inputs": act is not None and _has_grid(act),
+    }
+    return any(found.get(part, False) for part in parts)
+
+
+def vectors_of(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of some stored tensors that are vectors and parameters of the modules, norm weights and biases, by name:
+    what a module only keeps book of, a running mean say, takes no gradient."""
+    parameters = dict(root.named_parameters())
+    found = {name: parameters[name] for name in names if name in parameters}
+    return {name: tensor.detach() for name, tensor in found.items() if tensor.ndim == 1}
 
 
 def _has_grid(act: ActSpec) -> bool:

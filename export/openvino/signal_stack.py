@@ -25,8 +25,10 @@ def kept_signal_stack() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    set_stack, before = ctypes.CDLL(None, use_errno=True).sigaltstack, _Stack()
-    set_stack(None, ctypes.byref(before))
+    set_stack, before = ctypes.CDLL(None).sigaltstack, _Stack()
+    if set_stack(None, ctypes.byref(before)):  # none is known that could be given back
+        yield
+        return
     try:
         yield
     finally:
