@@ -128,26 +128,28 @@ def _graph_bytes(spec: LayerSpec, form: Codebook) -> int:
     return nodes + stages + unpacking * (_width(form) == 4) + 650 * (form.scale != "none")
 
 
-def _tensors(source: Source) -> dict[str, Tensor]:
-    """Codes as stored, codebooks (groups, stages, entries, vector) and scales (out,) or (in,) of a layer."""
+def _stored(source: Source) -> QuantTensor:
+    """A layer's weight as its format stores it."""
     weight = source.read().weight
-    assert isinstance(weight, QuantTensor) and isinstance(weight.format, Codebook)
-    codes, book, scale = weight.format.unpack(weight.tensors, weight.shape)
-    layout = _layout(source.spec)
-    codes = codes.permute(2, 1, 0).flatten(0, 1)
-    codes = torch.nn.functional.pad(codes, (0, layout.blocks * layout.rows - codes.shape[1]))
-    codes = codes.reshape(-1, layout.blocks, layout.rows).transpose(0, 1)
-    if _width(weight.format) == 4:
-        half_way = -(-layout.rows // 2)
-        codes = codes[..., :half_way] | torch.nn.functional.pad(codes[..., half_way:], (0, layout.rows % 2)) << 4
-    return {"codes": codes, "codebook": book.half(), "scale": scale.flatten().half()}
+    assert isinstance(weight, QuantTensor)
+    return weight
 
 
 def _codes(graph: GraphBuilder, source: Source) -> ir.Value:
-    """As stored."""
+    """In blocks; see `_layout`."""
+
+    def made() -> Tensor:
+        weight, layout, form = _stored(source), _layout(source.spec), _form(source.spec)
+        codes = form.unpack(weight.tensors, weight.shape).codes.permute(2, 1, 0).flatten(0, 1)
+        codes = torch.nn.functional.pad(codes, (0, layout.blocks * layout.rows - codes.shape[1]))
+        codes = codes.reshape(-1, layout.blocks, layout.rows).transpose(0, 1)
+        if _width(form) > 4:
+            return codes
+        half_way = -(-layout.rows // 2)
+        return codes[..., :half_way] | torch.nn.functional.pad(codes[..., half_way:], (0, layout.rows % 2)) << 4
+
     kind = ir.DataType.UINT16 if _width(_form(source.spec)) == 16 else ir.DataType.UINT8
-    name = f"{source.spec.name}.weight.codes"
-    return graph.typed(name, lambda: _tensors(source)["codes"], kind, _stored_shape(source.spec))
+    return graph.typed(f"{source.spec.name}.weight.codes", made, kind, _stored_shape(source.spec))
 
 
 def _unpacked(graph: GraphBuilder, spec: LayerSpec, codes: ir.Value) -> ir.Value:
@@ -169,15 +171,16 @@ def _book(graph: GraphBuilder, source: Source) -> ir.Value:
     """(groups, stages, entries, vector) float32, made once for all layers that hold it in common."""
     form, name = _form(source.spec), f"{source.spec.name}.weight.codebook"
     if form.share > 1:
-        name = f"codebook.{hashlib.sha256(_tensors(source)['codebook'].numpy().tobytes()).hexdigest()[:32]}"
+        content = _stored(source).tensors["codebook"].numpy().tobytes()
+        name = f"codebook.{hashlib.sha256(content).hexdigest()[:32]}"
     shape = (form.groups, form.stages, form.entries, form.vector)
-    return graph.float_initializer(name, lambda: _tensors(source)["codebook"], torch.float16, shape)
+    return graph.float_initializer(name, lambda: _stored(source).tensors["codebook"], torch.float16, shape)
 
 
 def _scaled(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     """values (tokens, in or out) times what their columns count."""
     width, name = source.spec.shape[0 if _form(source.spec).scale == "row" else 1], f"{source.spec.name}.weight.scale"
-    scale = graph.float_initializer(name, lambda: _tensors(source)["scale"], torch.float16, [width])
+    scale = graph.float_initializer(name, lambda: _stored(source).tensors["scale"], torch.float16, [width])
     return graph.node("Mul", [values, scale])
 
 
