@@ -57,11 +57,16 @@ def refit(form: Trellis, target: Tensor, hessian: Tensor, codes: Tensor, params:
     suh, svh = params["suh"], params["svh"]
     error = weighted_error(target - form.turn_back(inner, suh, svh), hessian)
     for _ in range(sweeps):
+        before = error
         rows = solve.row_scales(target, form.turn_back(inner, suh, ones.expand_as(svh)), hessian).half().float()
-        columns = solve.column_scales(target, form.turn_back(inner, ones.expand_as(suh), rows), hessian)
+        found = weighted_error(target - form.turn_back(inner, suh, rows), hessian)
+        if found < error:
+            svh, error = rows, found
+        columns = solve.column_scales(target, form.turn_back(inner, ones.expand_as(suh), svh), hessian)
         columns = suh if columns is None else columns.half().float()
-        found = weighted_error(target - form.turn_back(inner, columns, rows), hessian)
-        if not found < error:
+        found = weighted_error(target - form.turn_back(inner, columns, svh), hessian)
+        if found < error:
+            suh, error = columns, found
+        if not error < before:
             break
-        suh, svh, error = columns, rows, found
     return {"suh": suh, "svh": svh}

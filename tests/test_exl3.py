@@ -86,7 +86,7 @@ def test_the_config_tells_each_modules_tensors_and_the_mean_width(model: Model, 
     made = "rtn(format=trellis(bits=4, mcg), ignore=[*.mlp.*]), rtn(format=trellis(bits=2), targets=[*.mlp.*])"
     written(EXL3, model, made, tmp_path)
     config = config_of(tmp_path)
-    assert (config["quant_method"], config["codebook"]) == ("exl3", "mixed")
+    assert (config["quant_method"], config["codebook"]) == ("exl3", "mcg")
     assert config["bits"] == round((4 * 4 + 3 * 2) / 7, 2)
     query = config["tensor_storage"]["model.layers.0.self_attn.q_proj"]
     assert query["bits_per_weight"] == 4 and query["mcg_multiplier"] == 0xCBAC1FED

@@ -21,6 +21,7 @@ from compress.layer import Layer, LayerKind
 from compress.maths.hessian import damped, weighted_error
 from compress.passes import find
 from compress.pipeline import Pipeline, planned
+from compress.training.code_step import CodeStep
 from compress.training.soft_trellis import SoftTrellis
 
 FORM = Trellis(2, block=16)
@@ -143,7 +144,7 @@ def test_settings_that_contradict_each_other_are_refused(text: str, reason: str)
 
 
 def test_a_model_of_other_sizes_is_refused_before_work_starts(llama: Path) -> None:
-    with pytest.raises(CompressError, match=r"128 input columns.*q_proj has 64.*ignore="):
+    with pytest.raises(CompressError, match=r"128 input columns.*q_proj has 64.*smaller blocks.*ignore="):
         planned(Pipeline.parse("trellis").resolve(compress.load(llama)))
 
 
@@ -194,5 +195,42 @@ def test_tuning_trains_the_scales_of_a_trellis(method: str, make_llama: Callable
         if spec.format is not None:
             assert isinstance(first, QuantTensor) and isinstance(second, QuantTensor)
             assert not torch.equal(first.tensors["svh"], second.tensors["svh"]), name
-            # three steps take a weight nowhere near another path
+            # a tile changes once its weights have come as far as the codes' own error
             assert torch.equal(first.tensors["trellis"], second.tensors["trellis"]), name
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1, 1e-3, 1e-5])
+def test_a_step_of_codes_comes_no_further_from_a_wish_however_small_a_row_is(share: float) -> None:
+    form, weight = Trellis(2, block=16), gaussian(32, 32)
+    weight[3] *= share
+    params = form.fit(weight)
+    codes = form.quantize(weight, params, torch.arange(32))[0]
+    one = SoftTrellis(Layer("m", LayerKind.LINEAR, form.pack(codes, params, (32, 32))))
+    wish = one.weight() + 0.5 * torch.randn(32, 32, generator=torch.Generator().manual_seed(7))
+    before, held = float((wish - one.weight()).square().sum()), one.held.clone()
+    one.reencode(wish, 1.0, 1)
+    assert float((wish - one.weight()).square().sum()) <= before * (1 + 1e-6)
+    assert share < 1 or not torch.equal(one.held, held)
+
+
+def test_the_step_of_pv_tuning_stores_other_codes_once_weights_have_come_far_enough() -> None:
+    one = soft()
+    step, held = CodeStep(one, 1.0, 1, 0.0), one.held.clone()
+    step.wish += 0.01 * torch.randn(32, 32, generator=torch.Generator().manual_seed(7))
+    step.follow()
+    assert torch.equal(one.held, held)
+    step.wish += 0.5 * torch.randn(32, 32, generator=torch.Generator().manual_seed(8))
+    before = float((step.wish - one.weight()).square().sum())
+    step.follow()
+    stored = one.rounded().weight
+    assert isinstance(stored, QuantTensor) and isinstance(one.layer.weight, QuantTensor)
+    assert not torch.equal(stored.tensors["trellis"], one.layer.weight.tensors["trellis"])
+    assert float((step.wish - stored.dequantize()).square().sum()) < before
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e5])
+def test_scales_of_very_small_and_very_large_weights_are_held(size: float) -> None:
+    form, weight = Trellis(4, block=16), size * gaussian(32, 32)
+    params = form.fit(weight)
+    _, values = form.quantize(weight, params, torch.arange(32))
+    assert float((values - weight).norm() / weight.norm()) < 0.1

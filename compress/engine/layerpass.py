@@ -258,7 +258,8 @@ class Quantizing(Pass, ABC):
         if columns % form.step:
             raise UsageError(
                 f"{self.name}: {form} decides {form.step} input columns together, and {spec.name} has {columns}, which "
-                f"is no multiple of it. Choose another format, or leave the layer out (ignore=[{spec.name}])."
+                f"is no multiple of it. Choose another format, or one with smaller blocks, or leave the "
+                f"layer out (ignore=[{spec.name}])."
             )
         if not self.shares and any(count > 1 for count in form.holders.values()):
             raise UsageError(

@@ -22,6 +22,8 @@ CODES = tuple(trellis.MULTIPLIERS)
 # Root mean square of what is coded over that of the values of all states, by bits: where the error of Gaussian noise is
 # least, or within 3 % of that.
 FILL = {1: 1.1, 2: 1.0, 3: 0.94, 4: 0.9, 5: 0.86, 6: 0.84, 7: 0.8, 8: 0.75}
+# tiles that are packed or unpacked together
+TOGETHER = 1024
 # seeds of the signs of inputs and of outputs
 SEEDS = (0, 1)
 
@@ -105,7 +107,9 @@ class Trellis(Format):
         size = float(self.turn(weight, params).square().mean().sqrt())
         if size:
             share = (size / float(trellis.table(self.code).std()) / FILL[self.bits]) ** 0.5
-            params = {name: value * share for name, value in params.items()}
+            # as large as each other, so that float16 holds both for weights of almost any size
+            even = float((_rms(params["svh"], 0) / _rms(params["suh"], 0)).sqrt())
+            params = {"suh": params["suh"] * share * even, "svh": params["svh"] * share / even}
         return {name: value.half().float() for name, value in params.items()}
 
     def _levelled(self, scale: Tensor, weight: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class Trellis(Format):
         return trellis.from_tiles(trellis.decode(symbols, self.bits, self.code))
 
     def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """See Format.quantize. Columns come in whole blocks of 128; codes are symbols, those of a tile together."""
+        """See Format.quantize. Columns come in whole blocks; codes are symbols, those of a tile together."""
         suh = params["suh"][columns]
         symbols = self.search(self.turn(weight, params, suh))
         return symbols.transpose(0, 1).flatten(1), self.turn_back(self.values(symbols), suh, params["svh"])
@@ -152,11 +156,12 @@ class Trellis(Format):
         return codes.reshape(len(codes), -1, trellis.SYMBOLS).transpose(0, 1)
 
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
-        words = trellis.pack(self.tiles(codes), self.bits).contiguous()
+        words = torch.cat([trellis.pack(part, self.bits) for part in _parted(self.tiles(codes))])
         return QuantTensor(self, {"trellis": words, "suh": params["suh"].half(), "svh": params["svh"].half()}, shape)
 
     def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        inner = self.values(trellis.unpack(tensors["trellis"], self.bits))
+        parts = _parted(tensors["trellis"])
+        inner = torch.cat([self.values(trellis.unpack(part, self.bits)) for part in parts])
         return self.turn_back(inner, tensors["suh"].float(), tensors["svh"].float())
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
@@ -172,6 +177,11 @@ class Trellis(Format):
             "suh": ((columns,), torch.float16),
             "svh": ((rows,), torch.float16),
         }
+
+
+def _parted(tiles: Tensor) -> tuple[Tensor, ...]:
+    """(rows of tiles, tiles, …) in runs of rows: what a tile is unpacked to takes many times its memory."""
+    return torch.split(tiles, max(1, TOGETHER // max(1, tiles.shape[1])))
 
 
 def _rms(weight: Tensor, dim: int) -> Tensor:

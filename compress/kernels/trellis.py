@@ -19,7 +19,9 @@ def search(wanted: Tensor, bits: int, values: Tensor) -> Tensor:
 
     Raises: ResourceError: no memory for what is remembered of a tile, 2^24 / 2^bits bytes for each thread.
     """
-    wanted, values = wanted.float().contiguous(), values.contiguous()
+    if wanted.shape[1:] != (256,) or values.shape != (1 << 16,) or not 1 <= bits <= 8:
+        raise ValueError(f"Tiles {tuple(wanted.shape)}, values {tuple(values.shape)}, {bits} bits are no search.")
+    wanted, values = wanted.cpu().float().contiguous(), values.cpu().float().contiguous()
     found = torch.empty(wanted.shape, dtype=torch.uint8)
     failed = library().trellis_search(
         PATHS[chosen_path()],

@@ -8,6 +8,7 @@ float16, GPTQModel's torch layers, and this package, in float32.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -24,7 +25,7 @@ from compress.target import Refusal
 
 NOTE = "for exllamav3 on an NVIDIA GPU, or GPTQModel; this package decodes the weights to float"
 # of exllamav3, whose files these are like
-VERSION = "0.0.6"
+VERSION = "1.4.1"
 
 
 class Exl3:
@@ -64,13 +65,15 @@ class Exl3:
         forms = [_form(item.spec) for item in packed]
         sizes = [prod(item.spec.shape) for item in packed]
         mean = sum(form.bits * size for form, size in zip(forms, sizes, strict=True)) / sum(sizes)
-        codes = sorted({form.code for form in forms})
+        weights = Counter[str]()
+        for form, size in zip(forms, sizes, strict=True):
+            weights[form.code] += size
         return {
             "quant_method": "exl3",
             "version": VERSION,
             "bits": round(mean, 2),
             "head_bits": 16,
-            "codebook": codes[0] if len(codes) == 1 else "mixed",
+            "codebook": weights.most_common(1)[0][0],  # readers know no word for several
             "tensor_storage": {item.module: _storage(item) for item in packed},
         }
 
@@ -97,7 +100,12 @@ def _storage(item: Packed) -> dict[str, Any]:
     if item.spec.has_bias:
         specs = specs | {"bias": ((item.spec.shape[0],), item.spec.stored_bias_dtype)}
     stored = {
-        f"{item.module}.{name}": {"shape": list(shape), "torch_dtype": str(dtype).removeprefix("torch.")}
+        f"{item.module}.{name}": {
+            "shape": list(shape),
+            "n_bytes": prod(shape) * dtype.itemsize,
+            "dtype": str(dtype),
+            "torch_dtype": str(dtype).removeprefix("torch."),  # GPTQModel's name for it
+        }
         for name, (shape, dtype) in specs.items()
     }
     marker = {} if form.code == "3inst" else {f"{form.code}_multiplier": MULTIPLIERS[form.code]}

@@ -8,6 +8,7 @@ from functools import cache
 from compress import hwprofiles
 from compress.formats import name_of
 from compress.formats.codebook import Codebook
+from compress.formats.trellis import Trellis
 from compress.honours import Honours
 from compress.hwprofiles import KernelSpeed, Profile, Runtime
 from compress.layer import LayerKind, LayerSpec
@@ -61,7 +62,8 @@ def choose(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
     if form is None:
         return Choice("dense", "fast", spec.source_bytes + spec.bias_bytes)
     if not isinstance(form, Codebook):
-        return Refusal(f"{form}: this target has kernels for codebooks only; export for onnx (--target onnx)")
+        other = "checkpoint-exl3" if isinstance(form, Trellis) else "onnx"
+        return Refusal(f"{form}: this target has kernels for codebooks only; export for {other} (--target {other})")
     if spec.kind is LayerKind.EXPERT:
         reason = f"{form}: a mixture's experts are computed from one dense tensor here; leave them in float"
         return Refusal(reason, usage=False)

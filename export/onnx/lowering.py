@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from compress.export.onnx import LOWERINGS, half
 from compress.export.onnx.graph import GraphBuilder
+from compress.formats.trellis import Trellis
 from compress.honours import Honours
 from compress.hwprofiles import KernelSpeed, Runtime
 from compress.layer import Layer, LayerKind, LayerSpec
@@ -147,7 +148,8 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal:
         if answer is not None:
             refused.append(answer)
     if not refused:
-        return Refusal(f"no operator stores {spec.format}", usage=False)
+        other = ". Trellis codes go to --target checkpoint-exl3" if isinstance(spec.format, Trellis) else ""
+        return Refusal(f"no operator stores {spec.format}{other}", usage=False)
     return Refusal("; ".join(each.reason for each in refused), usage=any(each.usage for each in refused))
 
 

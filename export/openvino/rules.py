@@ -8,6 +8,7 @@ from compress.export.onnx import static_qdq
 from compress.export.onnx.lowering import Choice
 from compress.formats import name_of
 from compress.formats.int_grid import IntGrid
+from compress.formats.trellis import Trellis
 from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerKind, LayerSpec
 from compress.records import Bounds
@@ -64,7 +65,8 @@ def _weight_only(spec: LayerSpec, runtime: Runtime, operator: str) -> Choice | R
     """Weights in 4 or 8 bits, decoded by the kernel or, of a convolution, when the model is loaded."""
     form, (rows, columns) = spec.format, spec.shape
     if not isinstance(form, IntGrid):
-        told = "of this target only integer grids are stored; take int4(group=128), or export for onnx or checkpoint"
+        other = "checkpoint-exl3" if isinstance(form, Trellis) else "onnx or checkpoint"
+        told = f"of this target only integer grids are stored; take int4(group=128), or export for {other}"
         return Refusal(f"{form}: {told}")
     support = runtime.support("weight_only", form.bits, format=name_of(form))
     if support.state == "no":
