@@ -16,8 +16,6 @@ from compress.engine.layerpass import FormatField
 from compress.errors import UsageError
 from compress.formats.base import Format
 from compress.formats.trellis import Trellis as Form
-from compress.kernels import missing
-from compress.kernels.trellis import has_kernel
 from compress.layer import Layer, LayerKind
 from compress.maths.hessian import damped
 from compress.solve import System
@@ -108,7 +106,6 @@ def _coded(item: Trellis, layer: Layer, stats: LayerStats, system: System) -> La
 
 def _notes(stats: LayerStats, system: System) -> list[str]:
     """What a reader of the report should know about the solve of one layer."""
-    slow = [] if has_kernel() else [f"searched by torch, many times slower than compiled: {missing() or 'as asked'}"]
     if stats.hessian is None:
-        return ["no calibration token reached it: coded as if its inputs were alike (identity Hessian)", *slow]
-    return system.notes(stats.tokens, len(system.hessian)) + slow
+        return ["no calibration token reached it: coded as if its inputs were alike (identity Hessian)"]
+    return system.notes(stats.tokens, len(system.hessian))

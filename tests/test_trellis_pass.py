@@ -11,6 +11,7 @@ from torch import Tensor
 
 import compress
 from compress import solve, solve_trellis
+from compress.engine.applying import checked
 from compress.engine.blockpass import Block
 from compress.engine.layer_stats import LayerStats
 from compress.errors import CompressError, UsageError
@@ -110,7 +111,8 @@ def test_without_compiled_kernels_torch_finds_the_same_and_the_report_says_so(mo
     here = item.block(block).layers["m"]  # type: ignore[attr-defined]
     monkeypatch.setenv("COMPRESS_KERNELS", "torch")
     found = item.block(block).layers["m"]  # type: ignore[attr-defined]
-    assert any("searched by torch" in note for note in found.notes)
+    _, row = checked(item, one["m"], found, one["m"], LayerStats(), "trellis", 0.0)
+    assert any("searched by torch" in note for note in row.notes)
     torch.testing.assert_close(found.float_weight(), here.float_weight())
 
 

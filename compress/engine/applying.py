@@ -79,6 +79,7 @@ def checked(
     # a pass that fills no part rescales the model: what it makes is the new original
     reference = source.float_weight() if item.part else weight
     output_error, against = _output_error(weight, reference, stats)
+    form = changed.format
     is_first = not item.part or before.weight is source.weight
     return replace(changed, notes=()), LayerResult(
         layer=before.name,
@@ -92,7 +93,7 @@ def checked(
         output_error=output_error,
         output_reference=against,
         seconds=seconds,
-        notes=changed.notes,
+        notes=changed.notes + (form.notes if form is not None and changed.weight is not before.weight else ()),
     )
 
 

@@ -46,6 +46,11 @@ class Format(ABC):
         return False
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report should tell of each layer that is put in this format here: what makes it slow, say."""
+        return ()
+
+    @property
     def holders(self) -> dict[str, int]:
         """Stored tensors that several layers hold in common → how many do. Their bytes are counted once among them."""
         return {}

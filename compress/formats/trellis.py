@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.errors import UsageError, nearest
 from compress.formats.base import Format, Params, QuantTensor, TensorSpec
+from compress.kernels import library
 from compress.kernels import trellis as kernel
 from compress.maths import trellis
 from compress.maths.rotation import random_signs, transform
@@ -73,6 +74,12 @@ class Trellis(Format):
     @property
     def step(self) -> int:
         return self.block
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if kernel.has_kernel():
+            return ()
+        return (f"searched by torch, many times slower than compiled: {library.missing() or 'as asked'}",)
 
     @property
     def codes_per_unit(self) -> int:
