@@ -102,6 +102,7 @@ def latency_arms(
     lowered = roofline.Lowered(
         stored={name: choice.stored_bytes for name, choice in taken.items()},
         rounded=[name for name, choice in taken.items() if choice.rounds_inputs],
+        decoded=[name for name, choice in taken.items() if choice.decodes],
         speeds={name: choice.speed for name, choice in taken.items() if choice.speed is not None},
     )
     machine = roofline.rates(profile, thread_count(profile), runtime, float_dtype)

@@ -114,6 +114,12 @@ class Choice(Protocol):
         ...
 
     @property
+    def decodes(self) -> bool:
+        """Whether it is no faster than a weight in float, since one is made of the codes on the way: then fewer bytes
+        are no reason to predict less time."""
+        ...
+
+    @property
     def speed(self) -> KernelSpeed | None:
         """What the profile measured of its kernel; none where it did not."""
         ...

@@ -39,7 +39,7 @@ class BlockTune(BlockPass):
     inside: ClassVar[bool] = True
     per_layer: ClassVar[bool] = False
 
-    parts: tuple[Trained, ...] = ("scales", "codebooks", "norms")
+    parts: tuple[Trained, ...] = Field(("scales", "codebooks", "norms"), min_length=1)
     steps: int = Field(default=200, ge=1)
     batch: int = Field(default=2, ge=1)
     lr: float = Field(default=3e-3, gt=0, le=1)

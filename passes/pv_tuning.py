@@ -31,7 +31,7 @@ class PvTuning(Tune):
     name: ClassVar[str] = "pv_tuning"
     done: ClassVar[str] = "codes and the rest tuned"
 
-    parts: tuple[Trained, ...] = ("scales", "codebooks", "norms")
+    parts: tuple[Trained, ...] = Field(("scales", "codebooks", "norms"), min_length=1)
     code_lr: float = Field(default=0.03, gt=0, le=1)
     changes: float = Field(default=0.01, gt=0, le=1)
     beam: int = Field(default=4, ge=1, le=256)

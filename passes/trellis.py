@@ -51,7 +51,10 @@ class Trellis(BlockQuantPass):
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         if not isinstance(self.format, Form):
-            raise UsageError(f"trellis: format={self.format} is no trellis. Give trellis(bits=2), or use gptq.")
+            raise UsageError(
+                f"trellis: format={self.format} is no trellis. Give trellis(bits=2), or use another pass: vptq for "
+                "codebooks, gptq for grids."
+            )
         if self.group_size is not None:
             raise UsageError("trellis: group_size is for integer formats. Leave it out.")
         if self.mismatch and "mismatch" in self.model_fields_set and not self.sequential:

@@ -24,12 +24,13 @@ class Tune(ModelPass):
 
     The teacher is the uncompressed model, the loss the divergence of the outputs KL(original || compressed) per token
     or image; for an encoder the squared error of its hidden states as a share of theirs. Both models are in memory at
-    once, with the gradients. The iterate of least loss on held-out calibration batches is kept, the start included.
+    once, with the gradients. Codes stay as they are. The iterate of least loss on held-out calibration batches is kept,
+    the start included.
 
     Settings: `parts` what is trained: `scales` of layers on integer grids or in trellises, `codebooks` entries and
     scales of layers in them, `norms` (every stored vector that is no layer's, whatever the targets), `biases`, `inputs`
     static input grids; `steps`; `batch` calibration batches per step; `lr` (Adam, relative to the size of what is
-    trained, to 0 along a cosine); `minutes` at most; `seed`. Codes stay as they are.
+    trained, to 0 along a cosine); `minutes` at most; `seed`.
     """
 
     name: ClassVar[str] = "tune"
@@ -41,7 +42,7 @@ class Tune(ModelPass):
     done: ClassVar[str] = "tuned"
     """For the report's notes."""
 
-    parts: tuple[Trained, ...] = ("scales", "codebooks", "norms", "biases")
+    parts: tuple[Trained, ...] = Field(("scales", "codebooks", "norms", "biases"), min_length=1)
     steps: int = Field(default=100, ge=1)
     batch: int = Field(default=1, ge=1)
     lr: float = Field(default=1e-3, gt=0, le=1)

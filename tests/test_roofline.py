@@ -226,3 +226,14 @@ def test_a_chip_whose_engines_are_built_elsewhere_is_predicted_in_its_own_type(l
         moved = sum(row.shape[0] * row.shape[1] for row in plan.layers) * 2  # float16
         decode = next(one for one in plan.predicted_latency if one.phase == "decode")
         assert decode.baseline_s < 1.5 * moved / (profile.memory.bandwidth_gb_s.value * 1e9)
+
+
+def test_a_kernel_that_decodes_to_float_is_predicted_no_faster_than_float() -> None:
+    machine = roofline.Rates(1e10, {"float32": 1e11})
+    spec = LayerSpec("a", LayerKind.LINEAR, (256, 256), ("a",), format=parse_format("codebook"))
+    part, plain = (
+        roofline._part(each, roofline.Lowered({"a": 100}, decoded=decoded), machine, "float32", None)
+        for each, decoded in ((spec, ["a"]), (replace(spec, format=None), ()))
+    )
+    assert part == plain
+    assert roofline._part(spec, roofline.Lowered({"a": 100}), machine, "float32", None).weight_bytes == 100

@@ -62,7 +62,7 @@ class CodebookPass(BlockQuantPass, ABC):
         if not isinstance(self.format, Codebook):
             raise UsageError(
                 f"{self.name}: format={self.format} is no codebook. Give codebook(vector=8, entries=256, stages=2) or "
-                "another, or use gptq."
+                "another, or use another pass: trellis for trellises, gptq for grids."
             )
         if self.format.axis == "out" and self.format.scale == "row":
             raise UsageError(

@@ -146,11 +146,13 @@ class Arm:
 @dataclass(frozen=True)
 class Lowered:
     """What a target said of its layers, by name: bytes of the quantized ones in the artifact; those whose kernel rounds
-    inputs to 8 bits by itself; the figures that the profile has of their kernels."""
+    inputs to 8 bits by itself; the figures that the profile has of their kernels; those that are decoded to float, and
+    no faster than it."""
 
     stored: Mapping[str, int]
     rounded: Collection[str] = ()
     speeds: Mapping[str, KernelSpeed] = field(default_factory=dict)
+    decoded: Collection[str] = ()
 
 
 def rates(profile: Profile, threads: int, runtime: Runtime | None = None, float_dtype: str = "float32") -> Rates:
@@ -190,7 +192,7 @@ def _part(spec: LayerSpec, lowered: Lowered, machine: Rates, float_dtype: str, c
     weights = spec.shape[0] * spec.shape[1]
     if spec.kind is LayerKind.EMBEDDING and len(spec.users) == 1:  # a row per token is looked up, no more
         return Part(0.0, 0.0, float_dtype)
-    plain, expert = spec.format is None, spec.kind is LayerKind.EXPERT
+    plain, expert = spec.format is None or spec.name in lowered.decoded, spec.kind is LayerKind.EXPERT
     moved = weights * BYTES[float_dtype] if plain else lowered.stored.get(spec.name, 0)
     dtype = "int8" if spec.name in lowered.rounded else _arithmetic(spec, float_dtype)
     speed = machine.float_speed if plain else lowered.speeds.get(spec.name)

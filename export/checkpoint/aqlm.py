@@ -49,7 +49,7 @@ class Aqlm:
             return Refusal(f"{form}: AQLM scales rows. Give scale=row or scale=none")
         if form.groups > 1:
             return Refusal(f"{form}: AQLM has one set of codebooks per layer. Leave out groups")
-        return Choice("aqlm", "works", _specs(spec, form), _note(form), extra_bytes=spec.bias_bytes)
+        return Choice("aqlm", "works", _specs(spec, form), _note(form), extra_bytes=spec.bias_bytes, decodes=True)
 
     def together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
         """One vector length, number of entries and of stages for all."""

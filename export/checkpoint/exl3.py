@@ -47,7 +47,7 @@ class Exl3:
             return Refusal(f"{form}: experts are not written as EXL3 here. Leave them in float", usage=False)
         if form.block != BLOCK:
             return Refusal(f"{form}: EXL3's Hadamard matrices have order {BLOCK}. Leave out block")
-        return Choice("exl3", "works", _specs(spec, form), NOTE, extra_bytes=spec.bias_bytes)
+        return Choice("exl3", "works", _specs(spec, form), NOTE, extra_bytes=spec.bias_bytes, decodes=True)
 
     def together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
         """Nothing: each layer has settings of its own."""

@@ -34,6 +34,7 @@ class Choice:
     extra_bytes: int = 0
     copies: int = 1
     rounds_inputs: bool = False
+    decodes: bool = False
     speed: KernelSpeed | None = None
 
     @property

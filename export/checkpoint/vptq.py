@@ -51,7 +51,9 @@ class Vptq:
         wrong = _refuse_settings(form) or _refuse_columns(form, spec.shape[1])
         if wrong is not None:
             return wrong
-        return Choice("vptq", "works", _specs(spec, form), _note(form, spec.shape[1]), extra_bytes=spec.bias_bytes)
+        return Choice(
+            "vptq", "works", _specs(spec, form), _note(form, spec.shape[1]), extra_bytes=spec.bias_bytes, decodes=True
+        )
 
     def together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
         """Nothing: each layer has settings of its own in the config."""

@@ -11,6 +11,7 @@ from compress.formats.codebook import Codebook
 from compress.formats.trellis import Trellis
 from compress.honours import Honours
 from compress.hwprofiles import KernelSpeed, Profile, Runtime
+from compress.kernels.library import chosen_path
 from compress.layer import LayerKind, LayerSpec
 from compress.records import Bounds, Kernel
 from compress.target import Refusal
@@ -33,6 +34,7 @@ class Choice:
     stored_bytes: int
     note: str = ""
     rounds_inputs: bool = False
+    decodes: bool = False
     speed: KernelSpeed | None = None
     bounds: Bounds = field(default_factory=Bounds)
 
@@ -64,6 +66,7 @@ def choose(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
     if not isinstance(form, Codebook):
         other = "checkpoint-exl3" if isinstance(form, Trellis) else "onnx"
         return Refusal(f"{form}: this target has kernels for codebooks only; export for {other} (--target {other})")
+    chosen_path()  # a wrong COMPRESS_KERNELS is told before the work
     if spec.kind is LayerKind.EXPERT:
         reason = f"{form}: a mixture's experts are computed from one dense tensor here; leave them in float"
         return Refusal(reason, usage=False)

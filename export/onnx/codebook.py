@@ -68,6 +68,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         "; ".join(filter(None, (support.note, kept))),
         stored_bits=width,
         speed=support.speed(),
+        decodes=True,
         graph_bytes=_graph_bytes(spec, form),
     )
 

@@ -29,8 +29,8 @@ class Choice:
     """A layer's way into the graph.
 
     lowering: path of a module with `LOWERS`; stored_bytes: of all initializers it adds; bounds: published bounds on
-    the relative logit difference; rounds_inputs, speed: see compress.target.Choice; graph_bytes: of its nodes in a file
-    beyond those of a layer that is one operator.
+    the relative logit difference; rounds_inputs, decodes, speed: see compress.target.Choice; graph_bytes: of its nodes
+    in a file beyond those of a layer that is one operator.
     """
 
     operator: str
@@ -43,6 +43,7 @@ class Choice:
     stored_bits: int = 0
     bounds: Bounds = field(default_factory=Bounds)
     rounds_inputs: bool = False
+    decodes: bool = False
     speed: KernelSpeed | None = None
     graph_bytes: int = 0
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from compress.export.onnx import static_qdq
 from compress.export.onnx.lowering import Choice
 from compress.formats import name_of
+from compress.formats.codebook import Codebook
 from compress.formats.int_grid import IntGrid
 from compress.formats.trellis import Trellis
 from compress.hwprofiles import Profile, Runtime
@@ -65,7 +66,8 @@ def _weight_only(spec: LayerSpec, runtime: Runtime, operator: str) -> Choice | R
     """Weights in 4 or 8 bits, decoded by the kernel or, of a convolution, when the model is loaded."""
     form, (rows, columns) = spec.format, spec.shape
     if not isinstance(form, IntGrid):
-        other = "checkpoint-exl3" if isinstance(form, Trellis) else "onnx or checkpoint"
+        other = "onnx or native" if isinstance(form, Codebook) else "onnx or checkpoint"
+        other = "checkpoint-exl3" if isinstance(form, Trellis) else other
         told = f"of this target only integer grids are stored; take int4(group=128), or export for {other}"
         return Refusal(f"{form}: {told}")
     support = runtime.support("weight_only", form.bits, format=name_of(form))
