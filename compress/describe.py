@@ -238,11 +238,17 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _widths(bits: Sequence[int]) -> str:
+    """`2, 4, 8`, or `1 to 16` where none is left out of more than a few: a row is to stay a row."""
+    whole = len(bits) > 4 and list(bits) == list(range(bits[0], bits[-1] + 1))
+    return f"{bits[0]} to {bits[-1]}" if whole else ", ".join(map(str, bits))
+
+
 def _format_table(name: str, entries: Sequence[FormatSupport]) -> Table:
     rows = tuple(
         (
             entry.use,
-            _plain(entry.bits),
+            _widths(entry.bits),
             entry.kernel or _UNSET,
             f"{entry.state} ({entry.evidence})",
             _plain(entry.blocks) if entry.blocks else _UNSET,

@@ -155,7 +155,9 @@ def test_every_format_of_a_profile_has_a_row(name: str) -> None:
     assert text.startswith(f"{profile.name}\n")
     for runtime in profile.runtimes.values():
         for entry in runtime.formats:
-            bits = ", ".join(map(str, entry.bits))
+            few, first, last = len(entry.bits) < 5, min(entry.bits), max(entry.bits)
+            is_run = not few and set(range(first, last + 1)) == set(entry.bits)
+            bits = f"{first} to {last}" if is_run else ", ".join(map(str, entry.bits))
             rows = [line for line in text.splitlines() if re.match(rf"{entry.use} +{bits}  ", line)]
             assert any(f"{entry.state} ({entry.evidence})" in row and entry.kernel in row for row in rows)
 
