@@ -1,0 +1,123 @@
+"""Which weights a pruning pass keeps: patterns of sparsity, and masks from scores. Pure functions on tensors."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compress.errors import UsageError
+
+ALLOWED = (
+    "layer (the lowest scores of the whole weight), row (of each output row), N:M such as 2:4 (N kept of every M input "
+    "columns), RxC such as 16x16 (whole blocks of R rows and C columns)"
+)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Among which weights scores are compared, and what is pruned together.
+
+    `layer`: single weights, among all of the layer; `row`: among those of an output row; `n:m`: `size[0]` are kept of
+    every run of `size[1]` input columns; `block`: blocks of `size` (rows, columns), among all of the layer.
+    """
+
+    kind: Literal["layer", "row", "n:m", "block"]
+    size: tuple[int, int] = (1, 1)
+
+    def __str__(self) -> str:
+        if self.kind in ("layer", "row"):
+            return self.kind
+        return f"{self.size[0]}{':' if self.kind == 'n:m' else 'x'}{self.size[1]}"
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """From its text. Raises: UsageError."""
+        if text == "layer":
+            return cls("layer")
+        if text == "row":
+            return cls("row")
+        found = re.fullmatch(r"(\d{1,6})([:x])(\d{1,6})", text, re.ASCII)
+        if not found:
+            raise UsageError(f"pattern={text} is not a pattern of sparsity. Allowed: {ALLOWED}.")
+        first, second = int(found[1]), int(found[3])
+        if found[2] == ":":
+            if not 0 < first < second:
+                raise UsageError(f"pattern={text}: N:M keeps N of every M weights, with 0 < N < M, such as 2:4 or 4:8.")
+            return cls("n:m", (first, second))
+        if not first or not second:
+            raise UsageError(f"pattern={text}: a block has at least one row and one column, such as 16x16.")
+        return cls("block", (first, second))
+
+    @property
+    def fixed(self) -> float | None:
+        """The sparsity that it implies; None where it is free."""
+        return 1 - self.size[0] / self.size[1] if self.kind == "n:m" else None
+
+    @property
+    def span(self) -> int:
+        """Input columns that are decided together."""
+        return self.size[1]
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raises: UsageError where it does not divide a weight (out, in)."""
+        rows, columns = shape
+        if columns % self.size[1]:
+            raise UsageError(f"pattern={self} takes runs of {self.size[1]} input columns, and there are {columns}.")
+        if self.kind == "block" and rows % self.size[0]:
+            raise UsageError(f"pattern={self} takes runs of {self.size[0]} output rows, and there are {rows}.")
+
+    def kept(self, shape: tuple[int, int], sparsity: float) -> int:
+        """What is kept of the weights (of `block`: of the blocks) that are compared with each other, for a weight
+        (out, in): the nearest whole number."""
+        rows, columns = shape
+        if self.kind == "n:m":
+            return self.size[0]
+        count = columns if self.kind == "row" else rows * columns // (self.size[0] * self.size[1])
+        return count - round(sparsity * count)
+
+    def keep(self, scores: Tensor, kept: int | Tensor) -> Tensor:
+        """scores (out, in) ≥ 0 → (out, in) bool, true where a weight stays: the highest scores; of equal ones those
+        that come first by rows. A block's score is the root of the sum of its squares.
+
+        Args: kept: see `kept`; of `row` it may be (out, 1) int64.
+        """
+        rows, columns = scores.shape
+        if self.kind == "layer":
+            return keep_largest(scores.reshape(1, -1), kept).reshape(rows, columns)
+        if self.kind == "row":
+            return keep_largest(scores, kept)
+        high, wide = self.size
+        if self.kind == "n:m":
+            return keep_largest(scores.reshape(-1, wide), kept).reshape(rows, columns)
+        blocks = scores.square().reshape(rows // high, high, columns // wide, wide).sum((1, 3))
+        chosen = keep_largest(blocks.reshape(1, -1), kept).reshape(blocks.shape)
+        return chosen.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+
+
+def keep_largest(scores: Tensor, kept: int | Tensor) -> Tensor:
+    """The `kept` largest of each row (for a Tensor (rows, 1) int64: of this row), exactly as many: (rows, n) → bool. Of
+    equal ones the first."""
+    count = scores.shape[1]
+    if isinstance(kept, int):
+        if not 0 < kept < count:
+            return torch.full_like(scores, kept > 0, dtype=torch.bool)
+        least = scores.kthvalue(count - kept + 1, dim=-1, keepdim=True).values
+    else:
+        ordered = scores.sort(dim=-1, descending=True).values
+        least = ordered.gather(1, (kept - 1).clamp(0, count - 1))
+    above = scores > least
+    level = scores == least
+    room = kept - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1) <= room))
+
+
+def relative_importance(weight: Tensor) -> Tensor:
+    """|w| as a share of its row's sum, plus that of its column's, (out, in): RIA (Zhang et al. 2024, "Plug-and-Play",
+    eq. 2). A row or column of zeros counts 0."""
+    size = weight.abs()
+    smallest = torch.finfo(size.dtype).tiny
+    return size / size.sum(0, keepdim=True).clamp(min=smallest) + size / size.sum(1, keepdim=True).clamp(min=smallest)
