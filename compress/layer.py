@@ -96,7 +96,9 @@ class Layer:
 
     weight: (out, in) in the source's dtype, or a QuantTensor; bias (out,) or None; act: input grid or None;
     users, groups: see LayerSpec; notes: a pass's remarks for the report, taken off before the layer is stored; pre:
-    transforms of the input at run time, in order, before it is rounded.
+    transforms of the input at run time, in order, before it is rounded; mask: (out, in) bool, what is left of a weight
+    that a pass before has pruned, None where none has: the rest must stay zero, and grids are fitted without it. The
+    engine sets it for the passes that come after and takes it off again; it is not stored.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Layer:
     groups: int = 1
     notes: tuple[str, ...] = ()
     pre: tuple[Hadamard, ...] = ()
+    mask: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -34,6 +34,18 @@ def stack(rounders: Sequence[Rounder], rows: Sequence[int]) -> Rounder:
     return together
 
 
+def masked(rounder: Rounder, mask: Tensor | None, columns: Tensor) -> Rounder:
+    """A rounder that takes pruned weights to zero, whatever has been added to them: what they should have put out is an
+    error like another, and moves on to the columns after them. One column at a time.
+
+    Args: mask (out, in) bool, false where a weight is pruned, None: nowhere; columns (n,) int64: those of the rounder.
+    """
+    if mask is None:
+        return rounder
+    pruned = ~mask[:, columns].T
+    return lambda weight, at: rounder(weight.masked_fill(pruned[at : at + 1], 0.0), at)
+
+
 def column_order(hessian: Tensor, step: int, order: str) -> Tensor:
     """(in,) int64: `static` by descending diagonal of the Hessian, runs of `step` columns staying together by their
     largest; `given` as they stand."""
@@ -148,7 +160,13 @@ def _run(left: Tensor, factor: Tensor, rounder: Rounder, step: int, start: int, 
 
 
 def improve(
-    weight: Tensor, start: Tensor, hessian: Tensor, form: Format, params: Params, sweeps: int
+    weight: Tensor,
+    start: Tensor,
+    hessian: Tensor,
+    form: Format,
+    params: Params,
+    sweeps: int,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Params]:
     """Sweeps of descent over all groups of columns, from a start such as GPTQ's: first each row's scale of the group
     takes its least-squares value, then each column the codes that are best with everything else as it is.
@@ -158,7 +176,7 @@ def improve(
     refit (`Format.refit_span`).
 
     Args: weight (out, in) float32, the target; start (out, in) float32, the decoded start; hessian (in, in) float32,
-    damped; params: those of the start, left alone.
+    damped; params: those of the start, left alone; mask (out, in) bool, false where the start is zero and stays so.
     Returns: codes (out, in) and parameters.
     """
     columns = weight.shape[1]
@@ -176,7 +194,9 @@ def improve(
             before, near, block = values[group].clone(), slope[group].clone(), hessian[group, group]
             if span:
                 _rescale(values[group], near, block, form, params, place)
-            codes += _descend(values[group], near, block, form.rounder(params, torch.arange(first, group.stop)))
+            columns_here = torch.arange(first, group.stop)
+            rounder = masked(form.rounder(params, columns_here), mask, columns_here)
+            codes += _descend(values[group], near, block, rounder)
             # in the last sweep only the columns still to come need to know
             rest = slice(group.stop if sweep == sweeps - 1 else 0, columns)
             with products.fast():

@@ -41,6 +41,7 @@ class ActQuant(LayerPass):
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.CONV})
     part: ClassVar[Part] = Part.ACT
     before: ClassVar[frozenset[Part]] = frozenset({Part.BIAS})  # which then makes up for what rounding inputs shifts
+    keeps_zeros: ClassVar[bool] = True
 
     format: FormatField = IntGrid(8, group="tensor", scheme="asymmetric")
     static: bool = False

@@ -36,6 +36,7 @@ class BiasCorrect(BlockPass):
     before: ClassVar[frozenset[Part]] = frozenset({Part.TUNING})
     after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
     inside: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
     opaque: ClassVar[bool] = True
 
     add: bool = False

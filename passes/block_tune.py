@@ -36,6 +36,7 @@ class BlockTune(BlockPass):
     part: ClassVar[Part] = Part.ROUNDING
     before: ClassVar[frozenset[Part]] = frozenset({Part.TUNING})
     after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
+    keeps_zeros: ClassVar[bool] = True
     inside: ClassVar[bool] = True
     per_layer: ClassVar[bool] = False
 

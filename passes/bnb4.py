@@ -31,6 +31,7 @@ class Bnb4(QuantPass):
 
     name: ClassVar[str] = "bnb4"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT})
+    keeps_zeros: ClassVar[bool] = True
 
     format: FormatField = Lookup()
     library: bool = False

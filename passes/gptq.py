@@ -47,6 +47,7 @@ class Gptq(BlockQuantPass):
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.EXPERT, LayerKind.CONV})
     any_dtype: ClassVar[bool] = True
     opaque: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
 
     damp: float = Field(default=0.05, gt=0, le=1)
     clip: bool = True
@@ -134,8 +135,9 @@ class Gptq(BlockQuantPass):
         # what scale layers share was settled before, and no weight may grow out of it
         return weight if stats.peak is None else weight.clamp(-stats.peak, stats.peak)
 
-    def fit(self, weight: Tensor, stats: LayerStats) -> Params:
-        """The format's parameters for a weight (out, in)."""
+    def fit(self, weight: Tensor, stats: LayerStats, mask: Tensor | None) -> Params:
+        """The format's parameters for a weight (out, in), of which only what the mask leaves counts."""
+        weight = weight if mask is None else weight.masked_fill(~mask, 0.0)
         return self.resolved_format().fit(weight, search=self.clip, peak=stats.peak)
 
     def prepare(self, hessian: Tensor) -> System:
@@ -152,8 +154,12 @@ def _solved(pairs: Sequence[tuple[Gptq, Layer]], stats: LayerStats) -> list[Laye
     whole = first.target(torch.cat([layer.float_weight() for _, layer in pairs]), stats, system)
     targets = torch.split(whole, rows)
     forms = [item.resolved_format() for item, _ in pairs]
-    params = [item.fit(target, stats) for (item, _), target in zip(pairs, targets, strict=True)]
-    rounders = [form.rounder(each, system.columns) for form, each in zip(forms, params, strict=True)]
+    masks = [layer.mask for _, layer in pairs]
+    params = [item.fit(target, stats, mask) for (item, _), target, mask in zip(pairs, targets, masks, strict=True)]
+    rounders = [
+        solve.masked(form.rounder(each, system.columns), mask, system.columns)
+        for form, each, mask in zip(forms, params, masks, strict=True)
+    ]
     code_rows = [form.code_rows(count) for form, count in zip(forms, rows, strict=True)]
     codes = torch.split(system.codes(whole, solve.stack(rounders, rows), forms[0].step), code_rows)
     notes, damp = _notes(first, stats, system), system.damp
@@ -165,7 +171,8 @@ def _solved(pairs: Sequence[tuple[Gptq, Layer]], stats: LayerStats) -> list[Laye
         packed = form.pack(chosen, fitted, layer.shape)
         if damped is not None and item.refit:
             start = packed.dequantize()
-            packed = form.pack(*solve.improve(target, start, damped, form, fitted, item.refit), layer.shape)
+            better = solve.improve(target, start, damped, form, fitted, item.refit, layer.mask)
+            packed = form.pack(*better, layer.shape)
         found.append(replace(layer, weight=packed, notes=notes))
     return found
 
@@ -184,9 +191,12 @@ def _grouped(item: Gptq, layer: Layer, stats: LayerStats) -> Layer:
     systems = [item.prepare(whole[start : start + size, start : start + size]) for start in starts]
     never_on = torch.stack([system.hessian.diagonal() == 0 for system in systems])
     weight = layer.float_weight().masked_fill(never_on.repeat_interleave(rows, 0), 0.0)
-    params = item.fit(weight, stats)
+    params = item.fit(weight, stats, layer.mask)
     # all rows each time, since a format's blocks may cross rows
-    codes = [system.codes(weight, form.rounder(params, system.columns), form.step) for system in systems]
+    codes = [
+        system.codes(weight, solve.masked(form.rounder(params, system.columns), layer.mask, system.columns), form.step)
+        for system in systems
+    ]
     chosen = torch.cat([each[place * rows :][:rows] for place, each in enumerate(codes)])
     worst = max(systems, key=lambda system: system.doubled)
     return replace(layer, weight=form.pack(chosen, params, layer.shape), notes=_notes(item, stats, worst))
@@ -197,15 +207,18 @@ def _guided(item: Gptq, layer: Layer, stats: LayerStats) -> Layer:
     assert stats.guided is not None and stats.hessian is not None
     form, weight = item.resolved_format(), layer.float_weight()
     target = item.target(weight, stats, item.prepare(stats.hessian))
-    params = item.fit(target, stats)
+    params = item.fit(target, stats, layer.mask)
     parts = target.tensor_split(len(stats.guided))
+    masks = [None] * len(parts) if layer.mask is None else layer.mask.tensor_split(len(parts))
     solved = []
-    for hessian, part, fitted in zip(stats.guided, parts, _by_rows(form, params, parts), strict=True):
+    for hessian, part, mask, fitted in zip(stats.guided, parts, masks, _by_rows(form, params, parts), strict=True):
         system = item.prepare(hessian)
-        codes = system.codes(part, form.rounder(fitted, system.columns), form.step)
+        rounder = solve.masked(form.rounder(fitted, system.columns), mask, system.columns)
+        codes = system.codes(part, rounder, form.step)
         if item.refit and form.step == 1:
             start = form.pack(codes, fitted, (len(part), layer.shape[1])).dequantize()
-            codes, fitted = solve.improve(part, start, hessian_damped(hessian, system.damp), form, fitted, item.refit)
+            damped = hessian_damped(hessian, system.damp)
+            codes, fitted = solve.improve(part, start, damped, form, fitted, item.refit, mask)
         solved.append((codes, fitted, system))
     codes = torch.cat([each for each, _, _ in solved])
     joined = {name: torch.cat([fitted[name] for _, fitted, _ in solved]) for name in form.row_params or ()}

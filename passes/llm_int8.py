@@ -34,6 +34,7 @@ class LlmInt8(LayerPass):
     name: ClassVar[str] = "llm_int8"
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
     also: ClassVar[frozenset[Part]] = frozenset({Part.ACT})
+    keeps_zeros: ClassVar[bool] = True
 
     threshold: float = Field(default=6.0, ge=0, allow_inf_nan=False)
     library: bool = False

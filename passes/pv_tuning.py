@@ -29,6 +29,7 @@ class PvTuning(Tune):
     """
 
     name: ClassVar[str] = "pv_tuning"
+    keeps_zeros: ClassVar[bool] = False  # codes are chosen anew
     done: ClassVar[str] = "codes and the rest tuned"
 
     parts: tuple[Trained, ...] = Field(("scales", "codebooks", "norms"), min_length=1)

@@ -18,6 +18,7 @@ class Rtn(QuantPass):
     """
 
     name: ClassVar[str] = "rtn"
+    keeps_zeros: ClassVar[bool] = True
 
     clip: bool = False
 

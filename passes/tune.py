@@ -37,6 +37,7 @@ class Tune(ModelPass):
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.REFERENCE})
     part: ClassVar[Part] = Part.TUNING
     after: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
+    keeps_zeros: ClassVar[bool] = True
     training: ClassVar[bool] = True
     per_layer: ClassVar[bool] = False
     done: ClassVar[str] = "tuned"

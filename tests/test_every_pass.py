@@ -16,6 +16,7 @@ from compress.pipeline import Pipeline, Result, planned
 # every pass is run as the last of these texts (by default its bare name) on a Llama of three blocks, 64 wide, whose
 # head is its embedding: settings that fit it, where the defaults do not; what must come before a pass; few steps
 FITTING = {"gptq": "gptq(format=int4(group=32))", "rtn": "rtn(format=int4(group=32))"}
+FITTING |= {"sparsegpt": "sparsegpt(sparsity=0.3)"}
 FITTING |= {"trellis": "trellis(format=trellis(bits=3, block=32))"}
 FITTING |= {
     "adaquant": f"{FITTING['rtn']}, adaquant(steps=2)",

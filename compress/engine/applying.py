@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.engine.blockpass import Block, BlockPass
 from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass, Pass
+from compress.engine.zeros import require_kept
 from compress.errors import InputError
 from compress.layer import Layer, LayerSpec
 from compress.maths import products
@@ -70,10 +71,12 @@ def left(layer: Layer | LayerSpec, text: str, reason: str) -> LayerResult:
 def checked(
     item: Pass, before: Layer, changed: Layer, source: Layer, stats: LayerStats, text: str, seconds: float
 ) -> tuple[Layer, LayerResult]:
-    """A changed layer without its notes, and its row in the report. Raises: InputError where it is not finite."""
+    """A changed layer without its notes, and its row in the report. Raises: InputError where it is not finite, or
+    where a pruned weight came back."""
     assert (changed.name, changed.users, changed.shape) == (before.name, before.users, before.shape), item.name
     weight = changed.float_weight()
     _require_finite(item, weight, changed.name)
+    require_kept(item, before.mask, weight, changed.name)
     if changed.bias is not None:
         _require_finite(item, changed.bias, f"{changed.name}.bias")
     # a pass that fills no part rescales the model: what it makes is the new original
@@ -81,7 +84,7 @@ def checked(
     output_error, against = _output_error(weight, reference, stats)
     form = changed.format
     is_first = not item.part or before.weight is source.weight
-    return replace(changed, notes=()), LayerResult(
+    return replace(changed, notes=(), mask=None), LayerResult(
         layer=before.name,
         users=before.users,
         pass_text=text,

@@ -46,7 +46,8 @@ class Pass(BaseModel, ABC):
     than float32 meanwhile; `inside` whether it treats layers inside the blocks only; `per_layer` whether overrides can
     hold, because its settings are taken layer by layer; `training` whether it has the original and the compressed model
     in memory, with gradients (see also `trained_copies`); `opaque` whether it can treat a model that can be run but not
-    traced or differentiated (an ONNX graph).
+    traced or differentiated (an ONNX graph); `prunes` whether it sets weights to zero that passes after it may not
+    change; `keeps_zeros` whether it leaves such weights at zero (`Layer.mask`), as far as its format holds zero.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -64,6 +65,8 @@ class Pass(BaseModel, ABC):
     per_layer: ClassVar[bool] = True
     training: ClassVar[bool] = False
     opaque: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

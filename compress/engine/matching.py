@@ -13,6 +13,7 @@ import regex  # with a time limit, which re has not
 
 from compress.engine.layerpass import LayerPass, Pass
 from compress.engine.part import WORDS, Part
+from compress.engine.zeros import check_kept
 from compress.errors import UsageError, nearest
 from compress.layer import LayerKind, LayerSpec
 from compress.models.skeleton import Structure
@@ -82,7 +83,9 @@ def resolve(passes: Sequence[Pass], structure: Structure) -> Resolution:
         chosen, left_out, count = _select(item, structure)
         for name in chosen:
             _check_part(item, assigned[name], name, _later(passes[index + 1 :], structure.layers[name], structure))
-            assigned[name].append((index, _with_overrides(item, structure.layers[name], name, structure)))
+            one = _with_overrides(item, structure.layers[name], name, structure)
+            check_kept(one, (other for _, other in assigned[name]), name)
+            assigned[name].append((index, one))
         if item.rescales:
             _check_reach(item, chosen, assigned, structure)
         _settle(item, chosen, assigned, structure)

@@ -15,6 +15,7 @@ from compress.engine.applying import checked, left
 from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass
 from compress.engine.originals import Sources
+from compress.engine.zeros import with_mask
 from compress.inputs.datasets import Calibration
 from compress.layer import Layer
 from compress.models import placing
@@ -29,7 +30,8 @@ class Stage:
 
     model: as the stage received it; original: the uncompressed source; chosen: the layers that the pass is for, each
     with its settings; calibration: None where the pass needs no data; folder: where `write` puts the segments;
-    sources: the layers before any stage lost something of them, against which errors are taken; config: changes of
+    sources: the layers before any stage lost something of them, against which errors are taken; pruned: layers whose
+    zeros must stay; config: changes of
     config.json that go with the new weights.
     """
 
@@ -42,6 +44,7 @@ class Stage:
     device: str
     progress: Progress
     sources: Sources
+    pruned: frozenset[str] = frozenset()
     config: dict[str, Any] = field(default_factory=dict)
     results: list[LayerResult] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
@@ -71,6 +74,7 @@ class Stage:
             elif name in self.chosen:
                 before = self.model.layer(self.model.structure.layers[name])
                 source = sources[name] = self.sources.of(before)
+                before = with_mask(before) if name in self.pruned else before
                 done[name], result = checked(self.item, before, layer, source, LayerStats(), str(self.item), seconds)
                 self.results.append(result)
         self.sources.keep(segment, sources)

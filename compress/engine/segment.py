@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from compress.engine.matching import Resolution
 from compress.engine.originals import Sources
 from compress.engine.stream import BlockStream
 from compress.engine.turns import Turns
+from compress.engine.zeros import pruner, with_mask
 from compress.layer import Layer, LayerKind
 from compress.maths import products
 from compress.models.model import Model
@@ -83,8 +84,11 @@ class SegmentPasses:
         segment = _Segment(index, layers, plain, {name: self.sources.of(layers[name]) for name in names})
         for place, item in self.passes.items():
             chosen = {name: found_pass for name in names if (found_pass := self._pass_for(name, place)) is not None}
+            pruned = [name for name in chosen if pruner(self._before(name, place))]
+            layers.update({name: with_mask(layers[name]) for name in pruned})
             if chosen:
                 found += [(place, result) for result in self._apply(item, chosen, segment)]
+            layers.update({name: replace(layers[name], mask=None) for name in pruned})
         self.sources.keep(index, {name: segment.source[name] for name in names})
         return found
 
@@ -177,6 +181,10 @@ class SegmentPasses:
 
     def _pass_for(self, name: str, place: int) -> Pass | None:
         return next((item for index, item in self.resolution.passes[name] if index == place), None)
+
+    def _before(self, name: str, place: int) -> Iterable[Pass]:
+        """The passes that treat a layer before the one at some place, those of earlier stages too."""
+        return (item for index, item in self.resolution.passes[name] if index < place)
 
     def _collect(self, item: Pass, segment: _Segment, names: tuple[str, ...]) -> dict[str, LayerStats]:
         wants, index = wanted(item, self.model), segment.index

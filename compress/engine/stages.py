@@ -19,6 +19,7 @@ from compress.engine.segment import Found, as_data, from_data
 from compress.engine.segment_files import segment_file
 from compress.engine.shared_stages import SharedStages, stage_key
 from compress.engine.walk import Walk
+from compress.engine.zeros import pruner
 from compress.inputs.datasets import Calibration
 from compress.models.model import Model
 from compress.progress import Progress
@@ -130,12 +131,20 @@ class Stages:
         resolved = self.resolution.passes.items()
         return {name for name, found in resolved if any(at in places and LOSSY & one.fills() for at, one in found)}
 
+    def _pruned(self, place: int) -> frozenset[str]:
+        """Layers that passes before some place prune."""
+        found = self.resolution.passes.items()
+        return frozenset(name for name, passes in found if pruner(one for at, one in passes if at < place))
+
     def _whole(
         self, item: ModelPass, place: int, model: Model, folder: Path, sources: Sources
     ) -> tuple[list[Found], dict[str, Any]]:
         chosen = {name: one for name, passes in self.resolution.passes.items() for at, one in passes if at == place}
         calibration = self.calibration if item.needs_data else None
-        stage = Stage(item, model, self.original, chosen, calibration, folder, self.device, self.progress, sources)
+        pruned = self._pruned(place)
+        stage = Stage(
+            item, model, self.original, chosen, calibration, folder, self.device, self.progress, sources, pruned
+        )
         self.progress.begin(f"Pass over the whole model: {item.name}")
         item.apply(stage)
         missing = set(model.structure.segments) - stage.written

@@ -41,6 +41,11 @@ class Format(ABC):
         return 1
 
     @property
+    def holds_zero(self) -> bool:
+        """Whether a weight of zero stays exactly zero, whatever the parameters: what pruned weights need."""
+        return False
+
+    @property
     def shares_peak(self) -> bool:
         """Whether layers that are fed the same tensor must share a tensor-wide scale: `fit` then takes their peak."""
         return False

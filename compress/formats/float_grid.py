@@ -104,6 +104,10 @@ class FloatGrid(Format, ActivationFormat):
     def rounds_activations(self) -> bool:
         return self.group != "channel"
 
+    @property
+    def holds_zero(self) -> bool:
+        return True
+
     def group_size(self, columns: int) -> int:
         """Input columns that share a scale, for a weight with this many."""
         if self.group == "token":

@@ -85,6 +85,10 @@ class IntGrid(Format, ActivationFormat):
         outliers = "" if self.outliers is None else f", outliers={self.outliers}"
         return f"int{self.bits}({group}{scheme}{outliers})"
 
+    @property
+    def holds_zero(self) -> bool:
+        return self.scheme != "float_zero"  # the others have whole zero points
+
     def group_size(self, columns: int) -> int:
         """Input columns that share a scale, for a weight with this many."""
         if self.group == "token":

@@ -71,6 +71,10 @@ class Lookup(Format):
         return f"{self.table}({bits}{layout}={self.size}{', double' if self.double else ''})"
 
     @property
+    def holds_zero(self) -> bool:
+        return self.table in FIXED  # a learned table may have its nearest value beside zero
+
+    @property
     def scale_dtype(self) -> torch.dtype:
         """Of the stored scales, where they are not quantized again."""
         return torch.float32 if self.table in FIXED else torch.float16
