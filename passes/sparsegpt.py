@@ -21,7 +21,7 @@ from compress.solve import System
 class SparseGpt(Pruning, BlockPass):
     """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): which weights become zero is decided column by column,
     as they then are, and the columns after them absorb the error. Other than in the paper, the count is kept over the
-    whole weight rather than in every 128 columns (`maths.pruning.prune`), weak columns come first (for N:M strong
+    whole weight rather than in every run of columns (`maths.pruning.prune`), weak columns come first (for N:M strong
     ones), the values that are left are then solved for again, and layers are taken in the order in which data reach
     them, each with the inputs that the ones before it, already pruned, put out.
 

@@ -7,8 +7,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import compress
+from compress import export, hwprofiles
 from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass
 from compress.engine.prune_pass import Pruning
@@ -315,3 +317,13 @@ def test_runs_of_columns_that_are_taps_of_a_kernel_are_refused() -> None:
 
 def test_an_override_that_asks_for_the_second_stream_gets_it() -> None:
     assert SparseGpt(mismatch=0).wants < SparseGpt(mismatch=0, overrides={"*": {"mismatch": 0.5}}).wants
+
+
+def test_an_export_holds_the_pruned_values_as_they_are(model: Model, tmp_path: Path) -> None:
+    rounded = "rtn(format=int8(group=32), targets=[*.up_proj])"
+    result = Pipeline.parse(f"magnitude(pattern=1:4, targets=[*.mlp.*]), {rounded}").run(model)
+    export.find("checkpoint").write(result.model, hwprofiles.load("nvidia-l4"), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, weight in weights(result).items():
+        if "gate_proj" in name or "down_proj" in name:
+            assert torch.equal(stored[f"{name}.weight"].float(), weight) and int((weight == 0).sum()) == 4608

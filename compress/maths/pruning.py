@@ -8,7 +8,7 @@ from torch import Tensor
 from compress.maths import products
 from compress.maths.masks import Pattern
 
-BLOCK = 128
+BLOCK = 64
 """Columns after which what they did to the others is caught up with, and the next ones are chosen."""
 
 
