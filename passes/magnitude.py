@@ -11,8 +11,7 @@ from compress.layer import Layer
 
 
 class Magnitude(Pruning, LayerPass):
-    """Set the weights of smallest magnitude to zero (LeCun et al. 1989; Han et al. 2015, arXiv 1506.02626). Needs no
-    data.
+    """Set the weights of smallest magnitude to zero (Han et al. 2015, arXiv 1506.02626). Needs no data.
 
     Settings: `sparsity` the share that becomes zero; `pattern` among which weights: `layer` (all of the weight), `row`
     (of each output row), `N:M` such as 2:4 (N kept of every M input columns), `RxC` such as 16x16 (whole blocks, by the

@@ -15,7 +15,7 @@ from compress.maths.masks import relative_importance
 
 class Ria(Pruning, LayerPass):
     """Relative importance and activations (Zhang et al. 2024, "Plug-and-Play: an efficient post-training pruning method
-    for large language models", ICLR, eq. 2–3): a weight scores (|w_ij| / Σ_i |w_ij| + |w_ij| / Σ_j |w_ij|) · ‖x_j‖^a.
+    for large language models", ICLR): a weight scores (|w_ij| / Σ_i |w_ij| + |w_ij| / Σ_j |w_ij|) · ‖x_j‖^a.
     The paper's permutation of input channels for N:M is left out: no runtime undoes it for free.
 
     Settings: `sparsity` the share that becomes zero; `pattern` among which weights: `layer`, `row`, `N:M` such as 2:4

@@ -292,6 +292,8 @@ def test_a_pass_that_gives_a_pruned_weight_a_value_stops_the_run(model: Model) -
         ("rtn(format=int4(group=32)), magnitude", "magnitude must come before rtn"),
         ("magnitude(pattern=5:7)", "runs of 7 input columns, and there are 64.*ignore="),
         ("sparsegpt(pattern=7x4)", "runs of 7 output rows"),
+        ("wanda(sparsity=0.999)", "64 x 64, rounds to all of it"),
+        ("magnitude(pattern=32x64, sparsity=0.1)", "rounds to nothing"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(text: str, told: str, model: Model) -> None:

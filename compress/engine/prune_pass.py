@@ -59,6 +59,13 @@ class Pruning(Pass, ABC):
                 f"{self.name}: layer {spec.name}: {error} Choose another pattern, or leave it out "
                 f"(ignore=[{spec.name}])."
             ) from error
+        kept, rivals = pattern.kept(spec.shape, self.sparsity), pattern.rivals(spec.shape)
+        if kept in (0, rivals):
+            raise UsageError(
+                f"{self.name}: sparsity={self.sparsity:g} (pattern={pattern}) of {spec.name}, which is "
+                f"{spec.shape[0]} x {spec.shape[1]}, rounds to {'nothing' if kept else 'all of it'}. Choose "
+                f"another sparsity, or leave it out (ignore=[{spec.name}])."
+            )
         if pattern.kind == "n:m" and spec.kernel is not None and spec.kernel[1:] != (1, 1):
             raise UsageError(
                 f"{self.name}: pattern={pattern} runs along input channels, and the columns of {spec.name} are taps of "

@@ -70,14 +70,16 @@ class Pattern:
         if self.kind == "block" and rows % self.size[0]:
             raise UsageError(f"pattern={self} takes runs of {self.size[0]} output rows, and there are {rows}.")
 
-    def kept(self, shape: tuple[int, int], sparsity: float) -> int:
-        """What is kept of the weights (of `block`: of the blocks) that are compared with each other, for a weight
-        (out, in): the nearest whole number."""
+    def rivals(self, shape: tuple[int, int]) -> int:
+        """How many weights (of `block`: blocks) of a weight (out, in) are compared with each other."""
         rows, columns = shape
-        if self.kind == "n:m":
-            return self.size[0]
-        count = columns if self.kind == "row" else rows * columns // (self.size[0] * self.size[1])
-        return count - round(sparsity * count)
+        each = {"layer": rows * columns, "row": columns, "n:m": self.size[1]}
+        return each.get(self.kind, rows * columns // (self.size[0] * self.size[1]))
+
+    def kept(self, shape: tuple[int, int], sparsity: float) -> int:
+        """How many of the `rivals` stay: all but the share to be pruned, as the nearest whole number."""
+        count = self.rivals(shape)
+        return self.size[0] if self.kind == "n:m" else count - round(sparsity * count)
 
     def keep(self, scores: Tensor, kept: int | Tensor) -> Tensor:
         """scores (out, in) ≥ 0 → (out, in) bool, true where a weight stays: the highest scores; of equal ones those
@@ -116,8 +118,8 @@ def keep_largest(scores: Tensor, kept: int | Tensor) -> Tensor:
 
 
 def relative_importance(weight: Tensor) -> Tensor:
-    """|w| as a share of its row's sum, plus that of its column's, (out, in): RIA (Zhang et al. 2024, "Plug-and-Play",
-    eq. 2). A row or column of zeros counts 0."""
+    """|w| as a share of its row's sum, plus that of its column's, (out, in): RIA (Zhang et al. 2024, "Plug-and-Play").
+    A row or column of zeros counts 0."""
     size = weight.abs()
     smallest = torch.finfo(size.dtype).tiny
     return size / size.sum(0, keepdim=True).clamp(min=smallest) + size / size.sum(1, keepdim=True).clamp(min=smallest)

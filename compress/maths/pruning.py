@@ -81,7 +81,8 @@ def refit(weight: Tensor, start: Tensor, mask: Tensor, hessian: Tensor, rounds: 
     """The values that a mask leaves, closer to the best there are: rounds of conjugate gradients, all rows at once, on
     tr((W − V) H (W − V)ᵀ) over V that is zero outside the mask, scaled by the diagonal of H. No round makes the error
     larger. SparseGPT never comes back to a column; Boža 2024 (arXiv 2401.02938) shows what solving for the values
-    again gains, by other means (ADMM).
+    again gains, by other means (ADMM). At the least error a change of what is left adds its own error and nothing
+    else, so that whoever rounds these values next may aim at them instead of W.
 
     Args: weight W, start (out, in) float32, start zero outside mask (out, in) bool; hessian (in, in) float32, damped.
     """
