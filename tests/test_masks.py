@@ -71,11 +71,13 @@ def test_as_many_are_pruned_as_was_asked_even_where_all_scores_are_alike(text: s
     assert str(pattern) == text
 
 
-def test_each_row_may_keep_a_count_of_its_own() -> None:
-    given, counts = scores(), torch.arange(12)[:, None] * 2
+@pytest.mark.parametrize("ties", [False, True], ids=["all unlike", "many alike"])
+def test_each_row_may_keep_a_count_of_its_own(ties: bool) -> None:
+    given, counts = scores(ties), torch.arange(12)[:, None] * 2
+    counts[1] = 24
     found = keep_largest(given, counts)
     assert found.sum(1).tolist() == counts[:, 0].tolist()
-    alone = [keep_largest(given[row : row + 1], 2 * row) for row in range(12)]
+    alone = [keep_largest(given[row : row + 1], int(counts[row])) for row in range(12)]
     assert torch.equal(found, torch.cat(alone))
 
 

@@ -101,20 +101,31 @@ class Pattern:
 
 
 def keep_largest(scores: Tensor, kept: int | Tensor) -> Tensor:
-    """The `kept` largest of each row (for a Tensor (rows, 1) int64: of this row), exactly as many: (rows, n) → bool. Of
-    equal ones the first."""
+    """The `kept` largest of each row (for a Tensor (rows, 1) int64: of this row), exactly as many: (rows, n) float32,
+    ≥ 0 → bool. Of equal ones the first."""
     count = scores.shape[1]
     if isinstance(kept, int):
         if not 0 < kept < count:
             return torch.full_like(scores, kept > 0, dtype=torch.bool)
         least = scores.kthvalue(count - kept + 1, dim=-1, keepdim=True).values
     else:
-        ordered = scores.sort(dim=-1, descending=True).values
-        least = ordered.gather(1, (kept - 1).clamp(0, count - 1))
+        least = _least(scores, kept)
     above = scores > least
     level = scores == least
     room = kept - above.sum(-1, keepdim=True)
     return above | (level & (level.cumsum(-1) <= room))
+
+
+def _least(scores: Tensor, kept: Tensor) -> Tensor:
+    """The `kept`-th largest of each row, (rows, 1), of scores ≥ 0 float32: by halving, over the numbers' bit patterns,
+    which stand in the same order. Several times faster than sorting."""
+    bits = scores.contiguous().view(torch.int32)
+    low, high = torch.zeros_like(bits[:, :1]), bits.amax(1, keepdim=True)
+    while bool((low < high).any()):
+        middle = high - (high - low) // 2
+        enough = (bits >= middle).sum(1, keepdim=True) >= kept
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle - 1)
+    return low.view(torch.float32)
 
 
 def relative_importance(weight: Tensor) -> Tensor:
