@@ -125,6 +125,18 @@ def test_gptq_names_the_experts_that_saw_too_few_tokens_or_none(model: Model) ->
     torch.testing.assert_close(stored.float_weight(), nearest)  # the identity Hessian moves nothing
 
 
+def test_sparsegpt_prunes_experts_that_saw_no_token_by_their_weights_and_gptq_keeps_the_zeros(model: Model) -> None:
+    ids, experts = torch.full((1, 6), 7), 'targets=["kind:expert"]'
+    text = f"sparsegpt(pattern=2:4, {experts}), gptq(format=int4(group=16), {experts})"
+    result = Pipeline.parse(text).run(model, calibration(ids))
+    notes = [" ".join(item.notes) for item in result.passes[0].layers if item.changed]
+    assert sum("no calibration token reached it" in note for note in notes) == 8 and len(notes) == 16
+    for item in result.passes[1].layers:
+        if item.changed:
+            weight = result.model.layer(result.model.structure.layers[item.layer]).float_weight()
+            assert bool(((weight.reshape(len(weight), -1, 4) != 0).sum(-1) <= 2).all())
+
+
 def test_a_plan_says_that_experts_are_computed_densely(model: Model) -> None:
     layers = model.structure.layers
     expert = target.plan_layer(layers[f"{FIRST}.down_proj.1"], PROFILE)

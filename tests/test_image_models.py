@@ -199,6 +199,23 @@ def test_gptq_loses_less_on_convolutions_than_rounding(model: Model) -> None:
     assert lost["gptq"] < 0.8 * lost["rtn"]
 
 
+def test_sparsegpt_loses_less_on_convolutions_than_magnitude_and_keeps_its_zeros(model: Model) -> None:
+    pixels = (images(200) * 50 + 128).clamp(0, 255).to(torch.uint8)
+    assert model.image is not None
+    calibration = Images.of(pixels, torch.zeros(200, dtype=torch.int64), model.image.preprocess)
+    lost, zeros = [], []
+    ours = "sparsegpt(ignore=[kind:head])"
+    for text in ("magnitude(ignore=[kind:head])", ours, f"{ours}, gptq(format=int8(channel), ignore=[kind:head])"):
+        made = Pipeline.parse(text).run(model, Calibration(calibration, 0, "random")).model
+        inputs = calibration.batches()
+        outputs = zip(image_logits(made, inputs), image_logits(model, inputs), strict=True)
+        lost.append(sum(float((changed - exact).square().sum()) for changed, exact in outputs))
+        zeros.append({name: made.layer(spec).float_weight() == 0 for name, spec in made.structure.layers.items()})
+    assert lost[1] < 0.8 * lost[0]
+    assert all(bool(zeros[2][name][found].all()) for name, found in zeros[1].items())
+    assert int(zeros[1]["grouped"].sum()) == 16 * 36 // 2
+
+
 def test_a_model_that_puts_out_nan_stops_the_walk(model: Model) -> None:
     stream = open_stream(model, [images()])
     layers = model.layers(0)
