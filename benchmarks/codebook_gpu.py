@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from digits import rounded
 from torch import Tensor
 
 from compress.kernels import GpuProduct, missing_triton
@@ -125,15 +126,6 @@ def measure(size: int, tokens: int, where: str, how: str, budget_s: float) -> li
         rows.append(row)
         print(json.dumps(rounded(row)), flush=True)
     return rows
-
-
-def rounded(content: Any) -> Any:
-    """Floats to six digits."""
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [rounded(value) for value in content]
-    return float(f"{content:.6g}") if isinstance(content, float) else content
 
 
 @torch.no_grad()

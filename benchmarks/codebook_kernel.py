@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from digits import rounded
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 from torch import Tensor
@@ -173,15 +174,6 @@ def main() -> None:
     }
     content = {**told, "versions": versions(), "layer": shape, "relative_error": errors(), "rows": rows}
     RESULT.write_text(json.dumps(rounded(content), indent=1) + "\n")
-
-
-def rounded(content: Any) -> Any:
-    """Floats to six digits."""
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [rounded(value) for value in content]
-    return float(f"{content:.6g}") if isinstance(content, float) else content
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from digits import rounded
 from numpy.typing import NDArray
 
 from compress import hwprofiles
@@ -206,15 +207,6 @@ def main() -> None:
     told = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0], "versions": versions()}
     content = {**told, "layer": [SIZE, SIZE], "memory": kept, "rows": rows}
     RESULT.write_text(json.dumps(rounded(content), indent=1) + "\n")
-
-
-def rounded(content: Any) -> Any:
-    """Floats to six digits."""
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [rounded(value) for value in content]
-    return float(f"{content:.6g}") if isinstance(content, float) else content
 
 
 if __name__ == "__main__":

@@ -239,10 +239,16 @@ def _descend(values: Tensor, slope: Tensor, hessian: Tensor, rounder: Rounder) -
 def row_scales(target: Tensor, unit: Tensor, hessian: Tensor) -> Tensor:
     """(out,): what each row of `unit` (out, in) is best multiplied with to come close to the target; 0 for a row that
     does nothing."""
+    gain, curvature = row_terms(target, unit, hessian)
+    return torch.where(curvature > 0, gain / curvature, 0.0)
+
+
+def row_terms(target: Tensor, unit: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """gain g and curvature c, (out,) both, of the rows of `unit` (out, in): multiplied with s, a row changes the error
+    by c s² − 2 g s."""
     with products.fast():
         reaction = unit @ hessian
-    gain, curvature = (target * reaction).sum(1), (unit * reaction).sum(1)
-    return torch.where(curvature > 0, gain / curvature, 0.0)
+    return (target * reaction).sum(1), (unit * reaction).sum(1)
 
 
 def column_scales(target: Tensor, unit: Tensor, hessian: Tensor) -> Tensor | None:

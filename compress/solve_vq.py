@@ -211,9 +211,7 @@ def refit_scale(layer: Coded, book: Tensor) -> Coded:
     unit = layer.unit(book)
     if layer.form.scale == "column":
         return _columns_rescaled(layer, book, unit)
-    with products.fast():
-        reaction = unit @ layer.hessian
-    gain, curvature = (layer.target * reaction).sum(1), (unit * reaction).sum(1)
+    gain, curvature = solve.row_terms(layer.target, unit, layer.hessian)
     wanted = _kept(torch.where(curvature > 0, gain / curvature, 0.0)[:, None], layer.scale)
     now, new = layer.scale[:, 0], wanted[:, 0]
     lower = curvature * new.square() - 2 * gain * new < curvature * now.square() - 2 * gain * now

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from compress.errors import UsageError
+from compress.errors import UsageError, nearest
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<mark>[(){}\[\],=])|(?P<word>[^\s(){}\[\],="]+?(?=\s*(?:[(){}\[\],="]|:\s|$|\s)))|(?P<colon>:))"""
@@ -41,6 +42,12 @@ class Call:
         items = [print_value(value) for value in self.args]
         items += [f"{key}={print_value(value)}" for key, value in self.kwargs.items()]
         return f"{self.name}({', '.join(items)})" if items else self.name
+
+    def require_known(self, settings: Collection[str]) -> None:
+        """Raises: UsageError for a setting (`key=value`) that is none of these."""
+        unknown = sorted(set(self.kwargs) - set(settings))
+        if unknown:
+            raise UsageError(f"{self.name}: unknown setting '{unknown[0]}'.{nearest(unknown[0], settings)}")
 
 
 def print_value(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from compress import solve
 from compress.engine import backward
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
+from compress.engine.in_turn import check_guided, check_mismatch, crossed
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.errors import UsageError
 from compress.formats.base import Format, Params
@@ -59,11 +60,7 @@ class Gptq(BlockQuantPass):
 
     @model_validator(mode="after")
     def _check_order_of_work(self) -> Self:
-        if "mismatch" in self.model_fields_set and self.mismatch and not self.sequential:
-            raise UsageError(
-                f"gptq: mismatch={self.mismatch:g} needs sequential=true: a correction that does not know the errors "
-                "made inside the block does harm. Leave one of the two out, or set mismatch=0."
-            )
+        check_mismatch(self)
         form = self.resolved_format()
         if self.guided and form.row_params is None:
             raise UsageError(
@@ -71,11 +68,7 @@ class Gptq(BlockQuantPass):
                 "blocks cross rows. Use an integer or float format, or set guided=0."
             )
         for pattern, settings in self.overrides.items():
-            if settings.get("guided", 0) not in (0, self.guided):
-                raise UsageError(
-                    f"gptq: overrides of '{pattern}' may not set guided={settings['guided']}: one backward pass serves "
-                    f"all layers. Set it for the whole pass; an override may then set guided=0."
-                )
+            check_guided(self.name, pattern, settings, self.guided)
             late = "mismatch" in settings and Stat.CROSS not in self.wants
             if "sequential" in settings or late:
                 name = "sequential" if "sequential" in settings else "mismatch"
@@ -87,8 +80,7 @@ class Gptq(BlockQuantPass):
 
     @property
     def wants(self) -> frozenset[Stat]:
-        cross = {Stat.CROSS} if self.sequential and self.mismatch else set()
-        return super().wants | cross | ({Stat.GUIDED} if self.guided else set())
+        return super().wants | crossed(self) | ({Stat.GUIDED} if self.guided else set())
 
     @property
     def row_groups(self) -> int:

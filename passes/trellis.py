@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
 
 from compress import solve_trellis
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
+from compress.engine.in_turn import Systems, check_mismatch, crossed, refuse_fixed
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.layerpass import FormatField
 from compress.errors import UsageError
@@ -57,18 +57,9 @@ class Trellis(BlockQuantPass):
             )
         if self.group_size is not None:
             raise UsageError("trellis: group_size is for integer formats. Leave it out.")
-        if self.mismatch and "mismatch" in self.model_fields_set and not self.sequential:
-            raise UsageError(
-                f"trellis: mismatch={self.mismatch:g} needs sequential=true: a correction that does not know the "
-                "errors made inside the block does harm. Leave one of the two out, or set mismatch=0."
-            )
+        check_mismatch(self)
         for pattern, settings in self.overrides.items():
-            fixed = sorted({"sequential", "mismatch"} & set(settings))
-            if fixed:
-                raise UsageError(
-                    f"trellis: overrides of '{pattern}' may not set {fixed[0]}: it decides how data are collected for "
-                    "all layers. Set it for the whole pass."
-                )
+            refuse_fixed(self.name, pattern, settings, ("sequential", "mismatch"))
         return self
 
     def _shortened(self, form: Format, short: Mapping[str, Any]) -> Format:
@@ -77,22 +68,18 @@ class Trellis(BlockQuantPass):
 
     @property
     def wants(self) -> frozenset[Stat]:
-        return super().wants | ({Stat.CROSS} if self.sequential and self.mismatch else set())
+        return super().wants | crossed(self)
 
     @property
     def in_turn(self) -> bool:
         return self.sequential
 
     def block(self, block: Block) -> Changed:
-        changed, systems = {}, dict[object, System]()
+        changed, systems = {}, Systems()
         for name, item in block.chosen.items():
             assert isinstance(item, Trellis)
             layer, stats = block.layers[name], block.stats.get(name, LayerStats())
-            key = (name if stats.hessian is None else id(stats.hessian), item.damp)
-            if key not in systems:  # layers that are fed the same share it
-                hessian = torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
-                systems[key] = System.of(hessian, item.damp, 1, "given")
-            changed[name] = _coded(item, layer, stats, systems[key])
+            changed[name] = _coded(item, layer, stats, systems.of(layer, stats, item.damp, 1, "given"))
         return Changed(changed)
 
 

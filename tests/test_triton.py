@@ -194,9 +194,10 @@ def test_with_triton_its_kernels_are_chosen_on_a_cuda_device(monkeypatch: pytest
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would time this GPU")
-def test_the_benchmark_times_nothing_where_there_is_no_gpu() -> None:
+def test_the_benchmark_times_nothing_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "codebook_gpu.py"
     if not path.is_file():
         pytest.skip("the benchmarks are not here")
+    monkeypatch.syspath_prepend(path.parent)  # as when it is run
     with pytest.raises(SystemExit, match="There is no CUDA device here: nothing was timed"):
         runpy.run_path(str(path))["main"]([])

@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.engine import backward
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
 from compress.engine.codebook_tasks import Task, held, notes_of, shared_notes, tasks_of
+from compress.engine.in_turn import check_guided, check_mismatch, crossed, refuse_fixed
 from compress.engine.layer_stats import Stat
 from compress.engine.layerpass import FormatField, Pass
 from compress.errors import UsageError
@@ -88,24 +89,11 @@ class CodebookPass(BlockQuantPass, ABC):
 
     @model_validator(mode="after")
     def _check_order_of_work(self) -> Self:
-        if self.mismatch and "mismatch" in self.model_fields_set and not self.sequential:
-            raise UsageError(
-                f"{self.name}: mismatch={self.mismatch:g} needs sequential=true: a correction that does not know "
-                "the errors made inside the block does harm. Leave one of the two out, or set mismatch=0."
-            )
+        check_mismatch(self)
         for pattern, settings in self.overrides.items():
+            check_guided(self.name, pattern, settings, self.guided)
             whole = self.fixed | (self.fixed_shared if self.share == "block" else frozenset())
-            refused = sorted(whole & set(settings))
-            if settings.get("guided", 0) not in (0, self.guided):
-                raise UsageError(
-                    f"{self.name}: overrides of '{pattern}' may not set guided={settings['guided']}: one backward pass "
-                    "serves all layers. Set it for the whole pass; an override may then set guided=0."
-                )
-            if refused:
-                raise UsageError(
-                    f"{self.name}: overrides of '{pattern}' may not set {refused[0]}: it decides how data are "
-                    "collected for all layers. Set it for the whole pass."
-                )
+            refuse_fixed(self.name, pattern, settings, whole)
         return self
 
     def _shortened(self, form: Format, short: Mapping[str, Any]) -> Format:
@@ -118,8 +106,7 @@ class CodebookPass(BlockQuantPass, ABC):
 
     @property
     def wants(self) -> frozenset[Stat]:
-        cross = {Stat.CROSS} if self.sequential and self.mismatch else set()
-        return super().wants | cross | ({Stat.GUIDED} if self.guided else set())
+        return super().wants | crossed(self) | ({Stat.GUIDED} if self.guided else set())
 
     @property
     def row_groups(self) -> int:

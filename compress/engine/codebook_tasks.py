@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from compress.engine.blockpass import Block
+from compress.engine.in_turn import Systems
 from compress.engine.layer_stats import LayerStats
 from compress.formats.base import QuantTensor, alike
 from compress.formats.codebook import Codebook
@@ -60,26 +60,19 @@ def held(block: Block) -> dict[str | Codebook, Tensor]:
 
 def tasks_of(block: Block, chosen: Mapping[str, CodebookPass]) -> list[Task]:
     """Layers that are fed the same share a system; a guided layer has one for each group of its rows."""
-    tasks, systems = [], dict[object, System]()
-    unknown = _unknown(block)
+    tasks, systems = [], Systems(_unknown(block))
     for name, item in chosen.items():
         layer, stats = block.layers[name], block.stats.get(name, LayerStats())
-        key = (name if stats.hessian is None else id(stats.hessian), item.damp, item.column_order, item.codebook.step)
-        if key not in systems:
-            hessian = torch.eye(layer.shape[1]) * unknown if stats.hessian is None else stats.hessian
-            systems[key] = _system(item, hessian)
-        target = systems[key].target(layer.float_weight(), stats.cross, item.mismatch)
+        how = item.damp, item.codebook.step, item.column_order
+        system = systems.of(layer, stats, *how)
+        target = system.target(layer.float_weight(), stats.cross, item.mismatch)
         if item.guided and stats.guided is not None:
             share, parts = _balance(stats), target.tensor_split(len(stats.guided))
             pairs = zip(stats.guided, parts, strict=True)
-            tasks += [Task(item, layer, stats, _system(item, share * hessian), rows) for hessian, rows in pairs]
+            tasks += [Task(item, layer, stats, System.of(share * hessian, *how), rows) for hessian, rows in pairs]
         else:
-            tasks.append(Task(item, layer, stats, systems[key], target))
+            tasks.append(Task(item, layer, stats, system, target))
     return tasks
-
-
-def _system(item: CodebookPass, hessian: Tensor) -> System:
-    return System.of(hessian, item.damp, item.codebook.step, item.column_order)
 
 
 def _unknown(block: Block) -> float:

@@ -77,10 +77,7 @@ class Codebook(Format):
             if "axis" in settings:
                 raise UsageError(f"{call.text()}: the axis is given twice. Keep one of them.")
             settings["axis"] = word
-        allowed = ("vector", "entries", "stages", "axis", "groups", "scale", "share")
-        unknown = sorted(set(settings) - set(allowed))
-        if unknown:
-            raise UsageError(f"codebook: unknown setting '{unknown[0]}'.{nearest(unknown[0], allowed)}")
+        call.require_known(("vector", "entries", "stages", "axis", "groups", "scale", "share"))
         return cls(**settings)
 
     def __str__(self) -> str:

@@ -46,7 +46,5 @@ def settings_of(call: Call) -> dict[str, Any]:
         if key in settings:
             raise UsageError(f"{call.text()}: {key} is given twice. Keep one of them.")
         settings[key] = word
-    unknown = sorted(set(settings) - {"group", "scale"})
-    if unknown:
-        raise UsageError(f"{call.name}: unknown setting '{unknown[0]}'.{nearest(unknown[0], ('group', 'scale'))}")
+    call.require_known(("group", "scale"))
     return {"scale": usual_scale(settings.get("group")), **settings}

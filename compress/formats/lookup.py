@@ -55,10 +55,7 @@ class Lookup(Format):
             if "double" in settings:
                 raise UsageError(f"{call.text()}: double is given twice. Keep one of them.")
             settings["double"] = True
-        allowed = ("block", "group", "double", "bits")[: 3 if call.name in FIXED else 4]
-        unknown = sorted(set(settings) - set(allowed))
-        if unknown:
-            raise UsageError(f"{call.name}: unknown setting '{unknown[0]}'.{nearest(unknown[0], allowed)}")
+        call.require_known(("block", "group", "double", "bits")[: 3 if call.name in FIXED else 4])
         if {"block", "group"} <= set(settings):
             raise UsageError(f"{call.text()}: block and group are two layouts of the scales. Keep one of them.")
         flat = "block" in settings or ("group" not in settings and call.name in FIXED)

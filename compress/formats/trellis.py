@@ -61,10 +61,7 @@ class Trellis(Format):
             if "code" in settings:
                 raise UsageError(f"{call.text()}: the code is given twice. Keep one of them.")
             settings["code"] = word
-        allowed = ("bits", "code", "block")
-        unknown = sorted(set(settings) - set(allowed))
-        if unknown:
-            raise UsageError(f"trellis: unknown setting '{unknown[0]}'.{nearest(unknown[0], allowed)}")
+        call.require_known(("bits", "code", "block"))
         return cls(**settings)
 
     def __str__(self) -> str:

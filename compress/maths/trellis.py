@@ -9,12 +9,9 @@ bits and codes are those of EXL3 files. Pure functions on tensors.
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Code = Literal["3inst", "mcg", "mul1"]
 
 STATE_BITS = 16
 STATES = 1 << STATE_BITS
@@ -44,7 +41,12 @@ def table(code: str) -> Tensor:
 
 def _halves(words: Tensor) -> Tensor:
     """Numbers below 2^16 as the float16 whose bits they are, in float32."""
-    return torch.where(words < 1 << 15, words, words - (1 << 16)).to(torch.int16).view(torch.float16).float()
+    return _signed(words).view(torch.float16).float()
+
+
+def _signed(words: Tensor) -> Tensor:
+    """Numbers below 2^16 as the int16 of the same bits."""
+    return torch.where(words < 1 << 15, words, words - (1 << 16)).to(torch.int16)
 
 
 @cache
@@ -90,7 +92,7 @@ def pack(symbols: Tensor, bits: int) -> Tensor:
     stream = (symbols.long()[..., None] >> torch.arange(bits - 1, -1, -1)) & 1
     halves = stream.reshape(*symbols.shape[:-1], -1, 2, 16).flip(-2)
     words = (halves << torch.arange(15, -1, -1)).sum(-1).flatten(-2)
-    return torch.where(words < 1 << 15, words, words - (1 << 16)).to(torch.int16)
+    return _signed(words)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -149,7 +151,7 @@ def _walk(wanted: Tensor, bits: int, values: Tensor, context: Tensor | None) -> 
 
 
 def _least(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest over the middle one of three dimensions, 2^k long, and the first place that has it, uint8: halves are
+    """Smallest over the middle one of three dimensions, 2^k long, and a place that has it, uint8: halves are
     compared, which torch does many times faster than it looks for a minimum."""
     place = torch.zeros((), dtype=torch.uint8)
     size = values.shape[1]
