@@ -23,7 +23,8 @@ from compress.engine.applying import left
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
 from compress.engine.layerpass import Pass
-from compress.engine.matching import Resolution, resolve
+from compress.engine.matching import Resolution
+from compress.engine.reshape import Section, lay
 from compress.engine.segment import Found
 from compress.engine.shared_stages import SharedStages
 from compress.engine.stages import Stages
@@ -74,7 +75,12 @@ class Pipeline:
         return ", ".join(str(item) for item in self.passes)
 
     def resolve(self, model: Model) -> Resolution:
-        """Lay the passes over a model and check the whole order. Raises: UsageError; UnsupportedError for a kind
+        """Lay the passes over a model, those after a change of its shape over what will be left of it, and check the
+        whole order. Returns: of the last section. Raises: see `lay`."""
+        return self.lay(model)[-1].resolution
+
+    def lay(self, model: Model) -> list[Section]:
+        """All sections of the recipe, as far as is known without data. Raises: UsageError; UnsupportedError for a kind
         of model that a pass cannot treat."""
         for item in self.passes:
             if model.image is not None and model.image.graph and not item.opaque:
@@ -83,8 +89,7 @@ class Pipeline:
                     "differentiated. Passes that take it layer by layer work: "
                     f"{', '.join(name for name in PASSES if find(name).opaque)}."
                 )
-            item.check(model)
-        return resolve(self.passes, model.structure)
+        return lay(self.passes, model)
 
     def check_dtype(self, model: Model, dtype: torch.dtype | None) -> None:
         """Raises: UsageError where blocks may not compute in a calibration's type."""
@@ -127,32 +132,32 @@ class Pipeline:
         if self.needs_data and calibration is None:
             raise UsageError(f"{self}: needs calibration data. Give --data FILE (in Python: calibration=FILE).")
         self.check_dtype(model, None if calibration is None else calibration.dtype)
-        resolution = self.resolve(model)
-        planned(resolution)  # refuses what a layer's shape does not allow, before any work
+        planned(self.resolve(model))  # refuses what a layer's shape does not allow, before any work
         keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
         target = Path(keeper.name) if keeper else folder
         assert target is not None
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
             quiet = progress or Progress(quiet=True)
-            stages = Stages(self.passes, model, resolution, calibration, target, journal, device, quiet, shared)
+            stages = Stages(self.passes, model, calibration, target, journal, device, quiet, shared)
             results = stages.run()
-            output_grids.fit(resolution, calibration, target, device)
-        passes = tuple(self._gather(index, results, resolution) for index in range(len(self.passes)))
-        return Result(store.open_store(target, keeper), model, passes, self, calibration, resolution.untied)
+            output_grids.fit(stages.resolution, calibration, target, device)
+        passes = tuple(self._gather(place, results, part) for part in stages.sections for place in part.places)
+        untied = tuple(name for part in stages.sections for name in part.resolution.untied)
+        return Result(store.open_store(target, keeper), model, passes, self, calibration, untied)
 
-    def _gather(self, index: int, results: Sequence[Found], resolution: Resolution) -> PassResult:
-        text = str(self.passes[index])
+    def _gather(self, index: int, results: Sequence[Found], part: Section) -> PassResult:
+        text, resolution, number = str(self.passes[index]), part.resolution, index - part.places.start
         done = [result for place, result in results if place == index]
         layers = resolution.structure.layers
         touched = {result.layer for result in done}  # a rescaling reaches layers that the pass was not asked to treat
         skipped = [
             left(layers[name], text, reason)
-            for name, reason in resolution.skipped[index].items()
+            for name, reason in resolution.skipped[number].items()
             if name not in touched
         ]
         seconds = sum(result.seconds or 0.0 for result in done)
-        return PassResult(pass_text=text, matches=resolution.matches[index], layers=(*done, *skipped), seconds=seconds)
+        return PassResult(pass_text=text, matches=resolution.matches[number], layers=(*done, *skipped), seconds=seconds)
 
 
 def planned(resolution: Resolution) -> dict[str, LayerSpec]:

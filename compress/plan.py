@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,27 +46,30 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     recipe = recipe.for_target(profile.target)
     pipeline = pipeline or Pipeline.parse(recipe.passes)
     pipeline.check_dtype(model, getattr(torch, recipe.calibration.dtype))
-    resolution = pipeline.resolve(model)
+    sections = pipeline.lay(model)
+    resolution, shaped = sections[-1].resolution, sections[-1].model
     specs = planned(resolution)
     target = find_target(profile.target)
-    require_graphs(target, model, profile)
+    require_graphs(target, shaped, profile)
     choices = plan_layers(target, specs, profile)
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data, pipeline.passes)
-    artifact = artifact_bytes(target, specs.values(), model, profile)
-    stored = model_bytes(specs.values(), model)
+    artifact = artifact_bytes(target, specs.values(), shaped, profile)
+    stored = model_bytes(specs.values(), shaped)
     memory = peak_memory(sizes, artifact)
     refused = [choice for choice in choices.values() if isinstance(choice, Refusal)]
-    deployed = deployed_bytes(target, specs.values(), model, profile, artifact)
+    deployed = deployed_bytes(target, specs.values(), shaped, profile, artifact)
     larger = () if refused else _larger(deployed, model.source_bytes)
     return Plan(
         model=model.source,
         profile=profile.id,
         recipe=str(pipeline),
         layers=layers,
-        matches=_matches([str(item) for item in pipeline.passes], resolution.matches),
+        matches=_matches(
+            [str(item) for item in pipeline.passes], [found for part in sections for found in part.resolution.matches]
+        ),
         warnings=(*model.warnings, *_warnings(layers, resolution), *larger, *_too_large(memory)),
-        notes=_notes(layers, predicted_parts(target, specs.values(), model, profile)),
+        notes=_notes(layers, predicted_parts(target, specs.values(), shaped, profile)),
         target=profile.target,
         refusals=_refusals(choices),
         other_targets=other_targets(specs, profile) if refused else (),
@@ -77,24 +80,27 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
         predicted_peak_memory_bytes=memory,
         predicted_disk_bytes=disk_bytes(sizes, specs.values(), model, artifact),
         predicted_seconds=seconds(sizes, profile),
-        predicted_latency=() if refused else _latency(model, specs, choices, profile),
+        predicted_latency=() if refused else _latency(shaped, specs, choices, profile, model),
     )
 
 
 def _latency(
-    model: Model, specs: Mapping[str, LayerSpec], choices: Choices, profile: Profile
+    model: Model, specs: Mapping[str, LayerSpec], choices: Choices, profile: Profile, source: Model
 ) -> tuple[PredictedLatency, ...]:
     """Over the profile's grid; none for image classifiers, whose layers are met more than once a call."""
     if model.image is not None:
         return ()
-    arms = latency_arms(model, specs, choices, profile)
+    arms = latency_arms(model, specs, choices, profile, source)
     return roofline.predict(*arms, profile, decodes=model.task is Task.CAUSAL_LM)
 
 
 def latency_arms(
-    model: Model, specs: Mapping[str, LayerSpec], choices: Choices, profile: Profile
+    model: Model, specs: Mapping[str, LayerSpec], choices: Choices, profile: Profile, source: Model | None = None
 ) -> tuple[roofline.Arm, roofline.Arm]:
-    """The variant and the uncompressed baseline of a language model or encoder, as their latency is predicted."""
+    """The variant and the uncompressed baseline of a language model or encoder, as their latency is predicted.
+
+    Args: source: what it was made of, where its shape is another.
+    """
     runtime = profile.runtimes.get(find_target(profile.target).RUNTIME)
     # of a chip whose engines are built elsewhere, and of torch, the machine's own type still tells what is fastest
     float_dtype = (runtime or next(iter(profile.runtimes.values()))).float_dtype
@@ -106,7 +112,12 @@ def latency_arms(
         speeds={name: choice.speed for name, choice in taken.items() if choice.speed is not None},
     )
     machine = roofline.rates(profile, thread_count(profile), runtime, float_dtype)
-    return roofline.arms(specs.values(), lowered, model.config.get_text_config(), machine, float_dtype)
+
+    def arm(whose: Model, those: Iterable[LayerSpec], how: roofline.Lowered | None) -> roofline.Arm:
+        return roofline.arm(those, how, whose.config.get_text_config(), whose.attentions, machine, float_dtype)
+
+    before = specs if source is None else source.structure.layers
+    return arm(model, specs.values(), lowered), arm(source or model, before.values(), None)
 
 
 def refusal(plan: Plan) -> CompressError | None:

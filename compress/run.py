@@ -162,14 +162,15 @@ def fingerprint(model: Model, request: Request, calibration: Calibration | None,
 
 
 def _export_both(result: Result, profile: Profile, folder: Path, progress: Progress) -> Lowered:
-    """The artifact in its target's folder and the baseline in `baseline/`, from one capture."""
+    """The artifact in its target's folder and the baseline in `baseline/`, from one capture where they are alike."""
     target = find_target(profile.target)
     for name in (target.FOLDER, "baseline"):
         shutil.rmtree(folder / name, ignore_errors=True)
     progress.begin("Exporting: tracing the model")
     graph = target.capture(result.model, profile)
     progress.begin("Exporting: writing the baseline")
-    write_baseline(target, result.source, profile, folder / "baseline", graph)
+    of_baseline = None if any(item.reshapes for item in result.pipeline.passes) else graph
+    write_baseline(target, result.source, profile, folder / "baseline", of_baseline)
     result.source.release()
     progress.begin("Exporting: writing the artifact")
     lowered = target.write(result.model, profile, folder / target.FOLDER, graph)

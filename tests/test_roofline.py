@@ -54,7 +54,8 @@ def predict(
         {each.name: stored for each in specs}, rounded, {each.name: speed for each in specs} if speed else {}
     )
     rates = roofline.rates(machine, threads, runtime)
-    arms = roofline.arms(specs, lowered, config, rates, "float32")
+    blocks = attentions(config)
+    arms = [roofline.arm(specs, how, config, blocks, rates, "float32") for how in (lowered, None)]
     return {(one.phase, one.batch, one.prompt): one for one in roofline.predict(*arms, machine, decodes=True)}
 
 

@@ -54,7 +54,7 @@ def apply_block(
         layers[name], result = checked(item, before, layer, sources[name], stats, text, seconds)
         results.append(result)
     for name, tensor in found.plain.items():
-        _require_finite(item, tensor, name)
+        require_finite(item, tensor, name)
     for name in block.chosen:
         if name not in found.layers:
             reason = found.skipped.get(name)
@@ -75,10 +75,10 @@ def checked(
     where a pruned weight came back."""
     assert (changed.name, changed.users, changed.shape) == (before.name, before.users, before.shape), item.name
     weight = changed.float_weight()
-    _require_finite(item, weight, changed.name)
+    require_finite(item, weight, changed.name)
     require_kept(item, before.mask, weight, changed.name)
     if changed.bias is not None:
-        _require_finite(item, changed.bias, f"{changed.name}.bias")
+        require_finite(item, changed.bias, f"{changed.name}.bias")
     # a pass that fills no part rescales the model: what it makes is the new original
     reference = source.float_weight() if item.part else weight
     output_error, against = _output_error(weight, reference, stats)
@@ -100,7 +100,8 @@ def checked(
     )
 
 
-def _require_finite(item: Pass, values: Tensor, name: str) -> None:
+def require_finite(item: Pass, values: Tensor, name: str) -> None:
+    """Raises: InputError for NaN or infinite values."""
     if not products.all_finite(values):
         raise InputError(f"{item.name} made NaN or infinite values in {name}. The run stops here.")
 

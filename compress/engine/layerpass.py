@@ -47,7 +47,8 @@ class Pass(BaseModel, ABC):
     hold, because its settings are taken layer by layer; `training` whether it has the original and the compressed model
     in memory, with gradients (see also `trained_copies`); `opaque` whether it can treat a model that can be run but not
     traced or differentiated (an ONNX graph); `prunes` whether it sets weights to zero that passes after it may not
-    change; `keeps_zeros` whether it leaves such weights at zero (`Layer.mask`), as far as its format holds zero.
+    change; `keeps_zeros` whether it leaves such weights at zero (`Layer.mask`), as far as its format holds zero;
+    `reshapes` whether the model that it leaves has other blocks or layers (compress/engine/reshape.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -67,6 +68,7 @@ class Pass(BaseModel, ABC):
     opaque: ClassVar[bool] = True
     prunes: ClassVar[bool] = False
     keeps_zeros: ClassVar[bool] = False
+    reshapes: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

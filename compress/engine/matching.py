@@ -30,8 +30,8 @@ class Resolution:
     """The pipeline laid over a model.
 
     structure: the model's, with tied weights parted where a pass treats users unlike; passes: per layer, in order,
-    (index in the pipeline, the pass with its overrides); matches: per pass, pattern → layers; skipped: per pass,
-    layer → reason; untied: layers that got a weight of their own.
+    (index in the pipeline, the pass with its overrides); matches: per pass laid, pattern → layers; skipped: per pass
+    laid, layer → reason; untied: layers that got a weight of their own.
     """
 
     structure: Structure
@@ -74,15 +74,19 @@ def _fits(pattern: str, user: str) -> bool:
         ) from error
 
 
-def resolve(passes: Sequence[Pass], structure: Structure) -> Resolution:
-    """Lay passes over a structure. Raises: UsageError for a pattern that matches nothing, or a part filled twice."""
-    structure, untied = _part_ties(passes, structure)
+def resolve(passes: Sequence[Pass], structure: Structure, places: range | None = None) -> Resolution:
+    """Lay passes over a structure. Args: places: of those that meet it; all by default. One that changes the shape of
+    the model chooses no layers. Raises: UsageError for a pattern that matches nothing, or a part filled twice."""
+    places = range(len(passes)) if places is None else places
+    structure, untied = _part_ties([passes[place] for place in places if not passes[place].reshapes], structure)
     assigned: dict[str, list[tuple[int, Pass]]] = {name: [] for name in structure.layers}
     counts, skipped = [], []
-    for index, item in enumerate(passes):
-        chosen, left_out, count = _select(item, structure)
+    for index in places:
+        item = passes[index]
+        chosen, left_out, count = ([], {}, {}) if item.reshapes else _select(item, structure)
         for name in chosen:
-            _check_part(item, assigned[name], name, _later(passes[index + 1 :], structure.layers[name], structure))
+            later = passes[index + 1 : places.stop]
+            _check_part(item, assigned[name], name, _later(later, structure.layers[name], structure))
             one = _with_overrides(item, structure.layers[name], name, structure)
             check_kept(one, (other for _, other in assigned[name]), name)
             assigned[name].append((index, one))

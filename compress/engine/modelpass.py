@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from compress.engine import segment_files
-from compress.engine.applying import checked, left
+from compress.engine.applying import checked, left, require_finite
 from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass
 from compress.engine.originals import Sources
@@ -19,6 +19,7 @@ from compress.engine.zeros import with_mask
 from compress.inputs.datasets import Calibration
 from compress.layer import Layer
 from compress.models import placing
+from compress.models.edits import Shape, former_names, reshaped
 from compress.models.model import Model
 from compress.progress import Progress
 from compress.records import LayerResult
@@ -31,8 +32,8 @@ class Stage:
     model: as the stage received it; original: the uncompressed source; chosen: the layers that the pass is for, each
     with its settings; calibration: None where the pass needs no data; folder: where `write` puts the segments;
     sources: the layers before any stage lost something of them, against which errors are taken; pruned: layers whose
-    zeros must stay; config: changes of
-    config.json that go with the new weights.
+    zeros must stay; config: changes of config.json that go with the new weights; made: the model of another shape that
+    the pass leaves, without weights.
     """
 
     item: Pass
@@ -48,6 +49,7 @@ class Stage:
     config: dict[str, Any] = field(default_factory=dict)
     results: list[LayerResult] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
+    made: Model | None = None
 
     def whole(self, model: Model | None = None) -> nn.Module:
         """All weights of a model (by default the stage's) in memory, decoded to float32; for passes that declare it."""
@@ -79,6 +81,39 @@ class Stage:
                 self.results.append(result)
         self.sources.keep(segment, sources)
         segment_files.write_segment(self.folder, segment, done, plain)
+        self.written.add(segment)
+
+    def reshape(self, shape: Shape) -> Model:
+        """The pass has decided: what the model will be. Returns: it, without weights; its segments are then `put`."""
+        self.made = reshaped(self.model, shape)
+        self.config |= shape.config
+        return self.made
+
+    def taken(self, segment: int) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+        """What a segment of the model of another shape is made of: the layers and plain tensors that are still there,
+        by their new names, as they were."""
+        assert self.made is not None, f"{self.item.name} did not say what it makes (Stage.reshape)"
+        made, before = self.made.structure, self.model.structure
+        former = former_names(made.blocks_path, self.model.origins, self.made.origins)
+        layers = {
+            spec.name: replace(self.model.layer(before.layers[former(spec.name)]), name=spec.name, users=spec.users)
+            for spec in made.segment_layers(segment)
+        }
+        names = {former(name): name for name in made.plain[segment]}
+        return layers, {names[name]: tensor for name, tensor in self.model.reader.plain(names).items()}
+
+    def put(self, segment: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor]) -> None:
+        """Write one segment of the model of another shape, by its own names.
+
+        Raises: InputError for values that are not finite.
+        """
+        assert self.made is not None, f"{self.item.name} did not say what it makes (Stage.reshape)"
+        wanted = {spec.name: spec.shape for spec in self.made.structure.segment_layers(segment)}
+        assert {name: layer.shape for name, layer in layers.items()} == wanted, f"{self.item.name}: segment {segment}"
+        assert set(plain) == set(self.made.structure.plain[segment]), f"{self.item.name}: segment {segment}"
+        for layer in layers.values():
+            require_finite(self.item, layer.float_weight(), layer.name)
+        segment_files.write_segment(self.folder, segment, layers, plain)
         self.written.add(segment)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +15,96 @@ from compress.engine.matching import Resolution
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.originals import Sources, folder_of
 from compress.engine.part import LOSSY
+from compress.engine.reshape import Section, places_of, section
 from compress.engine.segment import Found, as_data, from_data
 from compress.engine.segment_files import segment_file
 from compress.engine.shared_stages import SharedStages, stage_key
 from compress.engine.walk import Walk
 from compress.engine.zeros import pruner
 from compress.inputs.datasets import Calibration
+from compress.models.edits import reshaped
 from compress.models.model import Model
+from compress.models.skeleton import Structure
 from compress.progress import Progress
 
 DONE = "done"
+SHAPE = "shape"
+"""The step that a stage adds which changes the shape of the model; its data are what it made (`store.read_shape`)."""
 SHARED = "shared"
 """The step of a stage that another recipe had finished; its data are the passes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stages:
     """Runs the stages of one pipeline.
 
-    original: the source; resolution: the passes laid over it; folder: of the last stage's store, with the earlier ones'
-    beside the segments in `stage-0`, `stage-1` … until all is done, and what errors are taken against (Sources). A
-    store is removed only once the journal names the stage after it as done, so a run may be killed at any moment.
+    original: the source; folder: of the last stage's store, with the earlier ones' beside the segments in `stage-0`,
+    `stage-1` … until all is done, and what errors are taken against (Sources). A store is removed only once the journal
+    names the stage after it as done, so a run may be killed at any moment; that of a changed shape (`Section`) stays to
+    the end. sections: as the stages met them.
     """
 
     passes: tuple[Pass, ...]
     original: Model
-    resolution: Resolution
     calibration: Calibration | None
     folder: Path
     journal: Journal | None
     device: str
     progress: Progress
     shared: SharedStages | None = None
+    sections: list[Section] = field(default_factory=list)
+    _bases: list[int] = field(default_factory=list)
 
     def run(self) -> list[Found]:
         """All stages in order; those that the journal names as done are taken as they are, and need not be there."""
         groups = cut(self.passes)
         found: list[Found] = []
         self._tell_resumed(groups)
+        ends = places_of(self.passes)
+        self.sections.append(section(self.passes, ends.pop(0), self.original))
         for number, places in enumerate(groups):
             is_last = number == len(groups) - 1
-            steps = Steps(self.journal, "" if is_last else f"stage-{number}/") if self.journal is not None else None
-            if steps is not None and DONE in steps:
-                found += from_data(steps.get(DONE))
-                continue
-            if is_last or self.shared is None:
-                results = self._stage(number, places, self.folder if is_last else self._folder(number), steps)
-            else:
-                results = self._taken(self.shared, number, places, steps)
-            if steps is not None:
-                steps.add(DONE, as_data(results))
-            found += results
-            if not is_last:  # only now does nothing read what this stage started from
-                self._remove(number - 1)
+            steps = self._steps(number, is_last)
+            done = None if steps is None else steps.get(DONE)
+            if done is None:
+                done = as_data(self._computed(number, places, is_last, steps))
+                if steps is not None:
+                    steps.add(DONE, done)
+                if not is_last:  # only now does nothing read what this stage started from
+                    self._remove(number - 1)
+            found += from_data(done)
+            if self.passes[places[-1]].reshapes:
+                self._enter(number, ends.pop(0), is_last, steps)
         for number in range(len(groups)):
-            self._remove(number)
+            _remove(self._folder(number))
             _remove(folder_of(self.folder, number))
         return found
+
+    def _steps(self, number: int, is_last: bool) -> Steps | None:
+        return None if self.journal is None else Steps(self.journal, "" if is_last else f"stage-{number}/")
+
+    def _computed(self, number: int, places: Sequence[int], is_last: bool, steps: Steps | None) -> list[Found]:
+        folder = self.folder if is_last else self._folder(number)
+        if is_last or self.shared is None:
+            results = self._stage(number, places, folder, steps)
+        else:
+            results = self._taken(self.shared, number, places, steps)
+        if steps is not None and self.passes[places[-1]].reshapes:
+            steps.add(SHAPE, store.read_shape(folder))
+        return results
+
+    def _enter(self, number: int, places: range, is_last: bool, steps: Steps | None) -> None:
+        """The section after a stage that changed the shape of the model, whose store may be gone by now."""
+        folder = self.folder if is_last else self._folder(number)
+        data = store.read_shape(folder) if steps is None else steps.get(SHAPE)
+        model = reshaped(self.sections[-1].model, store.shape_of(data))
+        self.sections.append(section(self.passes, places, model))
+        self._bases.append(number)
+
+    @property
+    def resolution(self) -> Resolution:
+        """Of the section under way."""
+        return self.sections[-1].resolution
 
     def _tell_resumed(self, groups: Sequence[Sequence[int]]) -> None:
         """At once, where an earlier try finished anything: what is not computed again."""
@@ -103,28 +136,44 @@ class Stages:
 
     def _remove(self, last: int) -> None:
         """Remove the stores of the stages up to `last`, with what a kill left of them."""
-        for number in range(last + 1):
+        for number in set(range(last + 1)) - set(self._bases):
             _remove(self._folder(number))
 
     def _stage(self, number: int, places: Sequence[int], folder: Path, steps: Steps | None) -> list[Found]:
-        original = replace(self.original, structure=self.resolution.structure)
-        model = store.open_store(self._folder(number - 1), hashed=False) if number else original
+        base = self._bases[-1] if self._bases else None
+        first = self.original if base is None else store.open_store(self._folder(base), hashed=False)
+        original = replace(first, structure=self._as_laid(first.structure))
+        begins = number == (0 if base is None else base + 1)
+        model = original if begins else store.open_store(self._folder(number - 1), hashed=False)
         later = {name for name, found in self.resolution.passes.items() if found and found[-1][0] > places[-1]}
         before, now = self._lossy(range(places[0])), self._lossy(places)
         sources = Sources(original, self.folder, number, before, now, later)
         folder.mkdir(parents=True, exist_ok=True)
-        first = self.passes[places[0]]
+        item = self.passes[places[0]]
+        made: Model | None = None
         config: dict[str, Any] = {}
-        if isinstance(first, ModelPass):
-            results, config = self._whole(first, places[0], model, folder, sources)
+        if isinstance(item, ModelPass):
+            results, config, made = self._whole(item, places[0], model, folder, sources)
         else:
             chosen = {place: self.passes[place] for place in places}
             calibration = self.calibration if any(item.needs_data for item in chosen.values()) else None
             walk = Walk(chosen, model, self.resolution, calibration, folder, steps, self.device, sources)
             results = walk.run(self.progress)
         done = [str(item) for item in self.passes[: places[-1] + 1]]
+        if made is not None:
+            model = replace(model, structure=made.structure, edits=made.edits, origin=made.origin)
         store.write_structure(folder, model, done, self.original.digest, config)
         return results
+
+    def _as_laid(self, structure: Structure) -> Structure:
+        """The structure of a section's first model with its weights, with tied layers parted as the passes ask for; of
+        types as they are stored."""
+        laid, stored = self.resolution.structure, structure.layers
+        layers = {
+            name: replace(spec, source_dtype=stored[name].source_dtype) if name in stored else spec
+            for name, spec in laid.layers.items()
+        }
+        return replace(laid, layers=layers)
 
     def _lossy(self, places: Container[int]) -> set[str]:
         """Layers that passes at some places lose something of."""
@@ -138,7 +187,7 @@ class Stages:
 
     def _whole(
         self, item: ModelPass, place: int, model: Model, folder: Path, sources: Sources
-    ) -> tuple[list[Found], dict[str, Any]]:
+    ) -> tuple[list[Found], dict[str, Any], Model | None]:
         chosen = {name: one for name, passes in self.resolution.passes.items() for at, one in passes if at == place}
         calibration = self.calibration if item.needs_data else None
         pruned = self._pruned(place)
@@ -147,9 +196,9 @@ class Stages:
         )
         self.progress.begin(f"Pass over the whole model: {item.name}")
         item.apply(stage)
-        missing = set(model.structure.segments) - stage.written
+        missing = set((stage.made or model).structure.segments) - stage.written
         assert not missing, f"{item.name} left segment {min(missing)} out"
-        return [(place, result) for result in stage.results], stage.config
+        return [(place, result) for result in stage.results], stage.config, stage.made
 
 
 def _remove(folder: Path) -> None:

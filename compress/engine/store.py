@@ -26,6 +26,7 @@ from compress.files import read_json, sync_file, whole_file, write_text
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor, TensorSpec
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.models.edits import Shape, read_edits
 from compress.models.loading import load, reopen
 from compress.models.model import Model
 from compress.models.skeleton import Structure
@@ -46,7 +47,8 @@ def write_structure(
         "blocks": len(model.structure.blocks),
         "passes": list(passes),
         "segments": [segment_file(segment) for segment in model.structure.segments],
-        "edits": [],
+        "edits": [edit.as_data() for edit in model.edits],
+        "origin": list(model.origin),
     }
     if model.image is not None:
         structure["module"] = model.image.keep(folder)
@@ -59,6 +61,19 @@ def write_structure(
         write_text(folder / "config.json", json.dumps(changed, indent=2) + "\n")
     write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
     sync_file(folder)
+
+
+def read_shape(folder: Path) -> dict[str, Any]:
+    """What a store is as far as its shape goes, for a journal: see `shape_of`."""
+    info = read_json(folder / "structure.json")
+    config = {} if "module" in info else read_json(folder / "config.json")
+    return {"config": config, "edits": info["edits"], "origin": info["origin"]}
+
+
+def shape_of(data: Mapping[str, Any]) -> Shape:
+    """What `read_shape` gave, as a pass would say it."""
+    edits, origin = read_edits(data)
+    return Shape(dict(data["config"]), edits, origin)
 
 
 @dataclass
@@ -95,7 +110,9 @@ class StoreReader:
         handle, path = self._handle(segment), self.folder / segment_file(segment)
         if segment not in self._aliases:
             aliases = read_header(handle, path)["aliases"]
-            self._aliases[segment] = {str(name): str(owner) for name, owner in aliases.items()}
+            held = {str(name): str(owner) for name, owner in aliases.items()}
+            # a tied weight that a pass is about to treat by itself
+            self._aliases[segment] = held | {k: v for k, v in self.structure.aliases.items() if k not in handle.keys()}  # noqa: SIM118
         return read_tensor(handle, self._aliases[segment].get(key, key), path)
 
     def _check(self, spec: LayerSpec, tensors: Mapping[str, Tensor], wanted: Mapping[str, TensorSpec]) -> None:
@@ -165,9 +182,12 @@ def open_store(folder: Path, keeper: object = None, *, hashed: bool = True) -> M
     try:
         info = read_json(info_path)
         source_digest, module = str(info["source_digest"]), dict(info.get("module", {}))
+        edits, origin = read_edits(info)
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
-    model = reopen(module, folder) if module else load(folder, weights=False)
+    model = reopen(module, folder) if module else load(folder, weights=False, edits=edits)
+    if origin and len(origin) != len(model.structure.blocks):
+        raise InputError(f"{info_path} tells the origin of {len(origin)} blocks, config.json of another number.")
     layers: dict[str, LayerSpec] = {}
     for segment in model.structure.segments:
         layers |= _read_specs(folder, segment, model.structure)
@@ -182,6 +202,7 @@ def open_store(folder: Path, keeper: object = None, *, hashed: bool = True) -> M
         weights=StoreReader(folder, structure, keeper),
         digest=digest_files(files) if hashed else "",
         source_digest=source_digest,
+        origin=origin,
     )
 
 

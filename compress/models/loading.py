@@ -12,6 +12,7 @@ from torch import nn
 from compress.errors import CompressError, InputError, UnsupportedError
 from compress.layer import LayerKind, LayerSpec
 from compress.models import skeleton
+from compress.models.edits import Edit, apply_edits
 from compress.models.folder import first_line, locate, parse_config, read_config
 from compress.models.image_model import ImageModule, open_images
 from compress.models.image_source import ImageSource, Opened
@@ -28,12 +29,14 @@ SUPPORTED = (
 )
 
 
-def load(source: str | Path, *, revision: str | None = None, weights: bool = True) -> Model:
+def load(
+    source: str | Path, *, revision: str | None = None, weights: bool = True, edits: tuple[Edit, ...] = ()
+) -> Model:
     """Open a model folder, a hub id, `file.py:callable` (an image classifier; the file is run), or `model.onnx` or the
     folder of an exporter that holds one.
 
     Args: revision: hub commit or branch; weights=False reads only config.json (for `plan`; a callable makes its weights
-    all the same).
+    all the same); edits: of a store's module tree.
     Raises: UsageError (no such folder), InputError (malformed, unsafe), UnsupportedError (model family).
     """
     if is_reference(str(source)):
@@ -46,10 +49,11 @@ def load(source: str | Path, *, revision: str | None = None, weights: bool = Tru
     config = parse_config(path, raw)
     task = _task(config, raw)
     module = _build(config, maker(task, raw), raw)
+    apply_edits(module, edits)
     structure = skeleton.survey(module)
     if not weights:
         layers = {k: replace(v, source_dtype=config_dtype(config)) for k, v in structure.layers.items()}
-        return Model(str(source), path, task, config, replace(structure, layers=layers), None, "", raw)
+        return Model(str(source), path, task, config, replace(structure, layers=layers), None, "", raw, edits=edits)
     files = find_files(path)
     checkpoint = index_checkpoint(files, module, structure.aliases)
     structure = replace(structure, layers={k: _with_dtype(v, checkpoint) for k, v in structure.layers.items()})

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from compress.errors import InputError, UsageError
 from compress.layer import Layer, LayerSpec
 from compress.models import experts, skeleton
+from compress.models.attention import Attention, attentions
+from compress.models.edits import Edit, apply_edits
 from compress.models.folder import SIDE_FILES, load_tokenizer, positions
 from compress.models.image_source import ImageSource
 from compress.models.reader import Reader
@@ -47,7 +49,8 @@ class Model:
     """A model before compression. Weights are read from its files when asked for.
 
     image: of a model that takes images or other samples of a row each: a module of the user's own code, or an ONNX
-    graph. It has no config.
+    graph. It has no config. edits: what of its shape its config does not say; origin: the source's block that each
+    block is, empty where all are there.
     """
 
     source: str
@@ -61,12 +64,30 @@ class Model:
     source_digest: str = ""
     warnings: tuple[str, ...] = ()
     image: ImageSource | None = None
+    edits: tuple[Edit, ...] = ()
+    origin: tuple[int, ...] = ()
 
     def skeleton(self, attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
         """A fresh module tree with parameters on `meta`. Args: see `skeleton.build`; a user's own has neither."""
         if self.image is not None:
-            return self.image.skeleton()
-        return skeleton.build(self.config, maker(self.task, self.raw_config), attention, mixture)
+            module = self.image.skeleton()
+        else:
+            module = skeleton.build(self.config, maker(self.task, self.raw_config), attention, mixture)
+        apply_edits(module, self.edits)
+        return module
+
+    @property
+    def origins(self) -> tuple[int, ...]:
+        """The source's block that each block is, by index."""
+        return self.origin or tuple(range(len(self.structure.blocks)))
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Of the blocks that have one, in the order of the cache. Raises: UnsupportedError for a model without any."""
+        gone = [edit.path for edit in self.edits if edit.kind == "no attention"]
+        without = {skeleton.segment_of(path, self.structure.blocks_path) for path in gone}
+        found = enumerate(attentions(self.config.get_text_config()))
+        return tuple(each for index, each in found if index not in without)
 
     @property
     def name(self) -> str:

@@ -98,7 +98,7 @@ def survey(module: nn.Module) -> Structure:
 
     Raises: UnsupportedError where there is no list of like blocks, or each of them is not run once.
     """
-    path = _blocks_path(module)
+    path = blocks_path(module)
     _check_blocks(module, path)
     count = len(module.get_submodule(path))  # type: ignore[arg-type]
     blocks = tuple(f"{path}.{index}" for index in range(count))
@@ -127,7 +127,8 @@ def segment_of(name: str, blocks_path: str) -> int:
     return int(name[len(blocks_path) + 1 :].split(".", 1)[0])
 
 
-def _blocks_path(module: nn.Module) -> str:
+def blocks_path(module: nn.Module) -> str:
+    """Of the list of like blocks. Raises: UnsupportedError where there is none."""
     lists = {name: child for name, child in module.named_modules() if isinstance(child, nn.ModuleList)}
     for name, blocks in lists.items():
         is_alike = len({type(block) for block in blocks}) == 1

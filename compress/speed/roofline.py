@@ -11,7 +11,7 @@ Nothing here is ever put where a measured figure stands.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import KernelSpeed, Profile, Runtime
 from compress.layer import LayerKind, LayerSpec
-from compress.models.attention import attentions
+from compress.models.attention import Attention
 from compress.records import PredictedLatency
 
 BYTES = {"float32": 4, "tf32": 4, "float16": 2, "bfloat16": 2}
@@ -114,11 +114,11 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Arm:
-    """A model as it runs: its layers by name, and the config of the text model."""
+    """A model as it runs: its layers by name, and its attentions."""
 
     parts: Mapping[str, Part]
     rates: Rates
-    config: Any
+    blocks: Sequence[Attention]
     float_dtype: str
 
     def layers(self, setting: Setting) -> dict[str, Spent]:
@@ -127,16 +127,15 @@ class Arm:
 
     def attention(self, setting: Setting) -> Spent:
         """Of all blocks' scores and sums: keys and values are read once, each token meets `context` of them."""
-        blocks = attentions(self.config)
         cached = setting.batch * setting.prompt
-        moved = 2 * cached * BYTES[self.float_dtype] * sum(each.kv_heads * each.size for each in blocks)
-        operations = 4 * setting.tokens * setting.context * sum(each.heads * each.size for each in blocks)
+        moved = 2 * cached * BYTES[self.float_dtype] * sum(each.kv_heads * each.size for each in self.blocks)
+        operations = 4 * setting.tokens * setting.context * sum(each.heads * each.size for each in self.blocks)
         work = self.rates.at_best(moved, operations, self.float_dtype)
-        return work._replace(overhead=len(blocks) * self.rates.node_s)
+        return work._replace(overhead=len(self.blocks) * self.rates.node_s)
 
     def others(self) -> Spent:
         """Of the small operators."""
-        return Spent(overhead=SMALL_NODES * len(attentions(self.config)) * self.rates.node_s)
+        return Spent(overhead=SMALL_NODES * len(self.blocks) * self.rates.node_s)
 
     def whole(self, setting: Setting) -> Spent:
         """Of a call."""
@@ -165,15 +164,20 @@ def rates(profile: Profile, threads: int, runtime: Runtime | None = None, float_
     return Rates(profile.memory.bandwidth_gb_s.value * 1e9, peaks, speed, node)
 
 
-def arms(
-    specs: Iterable[LayerSpec], lowered: Lowered, config: Any, machine: Rates, float_dtype: str
-) -> tuple[Arm, Arm]:
-    """The variant and the uncompressed baseline. float_dtype: what the runtime computes float layers in."""
-    specs = list(specs)
-    variant = {spec.name: _part(spec, lowered, machine, float_dtype, config) for spec in specs}
-    plain = (replace(spec, format=None, act=None) for spec in specs)
-    baseline = {spec.name: _part(spec, Lowered({}), machine, float_dtype, config) for spec in plain}
-    return Arm(variant, machine, config, float_dtype), Arm(baseline, machine, config, float_dtype)
+def arm(
+    specs: Iterable[LayerSpec],
+    lowered: Lowered | None,
+    config: Any,
+    blocks: Sequence[Attention],
+    machine: Rates,
+    float_dtype: str,
+) -> Arm:
+    """The variant, or without `lowered` the uncompressed baseline. config: of the text model; blocks: its attentions;
+    float_dtype: what the runtime computes float layers in."""
+    if lowered is None:
+        specs = [replace(spec, format=None, act=None) for spec in specs]
+    parts = {spec.name: _part(spec, lowered or Lowered({}), machine, float_dtype, config) for spec in specs}
+    return Arm(parts, machine, blocks, float_dtype)
 
 
 def predict(variant: Arm, baseline: Arm, profile: Profile, *, decodes: bool) -> tuple[PredictedLatency, ...]:

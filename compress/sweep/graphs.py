@@ -36,5 +36,6 @@ def _key(model: Model, profile: Profile) -> str:
         for spec in model.structure.layers.values()
     ]
     plain = {name: [list(shape), str(dtype)] for name, (shape, dtype) in model.plain_shapes.items()}
-    content = [hwprofiles.digest(profile), str(model.task), model.raw_config, layers, plain]
+    edits = [edit.as_data() for edit in model.edits]
+    content = [hwprofiles.digest(profile), str(model.task), model.raw_config, layers, plain, edits]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

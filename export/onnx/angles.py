@@ -20,9 +20,9 @@ from onnx.reference import ReferenceEvaluator
 
 from compress.export.onnx import rotary
 from compress.export.onnx.attention import dim
-from compress.export.onnx.capture import cache_shapes
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.pattern import put_for
+from compress.models.attention import attentions
 
 LIMIT = 32 * 2**20
 """Bytes of all tables of a graph at most; where a context is longer, angles are computed for the tokens at hand."""
@@ -58,7 +58,7 @@ def predict_bytes(config: Any, positions: int) -> int:
     text = config.get_text_config()
     given = getattr(text, "rope_parameters", None) or {}
     kinds = [kind for kind in given.values() if isinstance(kind, dict)] or ([given] if given else [])
-    size, total = cache_shapes(config)[0][1], 0
+    size, total = attentions(text)[0].size, 0
     for kind in kinds:
         width = int(size * (kind.get("partial_rotary_factor") or 1.0))
         more = table_bytes(positions, width)

@@ -26,7 +26,6 @@ from compress.export.onnx import conv, interfaces
 from compress.export.onnx.interfaces import DOMAIN, PLACEHOLDER, PastSlots
 from compress.layer import LayerSpec
 from compress.models import experts
-from compress.models.attention import attentions
 from compress.models.model import Model, Task
 
 PARAMETER = "parameter::"
@@ -149,9 +148,9 @@ class _Images(nn.Module):
         return logits
 
 
-def cache_shapes(config: Any) -> list[tuple[int, int]]:
+def cache_shapes(model: Model) -> list[tuple[int, int]]:
     """(key-value heads, head size) of each layer's cache."""
-    return [(each.kv_heads, each.size) for each in attentions(config.get_text_config())]
+    return [(each.kv_heads, each.size) for each in model.attentions]
 
 
 def _skeleton(model: Model) -> Any:
@@ -197,7 +196,7 @@ Inputs = tuple[tuple[Any, ...], tuple[Any, ...], list[str], list[str]]
 def _decoder_inputs(model: Model, parameters: dict[str, Tensor]) -> Inputs:
     """Sample arguments, dynamic shapes, input names, output names. Sizes are distinct and above 1."""
     dim = torch.export.Dim.DYNAMIC
-    shapes = cache_shapes(model.config)
+    shapes = cache_shapes(model)
     past = [(torch.zeros(2, heads, 5, size), torch.zeros(2, heads, 5, size)) for heads, size in shapes]
     ids, mask = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64)
     kv = {0: dim, 2: dim}

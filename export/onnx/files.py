@@ -79,7 +79,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def genai_config(model: Model, shared: bool) -> dict[str, Any]:
     """What onnxruntime-genai needs to run the graph with a shared cache, or else the concatenating one."""
     config = model.config.get_text_config()
-    shapes = cache_shapes(model.config)
+    shapes = cache_shapes(model)
     kv_heads, head_size = shapes[0]  # this runtime knows one size for all blocks
     tokens = _special_tokens(model)
     context = int(getattr(config, "max_position_embeddings", None) or 2048)

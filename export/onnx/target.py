@@ -100,7 +100,7 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     side = model.side_bytes + CONFIG_BYTES
     layers = len(choices)
     graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
-    if model.task is Task.CAUSAL_LM and cache_shapes(model.config)[0][1] % grouped_query.STEP == 0:
+    if model.task is Task.CAUSAL_LM and cache_shapes(model)[0][1] % grouped_query.STEP == 0:
         rotary = angles.predict_bytes(model.config, model.longest) // (2 if half.wanted(runtime) else 1)
         graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + nodes + rotary
     return weights + model.plain_bytes + side + graphs

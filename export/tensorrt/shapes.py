@@ -51,7 +51,7 @@ def _decoder(model: Model, batch: Three, length: Three, past: Three) -> Ranges:
         "input_ids": _range(*([rows, new] for rows, new in zip(batch, length, strict=True))),
         "attention_mask": _range(*([rows, whole] for rows, whole in zip(batch, total, strict=True))),
     }
-    for index, (heads, size) in enumerate(cache_shapes(model.config)):
+    for index, (heads, size) in enumerate(cache_shapes(model)):
         for part in ("key", "value"):
             cells = ([rows, heads, old, size] for rows, old in zip(batch, past, strict=True))
             found[f"past_key_values.{index}.{part}"] = _range(*cells)
