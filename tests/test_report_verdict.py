@@ -41,13 +41,16 @@ def test_slower_and_open_settings_are_named_beside_a_faster_headline() -> None:
 def test_no_speed_up_is_said(verdict: SpeedVerdict, ratio: float, words: str) -> None:
     sentence = verdict_sentence(**pieces(speed=speed(timing(speedup=ratio, half=0.032, verdict=verdict))))
     assert words in sentence
+    assert ("from 14.7 MB): size only, " in sentence) == (verdict != "inconclusive")
+    same_size = pieces(speed=speed(timing(speedup=ratio, half=0.032, verdict=verdict)), artifact_bytes=14_700_000)
+    assert "size only" not in verdict_sentence(**same_size)
 
 
 def test_a_slower_headline_does_not_hide_a_faster_setting() -> None:
     found = speed(timing(speedup=0.8, half=0.03, verdict="slower"), timing("prefill", 4, 1.2, 0.03))
     sentence = verdict_sentence(**pieces(speed=found))
     assert "faster at prefill batch 4 prompt 128 (1.20x)" in sentence
-    assert "no setting was faster" not in sentence
+    assert "no setting was faster" not in sentence and "size only" not in sentence
 
 
 def test_failed_gates_come_before_the_good_news() -> None:

@@ -45,7 +45,7 @@ def verdict_sentence(
     failed = [gate for gate in gates if not gate.met]
     if failed:
         clauses.append(_failed_gates(failed))
-    findings = [*_speed(speed), _size(source_bytes, artifact_bytes)]
+    findings = [*_speed(speed), _size(source_bytes, artifact_bytes) + _size_only(speed, source_bytes, artifact_bytes)]
     findings.append(_quality(baseline_quality, artifact_quality, memory_quality))
     clauses.append(", ".join(findings))
     if verification is None:
@@ -133,6 +133,13 @@ def _size(source_bytes: int, artifact_bytes: int) -> str:
         return f"size {fmt.NOT_MEASURED}"
     change = "the same size as" if change == "the same" else f"{change} than"
     return f"{change} the source ({fmt.size(artifact_bytes)} from {fmt.size(source_bytes)})"
+
+
+def _size_only(speed: Speed | None, source_bytes: int, artifact_bytes: int) -> str:
+    """Where it was timed, is smaller, and is surely no faster anywhere."""
+    timed = speed.timings if speed is not None else ()
+    smaller = 0 < artifact_bytes < source_bytes and fmt.times_smaller(source_bytes, artifact_bytes) != "the same"
+    return ": size only" if smaller and timed and all(one.verdict in ("same", "slower") for one in timed) else ""
 
 
 def _quality(baseline: Quality | None, artifact: Quality | None, memory: Quality | None) -> str:
