@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.base import ActivationFormat, Format, Params, QuantTensor
+from compress.maths.masks import Pattern
 from compress.transforms import Hadamard
 
 
@@ -49,13 +50,21 @@ class ActSpec:
 
 
 @dataclass(frozen=True)
+class Zeros:
+    """What a pass that prunes will leave of a weight: its pattern, and how many weights at most."""
+
+    pattern: Pattern
+    kept: int
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """A layer as planning and lowering see it: everything but the values.
 
     `users` are the module paths that compute with it; more than one where weights are tied. `name` is the first.
     `turned`: the module stores it as (in, out). `routed`: a mixture's router, which no pass touches unless it is named.
     `kernel`: a convolution's (in/groups, kh, kw), whose product is shape[1]; `groups`: of its channels. `pre`: see
-    Layer.
+    Layer. `zeros`: of a recipe that is planned; a store does not say.
     """
 
     name: str
@@ -73,6 +82,17 @@ class LayerSpec:
     groups: int = 1
     bias_dtype: torch.dtype | None = None
     pre: tuple[Hadamard, ...] = ()
+    zeros: Zeros | None = None
+
+    @property
+    def as_dense(self) -> LayerSpec:
+        """The same as a plain weight, where its format is a layout of plain numbers (`Format.dense`); else itself."""
+        dtype = None if self.format is None else self.format.dense
+        return self if dtype is None else replace(self, format=None, source_dtype=dtype, bias_dtype=self._own_bias)
+
+    @property
+    def _own_bias(self) -> torch.dtype | None:
+        return self.stored_bias_dtype if self.has_bias else self.bias_dtype
 
     @property
     def source_bytes(self) -> int:
@@ -132,6 +152,12 @@ class Layer:
     def float_weight(self) -> Tensor:
         """(out, in) float32, decoded if need be."""
         return self.weight.dequantize() if isinstance(self.weight, QuantTensor) else self.weight.float()
+
+    @property
+    def as_dense(self) -> Layer:
+        """See LayerSpec."""
+        dtype = None if self.format is None else self.format.dense
+        return self if dtype is None else replace(self, weight=self.float_weight().to(dtype))
 
     def with_weight(self, weight: Tensor | QuantTensor) -> Layer:
         """The same layer with another weight."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -249,6 +249,19 @@ class Target(Protocol):
         """A command that loads a folder, reads and decodes, and prints JSON: load_s, peak_memory_bytes and, where it is
         known, first_call_s."""
         ...
+
+
+DENSE = "stored dense, zeros and all: this target has no form for sparse weights, so it is no smaller or faster"
+
+
+def as_dense(spec: LayerSpec, answer: Answer | Refusal, note: str = DENSE) -> Answer | Refusal:
+    """A target's answer to `spec.as_dense`, with a note where that is another layer: its layout of plain numbers is
+    not written."""
+    if isinstance(answer, Refusal) or spec.as_dense is spec:
+        return answer
+    told: Any = answer
+    noted: Answer = replace(told, note="; ".join(filter(None, (answer.note, note))), decodes=True)
+    return noted
 
 
 def require_tools(target: Target, profile: Profile) -> None:

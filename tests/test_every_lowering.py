@@ -26,7 +26,7 @@ PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 RUNTIME = PROFILE.runtime("onnxruntime")
 # what a layer is, by which no target computes anything else
 DESCRIBING = {"name", "kind", "shape", "users", "source_dtype", "format", "segment", "turned", "routed", "kernel"}
-DESCRIBING |= {"groups", "bias_dtype"}
+DESCRIBING |= {"groups", "bias_dtype", "zeros"}
 CHECKED = {"act", "pre", "has_bias"}
 TEXTS = [None, *(f"{name}(group=32)" for name in ("int4", "int3", "int8")), "int8(channel)", "int4(group=32, signed)"]
 TEXTS += [name for name in NAMES if name not in ("table",)]

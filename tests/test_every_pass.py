@@ -24,6 +24,7 @@ FITTING |= {
     "block_tune": f"{FITTING['rtn']}, block_tune(steps=2)",
     "tune": f"{FITTING['rtn']}, tune(steps=2)",
     "pv_tuning": f"{FITTING['rtn']}, pv_tuning(steps=2)",
+    "pack_sparse": "magnitude(sparsity=0.3), pack_sparse",
     "bias_correct": f"{FITTING['rtn']}, bias_correct(add=true)",
 }
 LARGEST_ERROR = 0.2

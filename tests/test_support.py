@@ -176,7 +176,8 @@ HEAD = """# What goes where
 
 Made by `tests/test_support.py` from what it ran: each filled cell is a small Llama that was compressed, written, read
 back by the tool in brackets, and agreed with the model in memory. An empty cell is refused by name before a run.
-`ran`: the tool itself; `checked`: our own decoder of the layout, where the tool does not run here.
+`ran`: the tool itself; `checked`: our own decoder of the layout, where the tool does not run here. `sparse` weights are
+stored without their zeros by `native` alone; everywhere else they are written dense.
 
 ## Weights and inputs by target
 """

@@ -14,7 +14,7 @@ from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass
 from compress.engine.part import Part
 from compress.errors import InputError, UsageError
-from compress.layer import Layer, LayerKind, LayerSpec
+from compress.layer import Layer, LayerKind, LayerSpec, Zeros
 from compress.maths import products
 from compress.maths.masks import Pattern
 
@@ -72,7 +72,7 @@ class Pruning(Pass, ABC):
                 f"a {spec.kernel[1]}x{spec.kernel[2]} kernel too. Choose layer or row, or leave it out "
                 f"(ignore=[{spec.name}])."
             )
-        return spec
+        return replace(spec, zeros=Zeros(pattern, pattern.left(spec.shape, self.sparsity)))
 
     def keep(self, layer: Layer, scores: Tensor) -> Tensor:
         """scores (out, in) ≥ 0 → (out, in) bool, true where a weight stays. Raises: InputError for NaN."""
@@ -90,8 +90,8 @@ class Pruning(Pass, ABC):
         stored = weight.to(layer.weight.dtype)
         zeros = 1 - int(torch.count_nonzero(stored)) / stored.numel()
         note = (
-            f"{100 * zeros:.4g} % of the weights are zero ({self.pattern}), stored and computed like others: no target "
-            "is smaller or faster by them yet"
+            f"{100 * zeros:.4g} % of the weights are zero ({self.pattern}), stored and computed like others; "
+            "pack_sparse leaves them out of what is stored, which makes nothing faster"
         )
         return replace(layer, weight=stored, notes=(note, *notes))
 

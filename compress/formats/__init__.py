@@ -22,6 +22,7 @@ FORMATS: dict[str, str] = {
     r"(?P<table>nf4|fp4|table)": "compress.formats.lookup:Lookup",
     r"codebook": "compress.formats.codebook:Codebook",
     r"trellis": "compress.formats.trellis:Trellis",
+    r"sparse": "compress.formats.sparse:Sparse",
 }
 
 # what a user may type, for error texts
@@ -29,7 +30,7 @@ NAMES = (
     *(f"int{bits}" for bits in range(2, 9)),
     *("fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"),
     *("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4"),
-    *("nf4", "fp4", "table", "codebook", "trellis"),
+    *("nf4", "fp4", "table", "codebook", "trellis", "sparse"),
 )
 
 

@@ -46,6 +46,12 @@ class Format(ABC):
         return False
 
     @property
+    def dense(self) -> torch.dtype | None:
+        """Of a layout of plain numbers, without a grid: their dtype. A target that has no form for it takes them as
+        they are (`LayerSpec.as_dense`)."""
+        return None
+
+    @property
     def shares_peak(self) -> bool:
         """Whether layers that are fed the same tensor must share a tensor-wide scale: `fit` then takes their peak."""
         return False

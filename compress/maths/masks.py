@@ -81,6 +81,16 @@ class Pattern:
         count = self.rivals(shape)
         return self.size[0] if self.kind == "n:m" else count - round(sparsity * count)
 
+    def left(self, shape: tuple[int, int], sparsity: float) -> int:
+        """How many weights of (out, in) stay."""
+        rows, columns = shape
+        return self.kept(shape, sparsity) * (rows * columns // self.rivals(shape))
+
+    @property
+    def is_two_of_four(self) -> bool:
+        """Whether no run of four input columns keeps more than two: what sparse tensor cores take."""
+        return self.kind == "n:m" and ((self.size[0] <= 2 and self.size[1] % 4 == 0) or self.size == (1, 2))
+
     def keep(self, scores: Tensor, kept: int | Tensor) -> Tensor:
         """scores (out, in) ≥ 0 → (out, in) bool, true where a weight stays: the highest scores; of equal ones those
         that come first by rows. A block's score is the root of the sum of its squares.

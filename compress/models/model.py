@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from compress.models.attention import Attention, attentions
 from compress.models.edits import Edit, apply_edits
 from compress.models.folder import SIDE_FILES, load_tokenizer, positions
 from compress.models.image_source import ImageSource
-from compress.models.reader import Reader
+from compress.models.reader import DenseReader, Reader
 from compress.models.skeleton import Structure
 
 
@@ -162,6 +162,17 @@ class Model:
     def plain(self, segment: int) -> dict[str, Tensor]:
         """The other stored tensors of a segment."""
         return self.reader.plain(self.structure.plain[segment])
+
+    @property
+    def as_dense(self) -> Model:
+        """The same with plain weights where a format is a layout of plain numbers (`LayerSpec.as_dense`), for targets
+        that have no form for it."""
+        layers = {name: spec.as_dense for name, spec in self.structure.layers.items()}
+        if layers == self.structure.layers:
+            return self
+        stored = dict(self.structure.layers)
+        structure = replace(self.structure, layers=layers)
+        return replace(self, structure=structure, weights=DenseReader(self.reader, stored))
 
     def release(self) -> None:
         """Let go of files that were read: their pages stop counting as memory, and what is read next opens them."""

@@ -69,3 +69,33 @@ class StateReader:
         if tensor.is_floating_point() and not products.all_finite(tensor):
             raise InputError(f"{name} of {self.source} holds NaN or infinite values; compressing it would hide that.")
         return tensor
+
+
+@dataclass(frozen=True)
+class DenseReader:
+    """Another reader's weights, those in a layout of plain numbers as plain tensors. stored: the layers as it has
+    them, by name."""
+
+    reader: Reader
+    stored: Mapping[str, LayerSpec] = field(repr=False)
+
+    def layer(self, spec: LayerSpec) -> Layer:
+        """One layer, dense."""
+        return self.reader.layer(self.stored[spec.name]).as_dense
+
+    def plain(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As the other reads them."""
+        return self.reader.plain(names)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As the other has it."""
+        return self.reader.dtype(name)
+
+    def release(self) -> None:
+        """Of the other's files."""
+        self.reader.release()
+
+    @property
+    def nbytes(self) -> int:
+        """As the other stores them."""
+        return self.reader.nbytes

@@ -33,11 +33,18 @@ from compress.models.model import Model, Task
 from compress.records import Bounds
 from compress.runtime import probing
 from compress.runtime.torch_runner import TorchRunner
-from compress.target import Lowered, Refusal, accepted, plan_layers
+from compress.target import DENSE, Lowered, Refusal, accepted, as_dense, plan_layers
 
 CONFIG = "config.json"
 Names = dict[str, tuple[Place, ...]]
 ALL = frozenset(LayerKind)
+NO_READER = {
+    "compressed-tensors": (
+        "; the readers of its sparse-bitmask and sparse-24-bitmask are gone from compressed-tensors (0.20), by which "
+        "transformers reads them"
+    )
+}
+"""By layout: why there is no form for sparse weights, where its name promises one."""
 
 
 class CheckpointTarget:
@@ -52,7 +59,9 @@ class CheckpointTarget:
 
     def plan_layer(self, spec: LayerSpec, profile: Profile) -> Choice | Refusal:
         """See Target. The profile does not matter: the folder is for other tools, on whatever machine."""
+        spec, given = spec.as_dense, spec
         answer = transform_config.refuse(spec, self.layout.name, self.layout.transforms) or self._choose(spec)
+        answer = as_dense(given, answer, DENSE + NO_READER.get(self.layout.name, ""))
         if not spec.pre or isinstance(answer, Refusal):
             return answer
         return replace(answer, note="; ".join(filter(None, (answer.note, transform_config.NOTE))))
@@ -66,12 +75,13 @@ class CheckpointTarget:
 
     def plan_together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:
         """See Target."""
+        specs = {name: spec.as_dense for name, spec in specs.items()}
         return transform_config.refuse_alone(specs) | self.layout.together(specs)
 
     def predict_bytes(self, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
         """See Target; a sum over the tensors that will be written, and the files' headers."""
         _require_transformers(model)
-        layers = {spec.name: spec for spec in specs}
+        layers = {spec.name: spec.as_dense for spec in specs}
         choices = {name: self.plan_layer(spec, profile) for name, spec in layers.items()}
         names, places = FileNames(model), dict[str, tuple[Place, ...]]()
         _require_biases(layers, names)
@@ -94,6 +104,7 @@ class CheckpointTarget:
     def write(self, model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
         """See Target."""
         _require_transformers(model)
+        model = model.as_dense
         specs = model.structure.layers
         answers = plan_layers(self, specs, profile)
         choices = cast("dict[str, Choice]", accepted(answers, f"stored as {self.layout.name}"))

@@ -1,11 +1,11 @@
-"""`native.json`: which layers of a folder are codebooks, and which tensors stand for several.
+"""`native.json`: which layers of a folder are codebooks or sparse, and which tensors stand for several.
 
     {"schema": 1,
      "layers": {"model.layers.0.mlp.up_proj": {"format": "codebook(…)", "users": ["model.layers.0.mlp.up_proj"]}, …},
      "aliases": {"model.layers.0.mlp.up_proj.weight.codebook": "model.layers.0.mlp.gate_proj.weight.codebook", …}}
 
 Beside it are config.json, the tokenizer's files and `model*.safetensors`, whose tensors are called `<layer>.weight`
-(out, in) of a float layer, `<layer>.weight.<part>` of a codebook one, `<layer>.bias`, and as the module calls its other
+(out, in) of a float layer, `<layer>.weight.<part>` of another, `<layer>.bias`, and as the module calls its other
 tensors. Floats have the source's dtype.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 from compress.errors import InputError, UsageError
 from compress.formats import parse_format
 from compress.formats.codebook import Codebook
+from compress.formats.sparse import Sparse
 from compress.layer import LayerSpec
 from compress.models.folder import read_object
 
@@ -30,9 +31,9 @@ AGAIN = "Export the artifact again."
 
 @dataclass(frozen=True)
 class Stored:
-    """A codebook layer: its format, and the module paths that compute with it."""
+    """A layer that is no plain tensor: its format, and the module paths that compute with it."""
 
-    format: Codebook
+    format: Codebook | Sparse
     users: tuple[str, ...]
 
 
@@ -46,8 +47,8 @@ class Contents:
 
 def of_specs(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> Contents:
     """The contents of a folder with these layers."""
-    codebooks = {name: spec.format for name, spec in specs.items() if isinstance(spec.format, Codebook)}
-    return Contents({name: Stored(form, specs[name].users) for name, form in codebooks.items()}, aliases)
+    stored = {name: spec.format for name, spec in specs.items() if isinstance(spec.format, Codebook | Sparse)}
+    return Contents({name: Stored(form, specs[name].users) for name, form in stored.items()}, aliases)
 
 
 def to_text(contents: Contents) -> str:
@@ -75,8 +76,8 @@ def read(folder: Path) -> Contents:
 
 def _stored(item: Any) -> Stored:
     form, users = parse_format(item["format"]), item["users"]
-    if not isinstance(form, Codebook):
-        raise ValueError(f"no kernel for {form}")
+    if not isinstance(form, Codebook | Sparse):
+        raise ValueError(f"nothing reads {form}")
     if not isinstance(users, list) or not all(isinstance(user, str) for user in users):
         raise TypeError("users is no list of names")
     return Stored(form, tuple(users))

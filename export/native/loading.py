@@ -1,4 +1,5 @@
-"""A folder as a module of transformers: float layers in float32, codebook layers as what computes from their codes."""
+"""A folder as a module of transformers: float layers in float32, sparse ones too with their zeros filled in, codebook
+layers as what computes from their codes."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import InputError
+from compress.errors import InputError, UsageError
 from compress.export.native import contents, modules
 from compress.export.native.contents import AGAIN, Contents, Stored
+from compress.formats.base import Format
+from compress.formats.codebook import Codebook
 from compress.kernels import CodebookProduct
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.loading import load
@@ -40,24 +43,34 @@ def load_module(folder: Path, path: str | None = None) -> tuple[Any, Counter[str
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     for spec in structure.layers.values():
         stored = told.layers.get(spec.name)
-        if stored is None:
-            weight = tensors.take(f"{spec.name}.weight", spec.shape)
-            put_layer(module, Layer(spec.name, spec.kind, weight, tensors.bias(spec), users=spec.users))
-        else:
-            kernels[_put_codebook(module, structure, spec, stored, tensors, path)] += 1
+        if stored is not None and isinstance(stored.format, Codebook):
+            kernels[_put_codebook(module, structure, spec, stored.format, tensors, path)] += 1
+            continue
+        weight = _plain(spec, stored, tensors)
+        put_layer(module, Layer(spec.name, spec.kind, weight, tensors.bias(spec), users=spec.users))
     names = [name for group in structure.plain.values() for name in group]
     put_plain(module, {name: tensors.take(name, shapes[name]) for name in names}, structure.aliases)
     tensors.require_all_taken()
     return module, kernels
 
 
+def _plain(spec: LayerSpec, stored: Stored | None, tensors: Tensors) -> Tensor:
+    """The weight (out, in) of a float layer, or of a sparse one."""
+    if stored is None:
+        return tensors.take(f"{spec.name}.weight", spec.shape)
+    return stored.format.dequantize(_parts(spec, stored.format, tensors), spec.shape)
+
+
+def _parts(spec: LayerSpec, form: Format, tensors: Tensors) -> dict[str, Tensor]:
+    specs = form.tensor_specs(spec.shape)
+    return {part: tensors.take(f"{spec.name}.weight.{part}", *told) for part, told in specs.items()}
+
+
 def _put_codebook(
-    module: nn.Module, structure: Structure, spec: LayerSpec, stored: Stored, tensors: Tensors, path: str | None
+    module: nn.Module, structure: Structure, spec: LayerSpec, form: Codebook, tensors: Tensors, path: str | None
 ) -> str:
     """Replace all users of a layer. Returns: the kernel."""
-    form = stored.format
-    specs = form.tensor_specs(spec.shape)
-    found = {part: tensors.take(f"{spec.name}.weight.{part}", *told) for part, told in specs.items()}
+    found = _parts(spec, form, tensors)
     codes, codebook, scale = form.unpack(found, spec.shape)
     product = CodebookProduct(codes, codebook, scale, spec.shape, form.axis, path=path)
     bias, kernel = tensors.bias(spec), ""
@@ -115,7 +128,18 @@ def _check(told: Contents, structure: Structure, folder: Path) -> None:
         if spec is None or spec.users != stored.users:
             found = "there is none" if spec is None else f"it is used by {', '.join(spec.users)}"
             raise InputError(f"{where}: by config.json {found}. {AGAIN}")
+        if not isinstance(stored.format, Codebook):
+            _check_density(stored, where)
+            continue
         if spec.kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING):
             raise InputError(f"{where}: a layer of kind {spec.kind} cannot be a codebook here. {AGAIN}")
         if not stored.format.fits(spec.shape[1]):
             raise InputError(f"{where}: {stored.format} cannot hold {spec.shape[0]} x {spec.shape[1]}. {AGAIN}")
+
+
+def _check_density(stored: Stored, where: str) -> None:
+    """Raises: InputError for a sparse layer whose text does not say how much is stored."""
+    try:
+        stored.format.tensor_specs((1, 1))
+    except UsageError as error:
+        raise InputError(f"{where}: {error} {AGAIN}") from error

@@ -8,6 +8,7 @@ from functools import cache
 from compress import hwprofiles
 from compress.formats import name_of
 from compress.formats.codebook import Codebook
+from compress.formats.sparse import Sparse
 from compress.formats.trellis import Trellis
 from compress.honours import Honours
 from compress.hwprofiles import KernelSpeed, Profile, Runtime
@@ -23,6 +24,7 @@ HONOURS = Honours(TAKEN, bias=frozenset({LayerKind.LINEAR}))
 # 4e-3 (AVX2) of the largest logit on a Llama of 8 blocks; more where a router of experts decides otherwise by them.
 # With the path "torch" they are exact.
 ROUNDED_TABLES = Bounds(shipped=0.25)
+SPARSE = "size only: its zeros are filled in when it is loaded, so it takes as much memory and time as a dense weight"
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,12 @@ def choose(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
     form = spec.format
     if form is None:
         return Choice("dense", "fast", spec.source_bytes + spec.bias_bytes)
+    if isinstance(form, Sparse):
+        size = form.stored_bytes(spec.shape) + spec.bias_bytes
+        return Choice("sparse, dense in memory", "works", size, SPARSE, decodes=True)
     if not isinstance(form, Codebook):
         other = "checkpoint-exl3" if isinstance(form, Trellis) else "onnx"
-        return Refusal(f"{form}: this target has kernels for codebooks only; export for {other} (--target {other})")
+        return Refusal(f"{form}: this target takes codebooks and sparse weights; export for {other} (--target {other})")
     chosen_path()  # a wrong COMPRESS_KERNELS is told before the work
     if spec.kind is LayerKind.EXPERT:
         reason = f"{form}: a mixture's experts are computed from one dense tensor here; leave them in float"

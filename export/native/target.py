@@ -1,4 +1,4 @@
-"""The `native` target: weights as they are stored in codebooks, run by this package's own kernels.
+"""The `native` target: weights as they are stored in codebooks, run by this package's own kernels, or without zeros.
 
 See compress.target.Target. Nothing is captured: what runs is transformers' module of the model.
 """

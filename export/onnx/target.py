@@ -39,7 +39,7 @@ from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
 from compress.runtime import probing
-from compress.target import Lowered, Refusal, accepted
+from compress.target import Lowered, Refusal, accepted, as_dense
 
 RUNTIME = "onnxruntime"
 FOLDER = "onnx"
@@ -76,8 +76,8 @@ def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
     """A layer's `Choice` or `Refusal`; the same function decides in `plan` and in `write`."""
-    answer = choose(spec, profile.runtime(RUNTIME))
-    return experts.noted(spec, answer) if isinstance(answer, Choice) else answer
+    answer = choose(spec.as_dense, profile.runtime(RUNTIME))
+    return as_dense(spec, experts.noted(spec, answer) if isinstance(answer, Choice) else answer)
 
 
 def capture(model: Model, profile: Profile) -> bytes:
@@ -89,7 +89,7 @@ def capture(model: Model, profile: Profile) -> bytes:
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
     """Bytes of the folder that `write` would make, without the weights (graph estimated per node kind)."""
-    specs, runtime = list(specs), profile.runtime(RUNTIME)
+    specs, runtime = [spec.as_dense for spec in specs], profile.runtime(RUNTIME)
     choices = [choice for spec in specs if isinstance(choice := choose(spec, runtime), Choice)]
     weights = sum(choice.stored_bytes for choice in choices) + transforms.stored_bytes(specs)
     nodes = sum(choice.graph_bytes for choice in choices)
@@ -126,7 +126,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     of the same structure.
     Raises: UsageError, UnsupportedError naming the layer that no operator takes.
     """
-    runtime = profile.runtime(RUNTIME)
+    model, runtime = model.as_dense, profile.runtime(RUNTIME)
     specs = model.structure.layers
     answers = {name: choose(spec, runtime) for name, spec in specs.items()}
     choices = accepted(answers, f"exported for profile {profile.id}")

@@ -27,7 +27,7 @@ from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model
 from compress.runtime import probing
-from compress.target import Lowered, Refusal, accepted, granted
+from compress.target import Lowered, Refusal, accepted, as_dense, granted
 
 RUNTIME = rules.RUNTIME
 FOLDER = "openvino"
@@ -54,7 +54,7 @@ def _runtime(profile: Profile) -> Runtime:
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
     """See Target."""
-    return rules.choose(spec, profile)
+    return as_dense(spec, rules.choose(spec.as_dense, profile))
 
 
 def capture(model: Model, profile: Profile) -> bytes:
@@ -64,7 +64,7 @@ def capture(model: Model, profile: Profile) -> bytes:
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
     """See Target."""
-    specs = list(specs)
+    specs = [spec.as_dense for spec in specs]
     choices = [choice for spec in specs if not isinstance(choice := plan_layer(spec, profile), Refusal)]
     weights = sum(choice.stored_bytes for choice in choices) + model.plain_bytes + transforms.stored_bytes(specs)
     return weights + model.side_bytes + GRAPH_BYTES + len(choices) * GRAPH_LAYER_BYTES
@@ -73,6 +73,7 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
 def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
     """See Target. Raises: UsageError, UnsupportedError naming the layer that OpenVINO does not take."""
     require_tools(profile)
+    model = model.as_dense
     specs = model.structure.layers
     answers = {name: plan_layer(spec, profile) for name, spec in specs.items()}
     choices = accepted(answers, f"exported for profile {profile.id}")

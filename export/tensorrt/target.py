@@ -28,7 +28,7 @@ from compress.hwprofiles import Profile, Runtime
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
 from compress.runtime import probing
-from compress.target import Lowered, Refusal, accepted, granted
+from compress.target import Lowered, Refusal, accepted, as_dense, granted
 
 RUNTIME = rules.RTX
 FOLDER = "tensorrt"
@@ -69,7 +69,7 @@ def _runtime(profile: Profile) -> Runtime:
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> rules.EngineChoice | Refusal:
     """See Target: the rules of TensorRT and the formats of the chip, without building anything."""
-    return rules.choose(spec, profile)
+    return as_dense(spec, rules.choose(spec.as_dense, profile))
 
 
 def capture(model: Model, profile: Profile) -> bytes:
@@ -97,6 +97,7 @@ def predict_parts(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
 
 def _predicted(specs: Sequence[LayerSpec], model: Model, profile: Profile) -> tuple[int, int]:
     """Bytes of the graph with its weights, and of an engine."""
+    specs = [spec.as_dense for spec in specs]
     choices = [choice for spec in specs if not isinstance(choice := plan_layer(spec, profile), Refusal)]
     weights = sum(choice.stored_bytes for choice in choices) + model.plain_bytes + transforms.stored_bytes(specs)
     graph = weights + portable.GRAPH_BASE_BYTES + len(choices) * portable.GRAPH_LAYER_BYTES
@@ -118,6 +119,7 @@ def write_baseline(model: Model, profile: Profile, folder: Path, graph: bytes | 
 
 
 def _write(model: Model, profile: Profile, folder: Path, graph: bytes | None, builds: bool) -> Lowered:
+    model = model.as_dense
     specs = model.structure.layers
     answers = {name: plan_layer(spec, profile) for name, spec in specs.items()}
     choices = accepted(answers, f"exported for profile {profile.id}")

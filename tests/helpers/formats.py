@@ -14,6 +14,8 @@ SAMPLES = [
     "codebook(vector=2, entries=1024, stages=1, out)",
     "codebook(vector=5, entries=4, stages=3, scale=column, share=7)",
     *("trellis(bits=2, block=16)", "trellis(bits=5, mcg, block=32)"),
+    *("sparse(mask=bitmask, density=0.5, values=float16)", "sparse(mask=bitmask, density=0.1234, values=float32)"),
+    *("sparse(mask=2:4, values=float16)", "sparse(mask=2:4, values=bfloat16)"),
 ]
 
 
