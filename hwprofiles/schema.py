@@ -91,6 +91,12 @@ class Gpu(Closed):
         """The same as one number: 89, 120."""
         return int(self.compute_capability.replace(".", ""))
 
+    @property
+    def has_sparse_cores(self) -> bool:
+        """Whether its tensor cores multiply 2:4 weights: PTX's mma.sp "requires sm_80 or higher". That a chip has them
+        is no figure of speed: peaks are dense."""
+        return self.sm >= 80
+
 
 class Memory(Closed):
     """Main memory. `capacity_bytes` null: of a class of machines, so unknown here."""

@@ -26,6 +26,9 @@ NO_GPU = "no GPU"
 NO_CACHE, EMPTY, TAKEN, MISMATCH = "none", "begun empty", "read", "of another GPU or version, not used"
 """What became of a timing cache."""
 STREAMING = "WEIGHT_STREAMING"
+SPARSE = "SPARSE_WEIGHTS"
+SPARSITY = "(Sparsity)"
+"""What the builder's lines about sparse kernels begin with; it tells them as information."""
 PLANNED = {"strongly_typed": True}
 """Settings before a build; all others are the builder's defaults."""
 
@@ -40,6 +43,7 @@ def build(
     *,
     timing: tuple[Path | None, Path] | None = None,
     stream_weights: bool = False,
+    sparse_weights: bool = False,
 ) -> dict[str, Any]:
     """Write the engine and the builder's log. Returns: the builder's settings, read back.
 
@@ -48,11 +52,12 @@ def build(
     thread nor fixed addresses change that).
 
     Args: ranges: optimization profile → input → (smallest, usual, largest shape); timing: the timing cache to begin
-    with, if any, and where to write what it has become; stream_weights: the engine may leave weights in host memory.
+    with, if any, and where to write what it has become; stream_weights: the engine may leave weights in host memory;
+    sparse_weights: the builder may take kernels for 2:4 weights.
     Raises: UnsupportedError with the builder's reason where it refuses; ResourceError where it does not get there.
     """
     request = {"onnx": str(onnx), "sm": sm, "ranges": ranges, "engine": str(engine), "runtime": flavour.runtime}
-    request |= {"stream_weights": stream_weights}
+    request |= {"stream_weights": stream_weights, "sparse_weights": sparse_weights}
     if timing is not None:
         request |= {"timing_read": str(timing[0] or ""), "timing_write": str(timing[1])}
     child = _run(request, flavour, onnx.name, sm)
@@ -145,7 +150,10 @@ def compile_engine(request: dict[str, Any]) -> dict[str, Any]:
     Path(request["engine"]).write_bytes(memoryview(engine))
     if cache is not None:
         Path(request["timing_write"]).write_bytes(memoryview(config.get_timing_cache().serialize()))
-    return {"log": log, "error": "", "settings": _settings(trt, config) | {"timing_cache": state}}
+    settings = _settings(trt, config) | {"timing_cache": state}
+    if request.get("sparse_weights"):
+        settings["sparsity"] = [line for line in log if SPARSITY in line]
+    return {"log": log, "error": "", "settings": settings}
 
 
 def _configure(trt: Any, builder: Any, config: Any, request: dict[str, Any], flavour: Flavour) -> None:
@@ -155,6 +163,8 @@ def _configure(trt: Any, builder: Any, config: Any, request: dict[str, Any], fla
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{request['sm']}"), 0)
     if request.get("stream_weights"):
         config.set_flag(getattr(trt.BuilderFlag, STREAMING))
+    if request.get("sparse_weights"):
+        config.set_flag(getattr(trt.BuilderFlag, SPARSE))
     for inputs in request["ranges"].values():
         shapes = builder.create_optimization_profile()
         for name, (low, usual, high) in inputs.items():
@@ -189,14 +199,14 @@ def _settings(trt: Any, config: Any) -> dict[str, Any]:
 
 
 def make_logger(trt: Any, log: list[str]) -> Any:
-    """What TensorRT tells its warnings and errors to."""
+    """What TensorRT tells its warnings and errors to, and which layers it found sparse."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING:
+            if severity <= trt.ILogger.Severity.WARNING or message.startswith(SPARSITY):
                 log.append(f"{severity.name}: {message}")
 
     return Logger()

@@ -59,6 +59,7 @@ def make(kept: record.Record, flavour: Flavour, folder: Path, into: Path, timing
         flavour,
         timing=cache,
         stream_weights=streams,
+        sparse_weights=bool(kept.sparse),
     )
     if cache is not None and not (timing and made["timing_cache"] == builder.MISMATCH):  # that one is another's
         made |= _kept(cache[1], place)

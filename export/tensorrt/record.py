@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import InputError
+from compress.export.tensorrt import sparsity
 from compress.export.tensorrt.builder import MISMATCH, STREAMING
 from compress.export.tensorrt.flavours import FLAVOURS, FULL, Flavour
 
@@ -20,7 +21,8 @@ class Record(BaseModel):
     """engine: its path in the folder, empty where none was built; onnx_sha256: of the graph that it was built from.
 
     builder: its name with its version (without where none was built); device: the GPU that TensorRT built on, empty
-    for an engine that was built ahead; settings: of the builder, as read back from it; timing_cache: what became of it.
+    for an engine that was built ahead; settings: of the builder, as read back from it; timing_cache: what became of it;
+    sparse: layers whose weights are 2:4.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +41,7 @@ class Record(BaseModel):
     version: str = ""
     device: str = ""
     settings: dict[str, Any] = {}
+    sparse: tuple[str, ...] = ()
 
     @property
     def flavour(self) -> Flavour:
@@ -60,10 +63,12 @@ class Record(BaseModel):
                 *self.built,
                 f"The engine has not run: {later} runs it. {where}; speed was not measured.",
             )
+        sparse = (sparsity.AHEAD.format(count=len(self.sparse)),) if self.sparse else ()
         return (
             f"No engine was built: {FULL.title} builds on the GPU that it builds for. {later} and TensorRT 10.13 to 11 "
             "builds and runs it and completes the report; build_command.txt builds it by hand.",
             f"The graph has not run in TensorRT. {where}; speed was not measured.",
+            *sparse,
         )
 
     @property
@@ -81,6 +86,8 @@ class Record(BaseModel):
             told.append(f"For the next build, {problem}.")
         if STREAMING in self.settings.get("builder_flags", ()):
             told.append("Weights may stay in host memory, since they fill most of the GPU's: slower.")
+        if self.sparse:
+            told.append(sparsity.told(self.sparse, self.settings.get("sparsity", ()), self.builder))
         return tuple(told)
 
     def write(self, folder: Path) -> None:

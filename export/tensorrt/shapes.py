@@ -58,9 +58,13 @@ def _decoder(model: Model, batch: Three, length: Three, past: Three) -> Ranges:
     return found
 
 
-def build_command(found: Mapping[str, Ranges], graph: str, engine: str) -> str:
-    """What builds the engine with TensorRT's own tool on the machine that has the chip."""
+def build_command(found: Mapping[str, Ranges], graph: str, engine: str, *, sparse: bool = False) -> str:
+    """What builds the engine with TensorRT's own tool on the machine that has the chip.
+
+    Args: sparse: whether some weights are 2:4.
+    """
     lines = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}", "--stronglyTyped"]
+    lines += ["--sparsity=enable"] if sparse else []
     for number, inputs in enumerate(found.values()):
         lines.append(f"--profile={number}")
         for place, option in enumerate(("minShapes", "optShapes", "maxShapes")):

@@ -18,7 +18,7 @@ from compress.export.onnx import target as portable
 from compress.export.onnx.capture import capture_graph
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import by_user, sources_of
-from compress.export.tensorrt import builder, building, engine, flavours, record, rules, shapes
+from compress.export.tensorrt import builder, building, engine, flavours, record, rules, shapes, sparsity
 from compress.export.tensorrt.engine import EngineSession
 from compress.export.tensorrt.half import KINDS, halve, halve_cache
 from compress.export.tensorrt.lowering import LOWERS, PARSER
@@ -69,7 +69,8 @@ def _runtime(profile: Profile) -> Runtime:
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> rules.EngineChoice | Refusal:
     """See Target: the rules of TensorRT and the formats of the chip, without building anything."""
-    return as_dense(spec, rules.choose(spec.as_dense, profile))
+    answer = sparsity.noted(spec.as_dense, rules.choose(spec.as_dense, profile), profile)
+    return as_dense(spec, answer)
 
 
 def capture(model: Model, profile: Profile) -> bytes:
@@ -129,7 +130,7 @@ def _write(model: Model, profile: Profile, folder: Path, graph: bytes | None, bu
     ir.save(document, folder / files.GRAPH, external_data=files.DATA)
     files.write(model, folder, shared=False)
     (folder / providers.GENAI).unlink(missing_ok=True)  # whose runtime does not read this cache
-    made = _build(model, profile, folder, builds)
+    made = _build(model, profile, folder, builds, sparsity.layers(model, choices, profile))
     made.write(folder)
     return Lowered.of(folder, choices, specs, experts.bounds(choices, specs), made.engine_bytes or made.graph_bytes)
 
@@ -157,8 +158,8 @@ def seal(document: ir.Model, runtime: Runtime) -> None:
     document.producer_name, document.producer_version = "compress", None
 
 
-def _build(model: Model, profile: Profile, folder: Path, builds: bool) -> record.Record:
-    """The engine beside the graph, or the command that makes it."""
+def _build(model: Model, profile: Profile, folder: Path, builds: bool, sparse: tuple[str, ...]) -> record.Record:
+    """The engine beside the graph, or the command that makes it. sparse: layers that are 2:4."""
     assert profile.gpu is not None
     sm, ranges = profile.gpu.sm, shapes.ranges(model, profile)
     sizes = [(folder / name).stat().st_size for name in (files.GRAPH, files.DATA) if (folder / name).is_file()]
@@ -175,11 +176,14 @@ def _build(model: Model, profile: Profile, folder: Path, builds: bool) -> record
         graph_bytes=sum(sizes),
         module="tensorrt",
         settings=builder.PLANNED,
+        sparse=sparse,
     )
     flavour = building.flavour_for(profile) if builds else None
     if flavour is not None:
         return building.make(made, flavour, folder, folder)
-    (folder / COMMAND).write_text(shapes.build_command(ranges, files.GRAPH, "engine"), encoding="utf8")
+    (folder / COMMAND).write_text(
+        shapes.build_command(ranges, files.GRAPH, "engine", sparse=bool(sparse)), encoding="utf8"
+    )
     return made
 
 

@@ -152,6 +152,20 @@ class IBuilderConfig:
         return self._cache
 
 
+def _two_of_four(graph):
+    """The products of a graph with a weight that has, of every four rows that are summed up, two that are zero."""
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in weights:
+            weights[node.output[0]] = weights[node.input[0]]
+        weight = weights.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is not None and weight.ndim == 2 and len(weight) % 4 == 0:
+            runs = weight.reshape(len(weight) // 4, 4, -1) != 0
+            found += [node.name] if runs.sum(1).max() <= 2 else []
+    return found
+
+
 @_as_real
 class Builder:
     def __init__(self, logger):
@@ -178,6 +192,12 @@ class Builder:
             new = sorted({node.op_type for node in network.model.graph.node} - set(timed))
             timed += new
             self._logger.log(Severity.WARNING, f"timed {len(new)} kernels")
+        if config.get_flag(BuilderFlag.SPARSE_WEIGHTS):
+            sparse = _two_of_four(network.model.graph)
+            names = ", ".join(sparse)
+            log = self._logger.log
+            log(Severity.INFO, f"(Sparsity) Found {len(sparse)} layer(s) eligible to use sparse tactics: {names}")
+            log(Severity.INFO, f"(Sparsity) Chose {len(sparse)} layer(s) using sparse tactics: {names}")
         streams = config.get_flag(BuilderFlag.WEIGHT_STREAMING)
         head = {"version": __version__, "device": _device(), "profiles": config._profiles, "streams": streams}
         return IHostMemory(json.dumps(head).encode() + b"\n" + network.model.SerializeToString())
