@@ -28,8 +28,9 @@ SOLVED, MOST_STEPS = 1e-3, 30
 class Coded:
     """A layer on its way: what it is to come close to, and the codes and scales that it has.
 
-    target (out, in) float32; hessian (in, in) float32, damped; scale (out, 1), (1, in) or (1, 1) float32 as stored;
-    codes (rows, units, stages) int64. The codebook (groups, stages, entries, vector) goes beside it.
+    target (out, in) float32, what is left of the weight without the bias; hessian (in, in) float32, damped; scale (out,
+    1), (1, in) or (1, 1) float32 as stored; codes (rows, units, stages) int64; bias (out, 1) or (1, in) float32 as
+    stored, None without one. The codebook (groups, stages, entries, vector) goes beside it.
     """
 
     form: Codebook
@@ -37,6 +38,7 @@ class Coded:
     hessian: Tensor
     scale: Tensor
     codes: Tensor
+    bias: Tensor | None = None
 
     def unit(self, book: Tensor) -> Tensor:
         """(out, in): what is decoded, before it is scaled."""
@@ -205,7 +207,8 @@ def _add_up(layer: Coded, vectors: Tensor, result: Tensor) -> None:
 
 def refit_scale(layer: Coded, book: Tensor) -> Coded:
     """The scales of least error for what is decoded: one division for each row, or one system for all columns. The
-    result is what storage holds; a scale that would be worse, or not positive, stays."""
+    result is what storage holds; a scale that would be worse, or not positive, stays. A bias is refitted first."""
+    layer = layer if layer.bias is None else refit_bias(layer, layer.bias, book)
     if layer.form.scale == "none":
         return layer
     unit = layer.unit(book)
@@ -216,6 +219,20 @@ def refit_scale(layer: Coded, book: Tensor) -> Coded:
     now, new = layer.scale[:, 0], wanted[:, 0]
     lower = curvature * new.square() - 2 * gain * new < curvature * now.square() - 2 * gain * now
     return replace(layer, scale=torch.where(lower[:, None], wanted, layer.scale))
+
+
+def refit_bias(layer: Coded, bias: Tensor, book: Tensor) -> Coded:
+    """The bias of least error for the weights as they are otherwise: that of a column is the mean of what its weights
+    lack, whatever the Hessian; that of a row what they lack as the inputs' sum sees it."""
+    lack = layer.target - layer.unit(book) * layer.scale
+    if bias.shape[0] == 1:
+        shift = lack.mean(0, keepdim=True)
+    else:
+        seen = layer.hessian.sum(1)
+        shift = (lack @ seen / seen.sum())[:, None]
+    wanted = codebooks.stored(bias + shift)
+    found = replace(layer, bias=wanted, target=layer.target + bias - wanted)
+    return found if found.error(book) < layer.error(book) else layer
 
 
 def _columns_rescaled(layer: Coded, book: Tensor, unit: Tensor) -> Coded:

@@ -44,6 +44,8 @@ FORMS = (
         "codebook(vector=5, entries=2, stages=2, out, groups=2, scale=row)",
         "codebook(vector=13, entries=4, stages=1, out, scale=none)",
     ),
+    *("codebook(vector=3, entries=8, outliers=0.1, outlier_vector=3, bias=row)", "codebook(vector=2, permuted)"),
+    "codebook(vector=4, entries=64, stages=1, out, groups=2, outliers=0.03, bias=column, permuted)",
 )
 
 

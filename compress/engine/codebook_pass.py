@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.engine import backward
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
+from compress.engine.codebook_pieces import bias_of, set_apart, stored_weight
 from compress.engine.codebook_tasks import Task, held, notes_of, shared_notes, tasks_of
 from compress.engine.in_turn import check_guided, check_mismatch, crossed, refuse_fixed
 from compress.engine.layer_stats import Stat
@@ -76,6 +77,11 @@ class CodebookPass(BlockQuantPass, ABC):
                 "since its vectors or scales cross rows. Use a codebook along the inputs with scale=row or none, or "
                 "set guided=0."
             )
+        if self.guided and self.codebook.bias == "column":
+            raise UsageError(
+                f"{self.name}: guided={self.guided} decides groups of output rows apart, and a bias of columns is one "
+                "for all rows. Use bias=row or none, or set guided=0."
+            )
         if self.bits is not None and "format" in self.model_fields_set:
             raise UsageError(
                 f"{self.name}: format={self.format} and bits={self.bits:g} contradict each other: bits chooses the "
@@ -136,7 +142,7 @@ class CodebookPass(BlockQuantPass, ABC):
         for name, (item, spec) in chosen.items():
             assert isinstance(item, CodebookPass)
             alone = item.share == "none" or spec.segment < 0
-            groups.setdefault(name if alone else (item.format, item.bits), []).append((item, spec))
+            groups.setdefault(name if alone else (item.codebook, item.bits), []).append((item, spec))
         settled: dict[str, Pass] = {}
         for pairs in groups.values():
             first = pairs[0][0]
@@ -174,7 +180,7 @@ class CodebookPass(BlockQuantPass, ABC):
 
     def block(self, block: Block) -> Changed:
         groups: dict[str | Codebook, list[Task]] = {}
-        for task in tasks_of(block, _ours(block.chosen)):
+        for task in set_apart(tasks_of(block, _ours(block.chosen)), _solve):
             form = task.item.codebook
             groups.setdefault(task.layer.name if form.share == 1 else form, []).append(task)
         known = held(block)
@@ -183,7 +189,7 @@ class CodebookPass(BlockQuantPass, ABC):
             book = known.get(key)
             partners = {name: item for name, item in block.ahead.items() if getattr(item, "format", None) == key}
             if book is None and partners:
-                book = _solve([*tasks, *tasks_of(block, _ours(partners))])[1].half()
+                book = _solve([*tasks, *set_apart(tasks_of(block, _ours(partners)), _solve)])[1].half()
             found |= {layer.name: layer for layer in _solved(tasks, book)}
         return Changed(found)
 
@@ -212,11 +218,8 @@ def _solved(tasks: Sequence[Task], given: Tensor | None) -> list[Layer]:
         parts.setdefault(task.layer.name, []).append((task, each))
     found = []
     for pairs in parts.values():
-        task, form = pairs[0][0], pairs[0][1].form
-        codes, scales = torch.cat([each.codes for _, each in pairs]), [each.scale for _, each in pairs]
         # `stored` is the one tensor that all holders of the codebook refer to
-        params = {"codebook": stored, "scale": torch.cat(scales) if form.scale == "row" else scales[0]}
-        packed = form.pack(codes.flatten(1), params, task.layer.shape)
+        task, packed = pairs[0][0], stored_weight(pairs, stored)
         own = notes_of(max((task for task, _ in pairs), key=lambda task: task.system.doubled))
         found.append(replace(task.layer, weight=packed, notes=(*own, *notes)))
     return found
@@ -224,9 +227,10 @@ def _solved(tasks: Sequence[Task], given: Tensor | None) -> list[Layer]:
 
 def _start(task: Task) -> Coded:
     """The weight to come close to, and its first scales."""
-    system, form = task.system, task.item.codebook
-    none = torch.empty(0, dtype=torch.int64)
-    return Coded(form, task.weight, damped(system.hessian, system.damp), form.fit_scale(task.weight), none)
+    system, form, none = task.system, task.form, torch.empty(0, dtype=torch.int64)
+    bias = bias_of(task)
+    target = task.weight if bias is None else task.weight - bias
+    return Coded(form, target, damped(system.hessian, system.damp), form.fit_scale(target), none, bias)
 
 
 def _learned(tasks: Sequence[Task], starts: Sequence[Coded]) -> Tensor:

@@ -19,6 +19,7 @@ from compress.solve import NOT_GUIDED, System
 
 if TYPE_CHECKING:
     from compress.engine.codebook_pass import CodebookPass
+    from compress.engine.codebook_pieces import Apart
 
 # share of an input's usual second moment that one of a layer without tokens counts
 UNREACHED = 1e-3
@@ -28,7 +29,9 @@ UNREACHED = 1e-3
 class Task:
     """A layer, or a run of its output rows, and what it is solved with.
 
-    weight (rows, in) float32, what it is to come close to.
+    weight (rows, in) float32, what it is to come close to; apart: what was decided of its outlier columns, or of their
+    order (codebook_pieces.py), with `system` and `weight` of the columns that are left; form: the codebook of these
+    columns, by itself.
     """
 
     item: CodebookPass
@@ -36,6 +39,8 @@ class Task:
     stats: LayerStats
     system: System
     weight: Tensor
+    form: Codebook
+    apart: Apart | None = None
 
 
 def held(block: Block) -> dict[str | Codebook, Tensor]:
@@ -66,12 +71,13 @@ def tasks_of(block: Block, chosen: Mapping[str, CodebookPass]) -> list[Task]:
         how = item.damp, item.codebook.step, item.column_order
         system = systems.of(layer, stats, *how)
         target = system.target(layer.float_weight(), stats.cross, item.mismatch)
+        form = item.codebook.main
         if item.guided and stats.guided is not None:
             share, parts = _balance(stats), target.tensor_split(len(stats.guided))
             pairs = zip(stats.guided, parts, strict=True)
-            tasks += [Task(item, layer, stats, System.of(share * hessian, *how), rows) for hessian, rows in pairs]
+            tasks += [Task(item, layer, stats, System.of(share * hessian, *how), rows, form) for hessian, rows in pairs]
         else:
-            tasks.append(Task(item, layer, stats, system, target))
+            tasks.append(Task(item, layer, stats, system, target, form))
     return tasks
 
 
@@ -95,9 +101,12 @@ def notes_of(task: Task) -> list[str]:
     stats, system = task.stats, task.system
     if stats.hessian is None:
         return ["no calibration token reached it: solved as if its inputs were alike (identity Hessian)"]
-    notes = system.notes(stats.tokens, len(system.hessian))
+    notes = system.notes(stats.tokens, task.layer.shape[1])
     if task.item.guided and stats.guided is None:
         notes.append(NOT_GUIDED)
+    form, columns = task.item.codebook, task.layer.shape[1]
+    if form.outliers:
+        notes.append(f"{columns - form.main_columns(columns)} of {columns} input columns are outliers")
     return notes
 
 

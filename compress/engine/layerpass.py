@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -179,9 +180,7 @@ class Pass(BaseModel, ABC):
         try:
             return cls(**settings)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "settings"
-            raise UsageError(f"{cls.name}: {where}={first['input']!r}: {first['msg']}.") from error
+            raise UsageError(f"{cls.name}: {_wrong(error)}") from error
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """The same pass with some settings changed and no patterns, for an override."""
@@ -199,6 +198,21 @@ class Pass(BaseModel, ABC):
 
     def __str__(self) -> str:
         return self.call().text()
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first setting that cannot be, its value and what is allowed. Places in a list are those of the list."""
+    first = error.errors()[0]
+    where = ".".join(part for part in first["loc"] if isinstance(part, str)) or "settings"
+    told, context = f"{where}={first['input']!r}", first.get("ctx", {})
+    words: list[str] = []
+    if first["type"] == "string_pattern_mismatch":
+        words = str(context["pattern"]).strip("^()$").split("|")
+    elif first["type"] == "literal_error":
+        words = re.findall(r"'([^']*)'", str(context["expected"]))
+    if words:
+        return f"{told} is not allowed.{nearest(str(first['input']), words)}"
+    return f"{told}: {first['msg'].replace('Input should', 'it should')}."
 
 
 class LayerPass(Pass, ABC):
@@ -270,6 +284,11 @@ class Quantizing(Pass, ABC):
             raise UsageError(
                 f"{self.name}: {form} is held by several layers in common, but each layer gets one of its own here. "
                 "Leave share out, or use a pass that learns it for several layers (vptq or aqlm)."
+            )
+        if not self.shares and form.only_learned:
+            raise UsageError(
+                f"{self.name}: {form}: {' and '.join(form.only_learned)} are chosen by the inputs of a layer, which "
+                "this pass does not look at. Leave them out, or use vptq or aqlm."
             )
         try:
             form.tensor_specs(spec.shape)

@@ -57,6 +57,11 @@ class Format(ABC):
         return False
 
     @property
+    def only_learned(self) -> tuple[str, ...]:
+        """Settings that only passes which learn codebooks can choose by data, and others refuse."""
+        return ()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the report should tell of each layer that is put in this format here: what makes it slow, say."""
         return ()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UsageError, nearest
+from compress.formats import codebook_columns
 from compress.formats.base import Format, Params, QuantTensor, TensorSpec
 from compress.maths import codebooks, grid
 from compress.spec import Call
@@ -43,6 +44,10 @@ class Codebook(Format):
     `groups` runs of input columns with codebooks of their own; `scale`: a float16 factor per `row`, per `column`, or
     `none`; `share`: so many layers hold the codebooks in common, whose bytes are counted once among them (set by the
     pass that learns them).
+    Beside these (compress/formats/codebook_columns.py): `outliers`, the share of the input columns that are kept apart,
+    in codes of `outlier_vector` weights with `outlier_entries` entries of their own; `bias`, a float16 summand per
+    `row` or `column`; `permuted`: columns lie in an order of their own. What was chosen is stored and counted; a row's
+    scale and bias are not those of its outliers. Which columns come first only passes with data can decide.
     Text: `codebook(vector=8, entries=256, stages=2)`, `codebook(vector=6, entries=4096, stages=1, out)`.
     """
 
@@ -53,6 +58,11 @@ class Codebook(Format):
     groups: int = 1
     scale: str = ""
     share: int = 1
+    outliers: float = 0.0
+    outlier_vector: int = 2
+    outlier_entries: int = 64
+    bias: str = "none"
+    permuted: bool = False
 
     def __post_init__(self) -> None:
         if self.axis not in AXES:
@@ -67,17 +77,19 @@ class Codebook(Format):
                 raise UsageError(f"codebook: {name}={value!r} is not allowed. Give a whole number, {low} to {high}.")
         if self.entries & (self.entries - 1):
             raise UsageError(f"codebook: entries={self.entries} is no power of two. Give 2, 4, 8 … {MOST_ENTRIES}.")
+        codebook_columns.check(self)
 
     @classmethod
     def from_call(cls, call: Call, **named: str) -> Self:
         settings: dict[str, Any] = dict(call.kwargs)
         for word in call.args:
-            if word not in AXES:
-                raise UsageError(f"codebook: unknown word '{word}'.{nearest(str(word), AXES)}")
-            if "axis" in settings:
-                raise UsageError(f"{call.text()}: the axis is given twice. Keep one of them.")
-            settings["axis"] = word
-        call.require_known(("vector", "entries", "stages", "axis", "groups", "scale", "share"))
+            if word not in (*AXES, "permuted"):
+                raise UsageError(f"codebook: unknown word '{word}'.{nearest(str(word), (*AXES, 'permuted'))}")
+            name = "permuted" if word == "permuted" else "axis"
+            if name in settings:
+                raise UsageError(f"{call.text()}: {name} is given twice. Keep one of them.")
+            settings[name] = True if word == "permuted" else word
+        call.require_known(cls.__dataclass_fields__)
         return cls(**settings)
 
     def __str__(self) -> str:
@@ -85,6 +97,7 @@ class Codebook(Format):
         parts += ["out"] if self.axis == "out" else []
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
         parts += [f"scale={self.scale}"] if self.scale != self._own_scale else []
+        parts += codebook_columns.texts(self)
         return f"codebook({', '.join(parts + ([f'share={self.share}'] if self.share > 1 else []))})"
 
     @property
@@ -93,7 +106,29 @@ class Codebook(Format):
 
     @property
     def step(self) -> int:
-        return self.vector if self.axis == "in" else 1
+        return self.vector if self.axis == "in" and not self.outliers else 1
+
+    @property
+    def only_learned(self) -> tuple[str, ...]:
+        return (*(("outliers",) if self.outliers else ()), *(("permuted",) if self.permuted else ()))
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The settings that take more than codes, entries and scales to decode: what `pieces` is for."""
+        return (*self.only_learned, *(("bias",) if self.bias != "none" else ()))
+
+    @property
+    def main(self) -> Codebook:
+        """Of the columns that are no outliers, without any of `extras`."""
+        return codebook_columns.main_form(self) if self.extras else self
+
+    def pieces(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> list[codebook_columns.Piece]:
+        """A weight as runs of columns without any of `extras`: the outliers, where there are any, and the others."""
+        return codebook_columns.pieces(self, tensors, shape)
+
+    def main_columns(self, columns: int) -> int:
+        """How many of the input columns are no outliers."""
+        return columns - codebook_columns.outlier_count(self, columns)
 
     @property
     def holders(self) -> dict[str, int]:
@@ -112,12 +147,13 @@ class Codebook(Format):
         return rows if self.axis == "in" else -(-rows // self.vector)
 
     def units(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Rows of codes, and vectors in each."""
-        return self.code_rows(shape[0]), shape[1] // self.step
+        """Rows of codes, and vectors in each, outlier columns left out."""
+        return self.code_rows(shape[0]), self.main_columns(shape[1]) // self.main.step
 
     def fits(self, columns: int) -> bool:
         """Whether input columns can be cut into the groups, and these into whole vectors."""
-        return columns % (self.groups * self.step) == 0
+        main = self.main_columns(columns)
+        return main > 0 and main % (self.groups * self.main.step) == 0
 
     def run(self, columns: int) -> int:
         """Input columns of one group. Raises: UsageError where they do not fit."""
@@ -126,7 +162,7 @@ class Codebook(Format):
                 f"{self}: {columns} input columns cannot be cut into {self.groups} groups of whole vectors. Choose "
                 "another number of groups."
             )
-        return columns // self.groups
+        return self.main_columns(columns) // self.groups
 
     def fit(
         self,
@@ -139,10 +175,14 @@ class Codebook(Format):
         """See Format.fit. Codebooks by k-means of the scaled weights, one stage after the other, each weight counting
         by `importance` and its squared scale. `search` and `peak` are not read: nothing is cut off."""
         self.run(weight.shape[1])
+        if self.only_learned:
+            raise UsageError(f"{self}: {' and '.join(self.only_learned)} need data. Use vptq or aqlm.")
+        bias = self.fit_bias(weight)
+        weight = weight if bias is None else weight - bias
         scale = self.fit_scale(weight)
         counts = torch.ones(1, weight.shape[1]) if importance is None else importance[None]
         book = self.learn([(weight / scale, (counts * scale.square()).expand(weight.shape))])
-        return self.params(book, scale, weight.shape[1])
+        return self.params(book, scale, weight.shape[1], bias)
 
     def learn(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Codebooks (groups, stages, entries, vector), as float16 holds them, for layers that hold them in common.
@@ -172,10 +212,17 @@ class Codebook(Format):
         stored = codebooks.stored(size)
         return torch.where(stored > 0, stored, torch.ones(()))
 
-    def params(self, codebook: Tensor, scale: Tensor, columns: int) -> Params:
+    def fit_bias(self, weight: Tensor) -> Tensor | None:
+        """(out, 1) or (1, in) float32: the mean of a row or column as float16 holds it; None without a bias."""
+        if self.bias == "none":
+            return None
+        return codebooks.stored(weight.mean(1 if self.bias == "row" else 0, keepdim=True))
+
+    def params(self, codebook: Tensor, scale: Tensor, columns: int, bias: Tensor | None = None) -> Params:
         """Parameters as storage will hold them: codebook (groups, stages, entries, vector), scale as `Parts`."""
         self.run(columns)
-        return {"codebook": codebooks.stored(codebook), "scale": scale, "columns": torch.tensor(columns)}
+        found = {"codebook": codebooks.stored(codebook), "scale": scale, "columns": torch.tensor(columns)}
+        return found if bias is None else {**found, "bias": bias}
 
     def vectors(self, weight: Tensor) -> Tensor:
         """(out, n) → (rows, units, vector); `axis=out` fills the last vector of a column with zeros."""
@@ -198,8 +245,9 @@ class Codebook(Format):
     def quantize(self, weight: Tensor, params: Params, columns: Tensor) -> tuple[Tensor, Tensor]:
         """See Format.quantize. Codes (rows, units · stages), int32 where they have more than 8 bits; columns come in
         whole vectors. The codes of a vector are those of least error together."""
-        scale = params["scale"] if params["scale"].shape[1] == 1 else params["scale"][:, columns]
-        vectors = self.vectors(weight / scale)
+        scale = _at(params["scale"], columns)
+        bias = _at(params["bias"], columns) if "bias" in params else torch.zeros(())
+        vectors = self.vectors((weight - bias) / scale)
         group = self._groups(columns[:: self.step], int(params["columns"]))
         codes = torch.empty(*vectors.shape[:2], self.stages, dtype=torch.int32)
         values = torch.empty_like(vectors)
@@ -208,16 +256,20 @@ class Codebook(Format):
             found = codebooks.assign(vectors[:, chosen].reshape(-1, self.vector), book, BEAM)
             codes[:, chosen] = found.reshape(len(vectors), -1, self.stages)
             values[:, chosen] = codebooks.decode(found, book).reshape(len(vectors), -1, self.vector)
-        return codes.flatten(1).to(grid.code_dtype(self.bits)), self.weights(values, len(weight)) * scale
+        return codes.flatten(1).to(grid.code_dtype(self.bits)), self.weights(values, len(weight)) * scale + bias
 
     def pack(self, codes: Tensor, params: Params, shape: tuple[int, int]) -> QuantTensor:
         tensors = {"codes": grid.pack_bits(codes, self.bits), "codebook": params["codebook"].half()}
         if self.scale != "none":
             tensors["scale"] = params["scale"].flatten().half()
+        if self.bias != "none":
+            tensors["bias"] = params["bias"].flatten().half()
         return QuantTensor(self, tensors, shape)
 
     def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Parts:
-        """See `Parts`."""
+        """See `Parts`. Of a format with `extras` each of the `pieces` is unpacked: ValueError."""
+        if self.extras:
+            raise ValueError(f"{self}: {' and '.join(self.extras)} would be lost")
         rows, units = self.units(shape)
         codes = grid.unpack_bits(tensors["codes"], self.bits, units * self.stages)
         factor = tensors.get("scale", torch.ones(1)).float()
@@ -225,6 +277,9 @@ class Codebook(Format):
         return Parts(codes.int().reshape(rows, units, self.stages), tensors["codebook"].float(), scale)
 
     def dequantize(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        if self.extras:
+            parts = self.pieces(tensors, shape)
+            return codebook_columns.assembled(parts, [each.decode() for each in parts])
         return self.decode(self.unpack(tensors, shape), shape)
 
     def decode(self, parts: Parts, shape: tuple[int, int]) -> Tensor:
@@ -242,6 +297,8 @@ class Codebook(Format):
 
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         self.run(shape[1])
+        if self.extras:
+            return codebook_columns.specs(self, shape)
         rows, units = self.units(shape)
         specs: dict[str, TensorSpec] = {
             "codes": ((rows, grid.packed_bytes(1, units * self.stages, self.bits)), torch.uint8),
@@ -250,3 +307,8 @@ class Codebook(Format):
         if self.scale != "none":
             specs["scale"] = ((shape[0] if self.scale == "row" else shape[1],), torch.float16)
         return specs
+
+
+def _at(values: Tensor, columns: Tensor) -> Tensor:
+    """(out, 1) as it is, (1, in) at some columns."""
+    return values if values.shape[1] == 1 else values[:, columns]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -22,8 +23,8 @@ def choose(shapes: Sequence[tuple[int, int]], bits: float, like: Codebook) -> Co
     """The codebook of least expected error whose counted bits per weight, codes, codebooks and scales together, stay
     within `bits`.
 
-    Args: shapes (out, in) of the layers that hold it in common; one for a codebook of its own; like: its axis, groups
-    and scale are kept.
+    Args: shapes (out, in) of the layers that hold it in common; one for a codebook of its own; like: all else of it is
+    kept.
     Raises: UsageError where none is small enough, or fits the widths.
     """
     return _choose(tuple(shapes), bits, like)
@@ -60,7 +61,7 @@ def _candidates(shapes: Sequence[tuple[int, int]], like: Codebook) -> list[Codeb
     """Those that fit the widths, and are learned from vectors enough."""
     found = []
     for vector, width, stages in itertools.product(VECTORS, INDEX_BITS, STAGES):
-        form = Codebook(vector, 2**width, stages, like.axis, like.groups, like.scale, len(shapes))
+        form = replace(like, vector=vector, entries=2**width, stages=stages, share=len(shapes))
         if not all(form.fits(columns) for _, columns in shapes):
             continue
         vectors = sum(prod(form.units(shape)) for shape in shapes)

@@ -8,6 +8,7 @@
     kernel_paths()                     # paths this machine has, fastest first, "torch" last
     missing()                          # why there is no compiled library; "" where there is one
     codebook_product(…, device="cuda") # the same in a GPU's memory: .kernel is "codebook triton"
+    PiecedProduct(parts, shape)        # of a format with outlier columns, an order or a bias: one for each piece
 
 A compiled library beside this file (`lookup.c`, `nibble.c`, `decode.c`: plain functions reached through ctypes, built
 with the package where there is a compiler) does the work: up to `FEW_TOKENS` tokens one at a time from the codes, more
@@ -28,11 +29,14 @@ result.
 from compress.kernels.codebook import FEW_TOKENS, CodebookProduct, as_decoding
 from compress.kernels.gpu import GpuProduct, codebook_product, gpu_paths, missing_triton
 from compress.kernels.library import kernel_paths, missing
+from compress.kernels.pieced import Part, PiecedProduct
 
 __all__ = [
     "FEW_TOKENS",
     "CodebookProduct",
     "GpuProduct",
+    "Part",
+    "PiecedProduct",
     "as_decoding",
     "codebook_product",
     "gpu_paths",

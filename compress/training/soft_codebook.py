@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from compress.formats import codebook_columns
 from compress.formats.base import QuantTensor, alike
 from compress.formats.codebook import Codebook, Parts
 from compress.layer import Layer
@@ -19,13 +20,19 @@ class SoftCodebook:
     """One layer's weight as a function of its codebook's entries and a factor per scale; codes stay until `reencode`.
 
     book (groups, stages, entries, vector) float32, one tensor for all layers that hold it in common; factor, of the
-    scales' shape. With factor 1 `weight` gives the layer's own values.
+    scales' shape. With factor 1 `weight` gives the layer's own values. Outlier columns, a bias and the order of columns
+    stay as they are: `form`, `held` and `scale` are of the other columns.
     """
 
     def __init__(self, layer: Layer, book: Tensor) -> None:
         assert isinstance(layer.weight, QuantTensor) and isinstance(layer.weight.format, Codebook)
-        self.layer, self.form, self.book = layer, layer.weight.format, book
-        self.held, _, self.scale = self.form.unpack(layer.weight.tensors, layer.shape)
+        self.layer, self.book = layer, book
+        self.whole = layer.weight.format
+        self.pieces = self.whole.pieces(layer.weight.tensors, layer.shape)
+        main = self.pieces[-1]
+        self.form = main.form
+        self.held, _, self.scale = main.form.unpack(main.tensors, main.shape)
+        self.fixed = [each.decode() for each in self.pieces[:-1]]
         self.factor = torch.ones_like(self.scale)
 
     def _parts(self) -> Parts:
@@ -36,13 +43,21 @@ class SoftCodebook:
 
     def weight(self) -> Tensor:
         """(out, in) float32."""
-        return self.form.decode(self._parts(), self.layer.shape)
+        main = self.pieces[-1]
+        found = self.form.decode(self._parts(), main.shape)
+        if not self.whole.extras:
+            return found
+        found = found if main.bias is None else found + main.bias
+        return codebook_columns.assembled(self.pieces, [*self.fixed, found])
 
     def reencode(self, wish: Tensor, share: float, beam: int) -> None:
         """Choose the codes of the vectors that are furthest from `wish` (out, in) again, at most a `share` of them."""
         with torch.no_grad():
-            _, books, scale = self._parts()
-            far = (self.form.vectors(wish - self.weight()).square().sum(-1)).flatten()
+            parts, main = self._parts(), self.pieces[-1]
+            _, books, scale = parts
+            if self.whole.extras:
+                wish = wish[:, main.columns] if main.bias is None else wish[:, main.columns] - main.bias
+            far = (self.form.vectors(wish - self.form.decode(parts, main.shape)).square().sum(-1)).flatten()
             chosen = far.topk(max(1, int(share * len(far)))).indices
             chosen = chosen[far[chosen] > 0].sort().values
             units = self.held.shape[1]
@@ -59,8 +74,12 @@ class SoftCodebook:
         """The layer with the entries and scales as they now are."""
         with torch.no_grad():
             _, book, scale = self._parts()
-        params = {"codebook": book, "scale": scale}
-        return self.layer.with_weight(self.form.pack(self.held.flatten(1), params, self.layer.shape))
+        main = self.pieces[-1]
+        packed = self.form.pack(self.held.flatten(1), {"codebook": book, "scale": scale}, main.shape)
+        if self.whole.extras:
+            parts = [*self.pieces[:-1], main._replace(tensors=packed.tensors)]
+            packed = QuantTensor(self.whole, codebook_columns.joined(self.whole, parts), self.layer.shape)
+        return self.layer.with_weight(packed)
 
 
 def soft_codebooks(layers: Iterable[Layer]) -> dict[str, SoftCodebook]:

@@ -30,6 +30,7 @@ class Aqlm:
     name = "aqlm"
     transforms = False
     expert_reader = ""
+    config_file = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes codebooks of vectors along the inputs, with a scale per row or none, inside the blocks."""
@@ -49,6 +50,10 @@ class Aqlm:
             return Refusal(f"{form}: AQLM scales rows. Give scale=row or scale=none")
         if form.groups > 1:
             return Refusal(f"{form}: AQLM has one set of codebooks per layer. Leave out groups")
+        if form.extras:
+            return Refusal(
+                f"{form}: AQLM stores codes, codebooks and scales only. Leave out {' and '.join(form.extras)}"
+            )
         return Choice("aqlm", "works", _specs(spec, form), _note(form), extra_bytes=spec.bias_bytes, decodes=True)
 
     def together(self, specs: Mapping[str, LayerSpec]) -> dict[str, Refusal]:

@@ -89,7 +89,9 @@ def _vptq() -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _weight(layer: Any, dequantize: Any) -> Tensor:
-    """(out, in) float32 of a layer without outlier columns and permutation, which this package does not write."""
+    """(out, in) float32."""
+    outliers = layer.enable_outlier
+    shape = 1, layer.num_outlier_centroids, layer.outlier_vector_len
     books = layer.num_codebooks, layer.num_centroids, layer.vector_len
     weight: Tensor = dequantize(
         indices=layer.indices,
@@ -107,14 +109,14 @@ def _weight(layer: Any, dequantize: Any) -> Tensor:
         is_indice_packed=True,
         enable_residual=layer.enable_residual,
         enable_norm=True,
-        enable_perm=False,
-        perm=None,
-        enable_outlier=False,
-        outlier_indices=None,
-        outlier_centroids=None,
-        num_outlier_centroids=-1,
-        outlier_padding=0,
-        outlier_size=0,
-        outlier_vector_len=-1,
+        enable_perm=layer.enable_perm,
+        perm=getattr(layer, "perm", None),
+        enable_outlier=outliers,
+        outlier_indices=layer.outlier_indices,
+        outlier_centroids=layer.outlier_centroids.weight.view(shape) if outliers else None,
+        num_outlier_centroids=layer.num_outlier_centroids,
+        outlier_padding=layer.outlier_padding,
+        outlier_size=layer.outlier_size,
+        outlier_vector_len=layer.outlier_vector_len,
     )
     return weight

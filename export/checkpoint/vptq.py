@@ -3,7 +3,10 @@
 Per module, for rows of codes that stand for `vector` neighbouring outputs each, the last row filled up: `indices` int32
 (groups, ceil(out / vector), ceil(in / groups · b / 32)), of each input column the code of the main codebook in the low
 bits and that of the residual one above it, b together, as one stream of bits, lowest first; `centroids.weight` and
-`res_centroids.weight` float16 (groups, entries · vector); `weight_scale` and `weight_bias` float16 (in,).
+`res_centroids.weight` float16 (groups, entries · vector); `weight_scale` and `weight_bias` float16 (in,). Outlier
+columns come before these groups: `outlier_indices` int16 (1, ceil(out / vector), columns), bits of unsigned numbers,
+not packed, and `outlier_centroids.weight` float16 (1, entries · vector); `perm` int16 (in,), unsigned as well, is
+the column of the weight at each place.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from compress.target import Refusal
 VECTORS = (2, 4, 6, 8, 10, 12, 16)
 MAIN_BITS = (4, 8, 10, 12, 13, 14, 15, 16)
 BOTH_BITS = (4, 8, 10, 12, 15, 16)
+OUTLIER_VECTOR = 4
+# columns whose places its files can name
+MOST_COLUMNS = 1 << 16
 # columns above which its kernel for single tokens works
 LEAST_COLUMNS = 257
 NOTE = "for the package vptq on an NVIDIA GPU; this package decodes the weights to float"
@@ -36,6 +42,7 @@ class Vptq:
     name = "vptq"
     transforms = False
     expert_reader = ""
+    config_file = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes one or two codebooks of vectors along the outputs, with a scale per column or none, inside the blocks,
@@ -64,15 +71,23 @@ class Vptq:
         weight = layer.weight
         assert isinstance(weight, QuantTensor) and isinstance(weight.format, Codebook)
         form, columns = weight.format, weight.shape[1]
-        codes, books, scale = form.unpack(weight.tensors, weight.shape)
+        *outliers, main = form.pieces(weight.tensors, weight.shape)
+        codes, books, _ = main.form.unpack(main.tensors, main.shape)
         runs = [run.flatten(1) for run in torch.split(codes, form.run(columns), 1)]
         stages = books.half().flatten(2).unbind(1)
-        return {
+        found = {
             "indices": torch.stack([pack_words(run, form.bits) for run in runs]),
             **{f"{name}.weight": book.contiguous() for name, book in zip(_books(form), stages, strict=True)},
-            "weight_scale": scale.half().expand(1, columns)[0].contiguous(),
-            "weight_bias": torch.zeros(columns, dtype=torch.float16),
+            "weight_scale": weight.tensors.get("scale", torch.ones(columns, dtype=torch.float16)),
+            "weight_bias": weight.tensors.get("bias", torch.zeros(columns, dtype=torch.float16)),
         }
+        for each in outliers:
+            own, entries, _ = each.form.unpack(each.tensors, each.shape)
+            found["outlier_indices"] = own[None, ..., 0].to(torch.int16)
+            found["outlier_centroids.weight"] = entries.half().reshape(1, -1)
+        if form.only_learned:
+            found["perm"] = torch.cat([each.columns for each in (*outliers, main)]).to(torch.int16)
+        return found
 
     def config(self, packed: Sequence[Packed], plain: Sequence[str]) -> dict[str, Any]:
         """See Layout."""
@@ -92,6 +107,13 @@ def _refuse_settings(form: Codebook) -> Refusal | None:
         return Refusal(f"{form}: VPTQ has a main and a residual codebook. Give stages=1 or stages=2")
     if form.vector not in VECTORS:
         return Refusal(f"{form}: VPTQ's kernels have vectors of {_listed(VECTORS)}. Give one of them")
+    if form.bias == "row":
+        return Refusal(f"{form}: VPTQ's bias is one of columns. Give bias=column, or leave it out")
+    if form.outliers and form.outlier_vector != OUTLIER_VECTOR:
+        return Refusal(
+            f"{form}: VPTQ's kernels have outlier columns in vectors of {OUTLIER_VECTOR}. Give "
+            f"outlier_vector={OUTLIER_VECTOR}"
+        )
     widths = MAIN_BITS if form.stages == 1 else BOTH_BITS
     if form.bits not in widths:
         sizes = _listed([1 << bits for bits in widths])
@@ -100,9 +122,11 @@ def _refuse_settings(form: Codebook) -> Refusal | None:
 
 
 def _refuse_columns(form: Codebook, columns: int) -> Refusal | None:
-    if columns % form.groups:
+    if not form.fits(columns):
         return Refusal(f"{form}: {columns} columns are no multiple of {form.groups} groups")
-    bits = columns // form.groups * form.bits * form.stages
+    if form.only_learned and columns > MOST_COLUMNS:
+        return Refusal(f"{form}: VPTQ names {MOST_COLUMNS} columns at most, and there are {columns}", usage=False)
+    bits = form.run(columns) * form.bits * form.stages
     if -bits % 32 >= bits:  # its reader takes the padding of a row for what is left over of whole rows
         return Refusal(
             f"{form}: VPTQ's reader wants more than 16 bits of codes per row and group, and {columns} columns in "
@@ -124,6 +148,8 @@ def _note(form: Codebook, columns: int) -> str:
         )
     if form.share > 1:
         parts.append("shared codebooks are written for each layer")
+    if form.outliers:
+        parts.append("places of outlier columns take 16 bits for each code, and the order of all columns is written")
     return "; ".join(parts)
 
 
@@ -132,21 +158,22 @@ def _books(form: Codebook) -> tuple[str, ...]:
 
 
 def _settings(spec: LayerSpec) -> dict[str, Any]:
-    """The arguments of the reader's layer; the first of each pair is of outlier columns, which there are none of."""
+    """The arguments of the reader's layer; the first of each pair is of outlier columns."""
     form = spec.format
     assert isinstance(form, Codebook)
+    vector, entries = (form.outlier_vector, form.outlier_entries) if form.outliers else (-1, -1)
     return {
         "in_features": spec.shape[1],
         "out_features": spec.shape[0],
-        "vector_lens": [-1, form.vector],
-        "num_centroids": [-1, form.entries],
+        "vector_lens": [vector, form.vector],
+        "num_centroids": [entries, form.entries],
         "num_res_centroids": [-1, form.entries if form.stages == 2 else -1],
         "group_num": form.groups,
         "group_size": form.run(spec.shape[1]),
-        "outlier_size": 0,
+        "outlier_size": spec.shape[1] - form.main_columns(spec.shape[1]),
         "indices_as_float": False,
         "enable_norm": True,
-        "enable_perm": False,
+        "enable_perm": bool(form.only_learned),
         "is_indice_packed": True,
         "bias": spec.has_bias,
         "vector_quant_dim": "out",
@@ -155,11 +182,18 @@ def _settings(spec: LayerSpec) -> dict[str, Any]:
 
 def _specs(spec: LayerSpec, form: Codebook) -> dict[str, TensorSpec]:
     rows, columns = spec.shape
-    words = -(-columns // form.groups * form.bits * form.stages // 32)
+    words = -(-form.run(columns) * form.bits * form.stages // 32)
     book: TensorSpec = ((form.groups, form.entries * form.vector), torch.float16)
-    return {
+    found: dict[str, TensorSpec] = {
         "indices": ((form.groups, form.code_rows(rows), words), torch.int32),
         **{f"{name}.weight": book for name in _books(form)},
         "weight_scale": ((columns,), torch.float16),
         "weight_bias": ((columns,), torch.float16),
     }
+    if form.outliers:
+        count, vector = columns - form.main_columns(columns), form.outlier_vector
+        found["outlier_indices"] = ((1, -(-rows // vector), count), torch.int16)
+        found["outlier_centroids.weight"] = ((1, form.outlier_entries * vector), torch.float16)
+    if form.only_learned:
+        found["perm"] = ((columns,), torch.int16)
+    return found

@@ -16,7 +16,7 @@ from compress.export.native import contents, modules
 from compress.export.native.contents import AGAIN, Contents, Stored
 from compress.formats.base import Format
 from compress.formats.codebook import Codebook
-from compress.kernels import CodebookProduct
+from compress.kernels import CodebookProduct, Part, PiecedProduct
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.loading import load
 from compress.models.placing import put_layer, put_plain
@@ -71,8 +71,7 @@ def _put_codebook(
 ) -> str:
     """Replace all users of a layer. Returns: the kernel."""
     found = _parts(spec, form, tensors)
-    codes, codebook, scale = form.unpack(found, spec.shape)
-    product = CodebookProduct(codes, codebook, scale, spec.shape, form.axis, path=path)
+    product = product_of(form, found, spec.shape, path)
     bias, kernel = tensors.bias(spec), ""
     for user in spec.users:
         if reason := modules.why_not(module.get_submodule(user)):
@@ -85,6 +84,20 @@ def _put_codebook(
             modules.put(module, user, modules.CodebookLinear(product, spec.shape, own))
             kernel = product.kernel
     return kernel
+
+
+def product_of(
+    form: Codebook, tensors: dict[str, Tensor], shape: tuple[int, int], path: str | None
+) -> CodebookProduct | PiecedProduct:
+    """What computes with a weight; path: see `load_module`."""
+    if not form.extras:
+        return CodebookProduct(*form.unpack(tensors, shape), shape, form.axis, path=path)
+    parts = []
+    for piece in form.pieces(tensors, shape):
+        unpacked = piece.form.unpack(piece.tensors, piece.shape)
+        product = CodebookProduct(*unpacked, piece.shape, form.axis, path=path)
+        parts.append(Part(product, piece.columns, piece.bias))
+    return PiecedProduct(parts, shape)
 
 
 class Tensors:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.formats import codebook_columns
 from compress.formats.codebook import Codebook
-from compress.kernels import CodebookProduct
+from compress.formats.codebook_columns import Piece
+from compress.kernels import CodebookProduct, PiecedProduct
 
 
 class CodebookLinear(nn.Module):
@@ -15,7 +17,9 @@ class CodebookLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, product: CodebookProduct, shape: tuple[int, int], bias: Tensor | None = None) -> None:
+    def __init__(
+        self, product: CodebookProduct | PiecedProduct, shape: tuple[int, int], bias: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.product = product
         self.out_features, self.in_features = shape
@@ -33,7 +37,7 @@ class CodebookEmbedding(nn.Module):
 
     def __init__(self, form: Codebook, tensors: dict[str, Tensor], shape: tuple[int, int]) -> None:
         super().__init__()
-        self.form, self.tensors = form, tensors
+        self.pieces = form.pieces(tensors, shape)
         self.num_embeddings, self.embedding_dim = shape
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -43,14 +47,23 @@ class CodebookEmbedding(nn.Module):
 
     def rows(self, wanted: Tensor) -> Tensor:
         """Some rows (n,) int64 → (n, in) float32."""
-        each = self.form.vector if self.form.axis == "out" else 1  # rows that are decoded from one row of codes
-        codes = wanted // each
-        tensors = {**self.tensors, "codes": self.tensors["codes"][codes]}
-        if self.form.scale == "row":
-            decoded = codes[:, None] * each + torch.arange(each)
-            tensors["scale"] = self.tensors["scale"][decoded.flatten().clamp(max=self.num_embeddings - 1)]
-        values = self.form.dequantize(tensors, (len(wanted) * each, self.embedding_dim))
-        return values[torch.arange(len(wanted)) * each + wanted % each]
+        return codebook_columns.assembled(self.pieces, [_rows(piece, wanted) for piece in self.pieces])
+
+
+def _rows(piece: Piece, wanted: Tensor) -> Tensor:
+    """Some rows (n,) int64 of a piece's columns, float32."""
+    form = piece.form
+    each = form.vector if form.axis == "out" else 1  # rows that are decoded from one row of codes
+    codes = wanted // each
+    tensors = {**piece.tensors, "codes": piece.tensors["codes"][codes]}
+    if form.scale == "row":
+        decoded = codes[:, None] * each + torch.arange(each)
+        tensors["scale"] = piece.tensors["scale"][decoded.flatten().clamp(max=piece.shape[0] - 1)]
+    values = form.dequantize(tensors, (len(wanted) * each, piece.shape[1]))
+    values = values[torch.arange(len(wanted)) * each + wanted % each]
+    if piece.bias is None:
+        return values
+    return values + (piece.bias if piece.bias.shape[0] == 1 else piece.bias[wanted])
 
 
 def why_not(child: nn.Module) -> str:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from compress.export.onnx import half
+from compress.export.onnx import codebook_pieces, half
 from compress.export.onnx.float_matmul import add_bias
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.lowering import TRANSFORMED, Choice, Lowering, Source
@@ -64,12 +64,12 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal | None:
         TABLES if _has_tables(spec) else DENSE,
         support.state,
         __name__,
-        _stored_bytes(spec, form),
+        _stored_bytes(spec),
         "; ".join(filter(None, (support.note, kept))),
         stored_bits=width,
         speed=support.speed(),
         decodes=True,
-        graph_bytes=_graph_bytes(spec, form),
+        graph_bytes=_graph_bytes(spec),
     )
 
 
@@ -116,14 +116,20 @@ def _form(spec: LayerSpec) -> Codebook:
     return spec.format
 
 
-def _stored_bytes(spec: LayerSpec, form: Codebook) -> int:
+def _stored_bytes(spec: LayerSpec) -> int:
+    form = _form(spec)
+    if form.extras:
+        return codebook_pieces.bytes_beside(spec) + sum(map(_stored_bytes, codebook_pieces.piece_specs(spec)))
     packed = prod(form.tensor_specs(spec.shape)["codes"][0])
     codes = prod(_stored_shape(spec)) * max(1, _width(form) // 8)
     return form.stored_bytes(spec.shape) - packed + codes + spec.bias_bytes
 
 
-def _graph_bytes(spec: LayerSpec, form: Codebook) -> int:
+def _graph_bytes(spec: LayerSpec) -> int:
     """Fitted on eight of these formats on a Llama of 8 blocks."""
+    form = _form(spec)
+    if form.extras:
+        return codebook_pieces.graph_bytes(spec) + sum(map(_graph_bytes, codebook_pieces.piece_specs(spec)))
     nodes, unpacking = (4_260, 765) if _has_tables(spec) else (2_110, 350)
     stages = 95 + 250 * form.stages if form.stages > 1 else 0
     return nodes + stages + unpacking * (_width(form) == 4) + 650 * (form.scale != "none")
@@ -188,6 +194,8 @@ def _scaled(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
 def linear(graph: GraphBuilder, source: Source, values: ir.Value) -> ir.Value:
     """values (…, in) → (…, out)."""
     spec = source.spec
+    if _form(spec).extras:
+        return codebook_pieces.linear(graph, source, values, linear)
     rows, columns = spec.shape
     tokens = graph.node("Reshape", [values, graph.constant([-1, columns])])
     if _form(spec).scale == "column":

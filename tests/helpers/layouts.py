@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from compress.export.checkpoint.target import CheckpointTarget
-from compress.formats.base import Format
+from compress.formats import codebook_columns
+from compress.formats.base import Format, QuantTensor
 from compress.formats.codebook import Codebook
+from compress.formats.codebook_columns import Piece
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.model import Model
 from compress.pipeline import Pipeline
@@ -64,6 +66,8 @@ def verified(model: Model, target: CheckpointTarget, form: str, folder: Path) ->
 def layer_of(form: Codebook, rows: int = ROWS, columns: int = COLUMNS) -> Layer:
     """One with any codes, its last code always used."""
     generator = torch.Generator().manual_seed(form.bits * 10 + form.stages)
+    if form.extras:
+        return _layer_of_pieces(form, rows, columns, generator)
     count = columns // form.step * form.stages
     codes = torch.randint(0, form.entries, (form.code_rows(rows), count), generator=generator)
     codes[0, 0], codes[-1, -1] = form.entries - 1, form.entries - 1
@@ -72,6 +76,22 @@ def layer_of(form: Codebook, rows: int = ROWS, columns: int = COLUMNS) -> Layer:
     scale = torch.rand(shape, generator=generator).half().float() + 0.5 if form.scale != "none" else torch.ones(1, 1)
     kept = codes.to(torch.uint8 if form.bits <= 8 else torch.int32)
     weight = form.pack(kept, form.params(book, scale.half().float(), columns), (rows, columns))
+    return Layer("m", LayerKind.LINEAR, weight)
+
+
+def _layer_of_pieces(form: Codebook, rows: int, columns: int, generator: torch.Generator) -> Layer:
+    order = codebook_columns.ordered(form, torch.rand(columns, generator=generator))
+    count = codebook_columns.outlier_count(form, columns)
+    parts = []
+    for places, own in ((order[:count], codebook_columns.outlier_form(form)), (order[count:], form.main)):
+        if not len(places):
+            continue
+        plain = layer_of(own, rows, len(places)).weight
+        assert isinstance(plain, QuantTensor)
+        size = (rows, 1) if form.bias == "row" else (1, len(places))
+        bias = torch.randn(size, generator=generator).half().float() if form.bias != "none" else None
+        parts.append(Piece(own, plain.tensors, plain.shape, places, bias))
+    weight = QuantTensor(form, codebook_columns.joined(form, parts), (rows, columns))
     return Layer("m", LayerKind.LINEAR, weight)
 
 
