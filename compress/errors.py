@@ -56,7 +56,8 @@ class Interrupted(CompressError):  # noqa: N818 (a stop, not a mistake)
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A sentence that offers the nearest allowed names: ' Did you mean X? Allowed: …'."""
     names = sorted(allowed)
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    begun = [each for each in names if len(name) > 1 and each.startswith(name)]  # of nvidia-h100 there are two
+    close = begun or get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"{hint} Allowed: {', '.join(names) or 'none'}."
 

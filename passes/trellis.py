@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from compress import solve_trellis
@@ -79,8 +80,17 @@ class Trellis(BlockQuantPass):
         for name, item in block.chosen.items():
             assert isinstance(item, Trellis)
             layer, stats = block.layers[name], block.stats.get(name, LayerStats())
-            changed[name] = _coded(item, layer, stats, systems.of(layer, stats, item.damp, 1, "given"))
+            changed[name] = _coded(item, layer, stats, _system(item, layer, stats, systems))
         return Changed(changed)
+
+
+def _system(item: Trellis, layer: Layer, stats: LayerStats, systems: Systems) -> System:
+    """The second moments of a layer's inputs, factorised where the target is found by them; codes are chosen by a
+    factor of the turned ones (`solve_trellis.encode`)."""
+    if item.mismatch and stats.cross is not None:
+        return systems.of(layer, stats, item.damp, 1, "given")
+    hessian = torch.eye(layer.shape[1]) if stats.hessian is None else stats.hessian
+    return System(hessian, torch.arange(len(hessian)), torch.empty(0), item.damp, 0)
 
 
 def _coded(item: Trellis, layer: Layer, stats: LayerStats, system: System) -> Layer:

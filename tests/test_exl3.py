@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,6 +96,7 @@ def test_the_config_tells_each_modules_tensors_and_the_mean_width(model: Model, 
         own = {name: tensor for name, tensor in stored.items() if name.startswith(f"{module}.")}
         told = {name: (tuple(each["shape"]), each["torch_dtype"]) for name, each in entry["stored_tensors"].items()}
         assert told == {name: (tuple(each.shape), str(each.dtype)[6:]) for name, each in own.items()}
+    assert json.loads((tmp_path / "quantization_config.json").read_text()) == config
     marker = stored["model.layers.0.self_attn.q_proj.mcg"]
     assert int(marker) & 0xFFFFFFFF == 0xCBAC1FED
 

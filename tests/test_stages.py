@@ -25,6 +25,7 @@ from compress.layer import Layer, LayerSpec
 from compress.models.model import Model
 from compress.passes import Gptq, HadamardInputs, Rtn
 from compress.pipeline import Pipeline, Result
+from compress.progress import Progress
 
 
 class Double(ModelPass):
@@ -132,7 +133,11 @@ def test_a_stage_starts_from_what_the_one_before_wrote(model: Model, tmp_path: P
 
 
 def test_a_stage_that_is_done_is_not_repeated_after_a_stop(
-    model: Model, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     gptq = Gptq(format="int4(group=32)")
     clean = Pipeline(gptq, Look()).run(model, calibration, folder=tmp_path / "clean")
@@ -141,7 +146,10 @@ def test_a_stage_that_is_done_is_not_repeated_after_a_stop(
         Pipeline(gptq, Stop()).run(model, calibration, folder=tmp_path / "again", journal=journal)
     monkeypatch.setattr(Gptq, "layer", None)
     resumed = Pipeline(gptq, Look())
-    result = resumed.run(model, calibration, folder=tmp_path / "again", journal=Journal(tmp_path / "journal"))
+    capsys.readouterr()
+    journal = Journal(tmp_path / "journal")
+    result = resumed.run(model, calibration, folder=tmp_path / "again", journal=journal, progress=Progress())
+    assert f"Resuming {tmp_path}: at stage 2 of 2 (look)" in capsys.readouterr().err.splitlines()
     assert result.model.digest == clean.model.digest
     assert [len(item.layers) for item in result.passes] == [len(item.layers) for item in clean.passes]
 

@@ -206,9 +206,12 @@ def test_rows_and_columns_of_unlike_sizes_lose_less_than_those_of_one_size() -> 
     assert lost[0] < 0.9 * lost[1]
 
 
-@pytest.mark.parametrize("shape", [(64, 256), (256, 96), (127, 128)])
-def test_sizes_that_are_no_multiples_of_the_block_are_refused_by_name(shape: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match=rf"{shape[0]}x{shape[1]} is not made of blocks of 128 by 128.*smaller block"):
+@pytest.mark.parametrize(
+    ("shape", "advice"),
+    [((64, 256), "Give block=64, "), ((256, 96), "Give block=32, "), ((127, 128), "No block fits it: give another")],
+)
+def test_sizes_that_are_no_multiples_of_the_block_are_refused_by_name(shape: tuple[int, int], advice: str) -> None:
+    with pytest.raises(UsageError, match=rf"{shape[0]}x{shape[1]} is not made of blocks of 128 by 128. {advice}"):
         Trellis(2).tensor_specs(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import compress
 from compress import solve, solve_trellis
 from compress.engine.applying import checked
 from compress.engine.blockpass import Block
+from compress.engine.in_turn import Systems
 from compress.engine.layer_stats import LayerStats
 from compress.errors import CompressError, UsageError
 from compress.formats.base import QuantTensor
@@ -236,3 +238,23 @@ def test_scales_of_very_small_and_very_large_weights_are_held(size: float) -> No
     params = form.fit(weight)
     _, values = form.quantize(weight, params, torch.arange(32))
     assert float((values - weight).norm() / weight.norm()) < 0.1
+
+
+def test_without_a_mismatch_the_plain_second_moments_are_not_factorised(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer("b.a", LayerKind.LINEAR, gaussian(32, 64), users=("b.a",))
+    item = find("trellis").build({"format": "trellis(bits=2, block=16)", "mismatch": 0})
+    known = {"b.a": LayerStats(hessian=moments(64), tokens=400)}
+    block = Block("b", {"b.a": layer}, {"b.a": layer}, {"b.a": item}, {}, known)
+    module = sys.modules[type(item).__module__]
+    asked: list[int] = []
+
+    def factorised(_: object, layer: Layer, stats: LayerStats, systems: Systems) -> solve.System:
+        asked.append(1)
+        return systems.of(layer, stats, 0.05, 1, "given")
+
+    monkeypatch.setattr(Systems, "of", lambda *_: pytest.fail("factorised"))
+    plain = item.block(block).layers["b.a"].float_weight()  # type: ignore[attr-defined]
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_system", factorised)
+    assert torch.equal(item.block(block).layers["b.a"].float_weight(), plain)  # type: ignore[attr-defined]
+    assert asked

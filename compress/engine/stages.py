@@ -111,11 +111,20 @@ class Stages:
         if self.journal is None or not self.journal.steps:
             return
         prefixes = [f"stage-{number}/" for number in range(len(groups) - 1)] + [""]
-        number = next((place for place, each in enumerate(prefixes) if each + DONE not in self.journal), -1)
-        steps, count = Steps(self.journal, prefixes[number]), len(self.original.structure.blocks)
+        number = next((place for place, each in enumerate(prefixes) if each + DONE not in self.journal), None)
+        where, count = f"Resuming {self.journal.path.parent}", len(self.original.structure.blocks)
+        if number is None:
+            self.progress.note(f"{where}: all passes are done")
+            return
+        steps = Steps(self.journal, prefixes[number])
         kept = sum(segment_file(index) in steps for index in range(count))
-        stage = f"in stage {number % len(groups) + 1} of {len(groups)} " if len(groups) > 1 else ""
-        self.progress.note(f"Resuming {self.journal.path.parent}: {stage}{kept} of {count} blocks are done")
+        stage = f"in stage {number + 1} of {len(groups)} " if len(groups) > 1 else ""
+        under_way = [self.passes[place] for place in groups[number]]
+        if kept or not any(isinstance(item, ModelPass) for item in under_way):
+            self.progress.note(f"{where}: {stage}{kept} of {count} blocks are done")
+        else:  # it has the whole model at once, and so no blocks that are done before others
+            names = ", ".join(item.name for item in under_way)
+            self.progress.note(f"{where}: at stage {number + 1} of {len(groups)} ({names})")
 
     def _taken(self, shared: SharedStages, number: int, places: Sequence[int], steps: Steps | None) -> list[Found]:
         """A stage that another recipe has finished, or its result for those that come after."""

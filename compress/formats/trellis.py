@@ -171,9 +171,11 @@ class Trellis(Format):
     def tensor_specs(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
         if rows % self.block or columns % self.block:
+            fitting = [block for block in BLOCKS if not rows % block and not columns % block]
+            advice = f"Give block={fitting[-1]}, for which EXL3 files have no place" if fitting else "No block fits it"
             raise UsageError(
-                f"{self}: a weight of {rows}x{columns} is not made of blocks of {self.block} by {self.block}. Give a "
-                "smaller block, for which EXL3 files have no place, or another format."
+                f"{self}: a weight of {rows}x{columns} is not made of blocks of {self.block} by {self.block}. {advice}"
+                f"{', or' if fitting else ': give'} another format."
             )
         words = (columns // trellis.SIDE, rows // trellis.SIDE, 16 * self.bits)
         return {

@@ -40,6 +40,7 @@ class Awq:
     name = "awq"
     transforms = False
     expert_reader = "GPTQModel"
+    config_file = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes int4 inside the blocks and of experts, in whole groups and words."""

@@ -41,6 +41,7 @@ class BitsAndBytes:
     name = "bitsandbytes"
     transforms = False
     expert_reader = ""
+    config_file = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes nf4 and fp4 in blocks of the flat weight, and symmetric int8 per row, inside the blocks."""

@@ -52,6 +52,7 @@ class CompressedTensors:
     name = "compressed-tensors"
     transforms = True
     expert_reader = ""
+    config_file = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes what `schemes` knows, in whole groups, without activations for experts and embeddings."""

@@ -34,6 +34,7 @@ class Exl3:
     name = "exl3"
     transforms = False
     expert_reader = ""
+    config_file = "quantization_config.json"
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes trellises with Hadamard matrices of order 128, inside the blocks."""

@@ -43,6 +43,7 @@ class Gptq:
     name = "gptq"
     transforms = False
     expert_reader = "GPTQModel"
+    config_file = ""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """Takes integer weights of 2, 3, 4 and 8 bits inside the blocks and of experts, in whole groups and words."""

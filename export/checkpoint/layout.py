@@ -60,6 +60,8 @@ class Layout(Protocol):
     """Whether a config can tell readers to transform a layer's inputs at run time."""
     expert_reader: str
     """The reader of packed experts, where it finds them under their names in memory only; empty for any."""
+    config_file: str
+    """A file that holds `quantization_config` once more, as some readers look for it; empty for none."""
 
     def choose(self, spec: LayerSpec) -> Choice | Refusal:
         """How a quantized layer is stored. spec.format is set."""

@@ -94,7 +94,9 @@ class CheckpointTarget:
                 entries |= _entries(layers[name], choice, places.get(name, ()))
         plain = model.plain_shapes | transform_config.tensor_specs(_transformed(layers, names))
         entries |= {name: (shape, prod(shape) * dtype.itemsize) for name, (shape, dtype) in plain.items()}
-        config = len(_text(self._config(model, layers, names))) if _storable(choices, places, layers) else 0
+        storable = _storable(choices, places, layers)
+        texts = self._configs(self._config(model, layers, names)) if storable else {}
+        config = sum(map(len, texts.values()))
         return sum(size for _, size in entries.values()) + header_bytes(entries) + model.side_bytes + config
 
     def capture(self, model: Model, profile: Profile) -> bytes:
@@ -119,7 +121,8 @@ class CheckpointTarget:
                 writer.add(tensors)
         writer.add(transform_config.tensors(_transformed(specs, names)))
         writer.finish()
-        (folder / CONFIG).write_text(_text(self._config(model, specs, names)), encoding="utf8")
+        for name, text in self._configs(self._config(model, specs, names)).items():
+            (folder / name).write_text(text, encoding="utf8")
         for path in model.side_files():
             shutil.copyfile(path, folder / path.name)
         return Lowered.of(folder, choices, specs, Bounds.loosest(choice.bounds for choice in choices.values()))
@@ -173,6 +176,11 @@ class CheckpointTarget:
                 copied = {key: tensor.clone() if number else tensor for key, tensor in tensors.items()}
                 found |= {f"{module}.{key}": tensor for key, tensor in copied.items()}
         return found
+
+    def _configs(self, config: dict[str, Any]) -> dict[str, str]:
+        """The files that hold a config, by name."""
+        found, own = {CONFIG: _text(config)}, config.get("quantization_config")
+        return found | ({self.layout.config_file: _text(own)} if self.layout.config_file and own else {})
 
     def _config(self, model: Model, specs: Mapping[str, LayerSpec], names: FileNames) -> dict[str, Any]:
         """The source's config.json with what changed."""
