@@ -48,7 +48,7 @@ def describe_pass(cls: type[Pass]) -> str:
     facts = [
         f"needs:    {_needs(cls)}",
         f"treats:   {kinds} layers",
-        f"fills:    {' and '.join(sorted(cls.fills())) or 'nothing'}, once per layer",
+        f"fills:    {' and '.join(sorted(filter(None, cls.also | {cls.part}))) or 'nothing'}, once per layer",
     ]
     example = example_of(cls)
     facts += [f"example:  {example}"] if example else []

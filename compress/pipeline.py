@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from compress.engine import output_grids, store
+from compress.engine import output_grids, sparsity, store
 from compress.engine.applying import left
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
@@ -35,6 +35,7 @@ from compress.models.model import Model
 from compress.passes import PASSES, find
 from compress.progress import Progress
 from compress.records import PassResult
+from compress.records.sparsity import Sparsity
 from compress.spec import Call, parse_pipeline
 
 
@@ -48,6 +49,7 @@ class Result:
     pipeline: Pipeline
     calibration: Calibration | None
     untied: tuple[str, ...] = ()
+    sparsity: Sparsity | None = None
 
 
 class Pipeline:
@@ -144,7 +146,9 @@ class Pipeline:
             output_grids.fit(stages.resolution, calibration, target, device)
         passes = tuple(self._gather(place, results, part) for part in stages.sections for place in part.places)
         untied = tuple(name for part in stages.sections for name in part.resolution.untied)
-        return Result(store.open_store(target, keeper), model, passes, self, calibration, untied)
+        made = store.open_store(target, keeper)
+        zeros = sparsity.measured(made, stages.resolution)
+        return Result(made, model, passes, self, calibration, untied, zeros)
 
     def _gather(self, index: int, results: Sequence[Found], part: Section) -> PassResult:
         text, resolution, number = str(self.passes[index]), part.resolution, index - part.places.start

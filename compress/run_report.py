@@ -110,6 +110,7 @@ def _report(request: Request, model: Model, found: Found) -> Report:
         float_layers=lowered.float_layers,
         cost=found.cost,
         tasks=found.tasks,
+        sparsity=result.sparsity,
         verdict=verdict_sentence(**pieces),
         command=request.command,
         **pieces,

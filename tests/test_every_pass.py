@@ -60,7 +60,7 @@ def test_a_pass_is_built_by_its_name_and_prints_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pass_says_in_the_words_there_are_what_it_fills_and_what_must_come_before_or_after(name: str) -> None:
-    item = find(name)
+    item = find(name)()
     for parts in ({item.part}, item.also, item.before, item.after):
         assert all(isinstance(part, Part) for part in parts)
     assert item.fills() or item.rescales, "a pass that fills nothing rescales; any other says what it fills"

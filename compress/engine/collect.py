@@ -55,6 +55,7 @@ class _Sums:
         self.cross: Tensor | None = None
         self.drift: Tensor | None = None
         self.drifted = 0
+        self.total_square: Tensor | None = None
         self.total_abs: Tensor | None = None
         self.largest: Tensor | None = None
         self.histogram = Histogram() if Stat.HISTOGRAM in wants else None
@@ -72,6 +73,9 @@ class _Sums:
             few = difference[::DRIFT_STEP]
             self.drift = hessian.accumulate_upper(self.drift, few)
             self.drifted += len(few)
+        if Stat.MEAN_SQUARE in self.wants:
+            square = rows.square().sum(0)
+            self.total_square = square if self.total_square is None else self.total_square.add_(square)
         if Stat.ABS_MEAN in self.wants:
             total = rows.abs().sum(0)
             self.total_abs = total if self.total_abs is None else self.total_abs.add_(total)
@@ -85,6 +89,7 @@ class _Sums:
         """Means on the CPU: passes compute there, wherever the blocks ran."""
         return LayerStats(
             hessian=None if self.second is None else _mean(hessian.mirror(self.second), self.tokens),
+            mean_square=_mean(self.total_square, self.tokens),
             abs_mean=_mean(self.total_abs, self.tokens),
             abs_max=None if self.largest is None else self.largest.cpu(),
             histogram=self.histogram,

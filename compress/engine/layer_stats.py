@@ -19,6 +19,7 @@ class Stat(StrEnum):
     """
 
     HESSIAN = "hessian"
+    MEAN_SQUARE = "mean_square"
     ABS_MEAN = "abs_mean"
     ABS_MAX = "abs_max"
     HISTOGRAM = "histogram"
@@ -33,7 +34,8 @@ class Stat(StrEnum):
 class LayerStats:
     """What a pass may ask for about a layer's input x (in,), over all tokens.
 
-    hessian: (in, in) float32, mean of x xᵀ (a convolution's x is an unfolded patch); abs_mean, abs_max: (in,) float32;
+    hessian: (in, in) float32, mean of x xᵀ (a convolution's x is an unfolded patch); mean_square (its
+    diagonal), abs_mean, abs_max: (in,) float32;
     histogram: of all entries; cross: (in, in) float32, mean of (x_ref − x) xᵀ, x_ref being what the uncompressed prefix
     would put in, and drift: (in, in) float32, that of (x_ref − x)(x_ref − x)ᵀ over one token in `collect.DRIFT_STEP`;
     tokens: rows seen; sharing: the layers that are fed the same tensor, itself included; peak: largest |w| among those
@@ -44,6 +46,7 @@ class LayerStats:
     """
 
     hessian: Tensor | None = None
+    mean_square: Tensor | None = None
     abs_mean: Tensor | None = None
     abs_max: Tensor | None = None
     histogram: Histogram | None = None

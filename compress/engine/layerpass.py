@@ -136,18 +136,16 @@ class Pass(BaseModel, ABC):
         """Calibration batches that it runs forward and back through what it treats; 0 where it does not train."""
         return 0
 
-    @classmethod
-    def fills(cls) -> frozenset[Part]:
+    def fills(self) -> frozenset[Part]:
         """All parts of the layer that it fills."""
-        return (cls.also | {cls.part}) - {Part.NONE}
+        return (self.also | {self.part}) - {Part.NONE}
 
-    @classmethod
-    def precedes(cls) -> frozenset[Part]:
+    def precedes(self) -> frozenset[Part]:
         """All parts that may not be filled yet when it comes: `before`, and what rescaling would change. A pass that
         fills nothing comes before any that loses something, since errors are taken against what it makes."""
-        if not cls.part:
-            return cls.before | LOSSY
-        return cls.before | ({Part.VALUES} if cls.rescales else frozenset())
+        if not self.part:
+            return self.before | LOSSY
+        return self.before | ({Part.VALUES} if self.rescales else frozenset())
 
     @property
     def fits_outputs(self) -> bool:
@@ -161,6 +159,24 @@ class Pass(BaseModel, ABC):
     def settle(self, chosen: Mapping[str, tuple[Pass, LayerSpec]]) -> Mapping[str, Pass]:
         """The passes, each with its overrides, for the layers of a segment that this one was chosen for, with what
         depends on all of them filled in: what layers share, say. Only those that change need be given back."""
+        return {}
+
+    @property
+    def allots(self) -> bool:
+        """Whether how much it does to a layer hangs on all the layers that it is for. Then the walk goes through the
+        model once before, asks for a figure of each layer (`gauge`), and lets it settle its passes by these (`allot`).
+        """
+        return False
+
+    def gauge(
+        self, layers: Mapping[str, Layer], chosen: Mapping[str, Pass], stats: Mapping[str, LayerStats]
+    ) -> dict[str, float]:
+        """A figure for each of a segment's chosen layers that has one; stats: `Stat.MEAN_SQUARE` of the reached."""
+        return {}
+
+    def allot(self, chosen: Mapping[str, tuple[Pass, LayerSpec]], gauged: Mapping[str, float]) -> Mapping[str, Pass]:
+        """The passes, each with its overrides, for all layers that this one was chosen for, settled by the figures of
+        the whole model. Only those that change need be given back."""
         return {}
 
     def check(self, model: Model) -> None:
@@ -233,6 +249,22 @@ def _printable(value: Any) -> Any:
     return value
 
 
+def stored_as(name: str, form: Format, spec: LayerSpec) -> LayerSpec:
+    """The layer in a format. Args: name: of the pass. Raises: UsageError where its shape does not allow that."""
+    columns = spec.shape[1]
+    if columns % form.step:
+        raise UsageError(
+            f"{name}: {form} decides {form.step} input columns together, and {spec.name} has {columns}, which "
+            f"is no multiple of it. Choose another format, or one with smaller blocks, or leave the "
+            f"layer out (ignore=[{spec.name}])."
+        )
+    try:
+        form.tensor_specs(spec.shape)
+    except UsageError as error:
+        raise UsageError(f"{name}: layer {spec.name}: {error} Or leave it out (ignore=[{spec.name}]).") from error
+    return replace(spec, format=form)
+
+
 class Quantizing(Pass, ABC):
     """Settings of passes that quantize weights: `format` in its own text; `bits` and `group_size` are shorthand."""
 
@@ -273,13 +305,7 @@ class Quantizing(Pass, ABC):
         return self.needs | ({Stat.SHARING} if shared else set())
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
-        form, columns = self.resolved_format(), spec.shape[1]
-        if columns % form.step:
-            raise UsageError(
-                f"{self.name}: {form} decides {form.step} input columns together, and {spec.name} has {columns}, which "
-                f"is no multiple of it. Choose another format, or one with smaller blocks, or leave the "
-                f"layer out (ignore=[{spec.name}])."
-            )
+        form = self.resolved_format()
         if not self.shares and any(count > 1 for count in form.holders.values()):
             raise UsageError(
                 f"{self.name}: {form} is held by several layers in common, but each layer gets one of its own here. "
@@ -290,13 +316,7 @@ class Quantizing(Pass, ABC):
                 f"{self.name}: {form}: {' and '.join(form.only_learned)} are chosen by the inputs of a layer, which "
                 "this pass does not look at. Leave them out, or use vptq or aqlm."
             )
-        try:
-            form.tensor_specs(spec.shape)
-        except UsageError as error:
-            raise UsageError(
-                f"{self.name}: layer {spec.name}: {error} Or leave it out (ignore=[{spec.name}])."
-            ) from error
-        return replace(spec, format=form)
+        return stored_as(self.name, form, spec)
 
     def resolved_format(self) -> Format:
         """`format` with the shorthands applied."""

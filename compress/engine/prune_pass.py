@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,8 +15,9 @@ from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import Pass
 from compress.engine.part import Part
 from compress.errors import InputError, UsageError
+from compress.formats.base import QuantTensor
 from compress.layer import Layer, LayerKind, LayerSpec, Zeros
-from compress.maths import products
+from compress.maths import allocation, products
 from compress.maths.masks import Pattern
 
 UNREACHED = "no calibration token reached it: pruned as if its inputs were alike"
@@ -23,7 +25,12 @@ UNREACHED = "no calibration token reached it: pruned as if its inputs were alike
 
 class Pruning(Pass, ABC):
     """Settings of passes that set weights to zero: `sparsity` the share that becomes zero, `pattern` which (see
-    `Pattern`). Weights stay plain tensors; passes that give them a format later keep the zeros (`Layer.mask`)."""
+    `Pattern`). Weights stay plain tensors; passes that give them a format later keep the zeros (`Layer.mask`).
+
+    `allocate`: `uniform` the same share of every layer; `owl` less where there are more outliers (OWL, Yin et al. 2024,
+    arXiv 2310.05175), which are weights whose |w| · ‖x‖ exceeds `owl_m` times the mean, counted over each block or, by
+    `owl_per`, each layer, in one more run through the model. No layer's share is farther than `owl_lambda` from
+    `sparsity`, which their mean hits exactly; layers with a sparsity of their own are shared out among themselves."""
 
     part: ClassVar[Part] = Part.VALUES
     before: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
@@ -33,6 +40,10 @@ class Pruning(Pass, ABC):
 
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     pattern: str = "layer"
+    allocate: Literal["uniform", "owl"] = "uniform"
+    owl_m: float = Field(default=5.0, gt=0)
+    owl_lambda: float = Field(default=0.08, gt=0, lt=1)
+    owl_per: Literal["block", "layer"] = "block"
 
     @model_validator(mode="after")
     def _check_pattern(self) -> Self:
@@ -43,6 +54,77 @@ class Pruning(Pass, ABC):
                 f"{pattern.fixed:g}, contradict each other. Leave sparsity out."
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_allocation(self) -> Self:
+        if self.allocate == "uniform":
+            given = sorted({"owl_m", "owl_lambda", "owl_per"} & self.model_fields_set)
+            if given and "allocate" not in self.model_fields_set:
+                raise UsageError(f"{self.name}: {given[0]} does nothing without allocate=owl. Give both, or neither.")
+            return self
+        if self.parsed().fixed is not None:
+            raise UsageError(
+                f"{self.name}: pattern={self.pattern} prunes as much of every layer, which allocate=owl would change. "
+                "Choose another pattern, or allocate=uniform."
+            )
+        if not 0 < self.sparsity - self.owl_lambda < self.sparsity + self.owl_lambda < 1:
+            raise UsageError(
+                f"{self.name}: sparsity={self.sparsity:g} with owl_lambda={self.owl_lambda:g} could prune "
+                f"{100 * (self.sparsity - self.owl_lambda):g} to {100 * (self.sparsity + self.owl_lambda):g} % of a "
+                f"layer. Set owl_lambda below {min(self.sparsity, 1 - self.sparsity):g}."
+            )
+        return self
+
+    @property
+    def allots(self) -> bool:
+        return "owl" in (self.allocate, *(each.get("allocate") for each in self.overrides.values()))
+
+    @property
+    def needs_data(self) -> bool:
+        return super().needs_data or self.allots
+
+    def gauge(
+        self, layers: Mapping[str, Layer], chosen: Mapping[str, Pass], stats: Mapping[str, LayerStats]
+    ) -> dict[str, float]:
+        """Shares of outliers. Layers that no token reached have none, unless nothing in the segment has inputs."""
+        together: dict[tuple[float, str], list[str]] = {}
+        for name, one in chosen.items():
+            assert isinstance(one, Pruning)
+            known = name in stats or not stats
+            if one.allocate == "owl" and known:
+                alone = name if one.owl_per == "layer" else ""
+                together.setdefault((one.owl_m, alone), []).append(name)
+
+        def shares(names: Sequence[str], times: float) -> dict[str, float]:
+            def scores() -> Iterator[Tensor]:
+                for name in names:
+                    norms, _ = input_norms(layers[name], stats.get(name, LayerStats()))
+                    yield layers[name].float_weight().abs() * norms
+
+            return dict.fromkeys(names, allocation.outlier_share(scores, times))
+
+        found: dict[str, float] = {}
+        for (times, _), names in together.items():
+            found |= shares(names, times)
+        return found
+
+    def allot(self, chosen: Mapping[str, tuple[Pass, LayerSpec]], gauged: Mapping[str, float]) -> dict[str, Pass]:
+        together: dict[object, list[tuple[str, Pruning, LayerSpec]]] = {}
+        for name, (one, spec) in chosen.items():
+            assert isinstance(one, Pruning)
+            if one.allocate == "owl":
+                key = one.sparsity, one.owl_m, one.owl_lambda, one.owl_per
+                together.setdefault(key, []).append((name, one, spec))
+        settled: dict[str, Pass] = {}
+        for group in together.values():
+            first, sizes = group[0][1], [spec.shape[0] * spec.shape[1] for _, _, spec in group]
+            outliers = [gauged.get(name) for name, _, _ in group]
+            wanted = allocation.spread(first.sparsity, outliers, sizes, first.owl_lambda)
+            units = [one.parsed().rivals(spec.shape) for _, one, spec in group]
+            counts = allocation.whole_counts(wanted, units, sizes)
+            for (name, one, _), count, number in zip(group, counts, units, strict=True):
+                settled[name] = one.model_copy(update={"sparsity": count / number})
+        return settled
 
     def parsed(self) -> Pattern:
         try:
@@ -59,13 +141,15 @@ class Pruning(Pass, ABC):
                 f"{self.name}: layer {spec.name}: {error} Choose another pattern, or leave it out "
                 f"(ignore=[{spec.name}])."
             ) from error
-        kept, rivals = pattern.kept(spec.shape, self.sparsity), pattern.rivals(spec.shape)
-        if kept in (0, rivals):
-            raise UsageError(
-                f"{self.name}: sparsity={self.sparsity:g} (pattern={pattern}) of {spec.name}, which is "
-                f"{spec.shape[0]} x {spec.shape[1]}, rounds to {'nothing' if kept else 'all of it'}. Choose "
-                f"another sparsity, or leave it out (ignore=[{spec.name}])."
-            )
+        rivals, away = pattern.rivals(spec.shape), self.owl_lambda if self.allocate == "owl" else 0.0
+        for sparsity in {self.sparsity - away, self.sparsity + away}:
+            kept = pattern.kept(spec.shape, sparsity)
+            if kept in (0, rivals):
+                raise UsageError(
+                    f"{self.name}: sparsity={sparsity:g} (pattern={pattern}) of {spec.name}, which is "
+                    f"{spec.shape[0]} x {spec.shape[1]}, rounds to {'nothing' if kept else 'all of it'}. Choose "
+                    f"another sparsity, or leave it out (ignore=[{spec.name}])."
+                )
         if pattern.kind == "n:m" and spec.kernel is not None and spec.kernel[1:] != (1, 1):
             raise UsageError(
                 f"{self.name}: pattern={pattern} runs along input channels, and the columns of {spec.name} are taps of "
@@ -84,24 +168,28 @@ class Pruning(Pass, ABC):
         pattern = self.parsed()
         return pattern.keep(scores, pattern.kept(layer.shape, self.sparsity))
 
-    def pruned(self, layer: Layer, weight: Tensor, notes: tuple[str, ...] = ()) -> Layer:
-        """The layer with a weight (out, in) float32 that has its zeros, stored as before, and with a note of them."""
+    def pruned(self, layer: Layer, weight: Tensor | QuantTensor, notes: tuple[str, ...] = ()) -> Layer:
+        """The layer with a weight (out, in) that has its zeros, with a note of them: float32, which is stored as the
+        layer's was, or in a format."""
         assert isinstance(layer.weight, Tensor)
-        stored = weight.to(layer.weight.dtype)
-        zeros = 1 - int(torch.count_nonzero(stored)) / stored.numel()
+        stored = weight.to(layer.weight.dtype) if isinstance(weight, Tensor) else weight
+        decoded = stored if isinstance(stored, Tensor) else stored.dequantize()
+        zeros = 1 - int(torch.count_nonzero(decoded)) / decoded.numel()
         note = (
             f"{100 * zeros:.4g} % of the weights are zero ({self.pattern}), stored and computed like others; "
             "pack_sparse leaves them out of what is stored, which makes nothing faster"
         )
-        return replace(layer, weight=stored, notes=(note, *notes))
+        shared = (f"allocate=owl: {100 * self.sparsity:.4g} % of it to be pruned",) if self.allocate == "owl" else ()
+        return replace(layer, weight=stored, notes=(note, *shared, *notes))
 
 
 def input_norms(layer: Layer, stats: LayerStats) -> tuple[Tensor, tuple[str, ...]]:
     """Root mean square of each input, (1, in), of a grouped convolution (out, in); a note where there is none: then
     they are 1."""
-    if stats.hessian is None:
+    power = stats.mean_square if stats.hessian is None else stats.hessian.diagonal()
+    if power is None:
         return torch.ones(1, layer.shape[1]), (UNREACHED,)
-    norms = stats.hessian.diagonal().clamp(min=0).sqrt().reshape(layer.groups, layer.shape[1])
+    norms = power.clamp(min=0).sqrt().reshape(layer.groups, layer.shape[1])
     return norms.repeat_interleave(layer.shape[0] // layer.groups, 0) if layer.groups > 1 else norms, ()
 
 

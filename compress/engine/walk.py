@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from compress import memory
-from compress.engine import backward, segment_files, store
+from compress.engine import backward, segment_files, store, survey
 from compress.engine.image_stream import Stream, open_stream, wiring_batch
 from compress.engine.journal import Steps
 from compress.engine.layer_stats import Stat
@@ -52,8 +52,10 @@ class Walk:
         self.journal = journal
         wants = frozenset[Stat]().union(*(wanted(item, model) for item in passes.values()))
         self.reference = bool(wants & {Stat.REFERENCE, Stat.CROSS})
+        self.calibration = calibration
+        self.device = device
         self.stream: Stream | None = None
-        if calibration is not None:
+        if calibration is not None and wants:
             batches = calibration.batches()
             self.stream = open_stream(
                 model, batches, device=device, spill=folder, reference=self.reference, dtype=calibration.dtype
@@ -65,6 +67,7 @@ class Walk:
 
     def run(self, progress: Progress) -> list[Found]:
         """All segments in order; what the journal names is read back instead of computed."""
+        self._allot(progress)
         early, late = self._split_outer()
         changed, changed_plain, found = self._before(early, progress)
         count, kept = len(self.model.structure.blocks), self._kept()
@@ -82,6 +85,21 @@ class Walk:
         found += self.segments.apply(outer, late, plain)
         segment_files.write_segment(self.folder, OUTER, outer, plain)
         return found + self.results
+
+    def _allot(self, progress: Progress) -> None:
+        """Where a pass asks for figures of the whole model: these, of an earlier try if it got so far."""
+        if not any(item.allots for item in self.passes.values()):
+            return
+        known = None if self.journal is None else self.journal.get(survey.STEP)
+        if known is None:
+            with products.fast():
+                known = survey.gauged(
+                    self.passes, self.model, self.resolution, self.calibration, self.folder, self.device, progress
+                )
+            memory.give_back()
+            if self.journal is not None:
+                self.journal.add(survey.STEP, known)
+        self.resolution = self.segments.resolution = survey.allotted(self.passes, self.resolution, known)
 
     def _before(self, early: list[str], progress: Progress) -> tuple[dict[str, Layer], dict[str, Tensor], list[Found]]:
         """All that comes before the blocks. Returns what passes changed outside of them, and the results: the rest, an

@@ -91,6 +91,22 @@ class Pattern:
         """Whether no run of four input columns keeps more than two: what sparse tensor cores take."""
         return self.kind == "n:m" and ((self.size[0] <= 2 and self.size[1] % 4 == 0) or self.size == (1, 2))
 
+    def held(self, weight: Tensor, sparsity: float) -> bool:
+        """Whether a weight (out, in) has the pattern: at most N values in every run, at least as many zeros as asked in
+        every row, in whole blocks or altogether. What else is zero does no harm."""
+        rows, columns = weight.shape
+        high, wide = self.size
+        if columns % wide or rows % (high if self.kind == "block" else 1):
+            return False
+        if self.kind == "n:m":
+            return int((weight != 0).reshape(-1, wide).sum(1).max()) <= high
+        pruned = self.rivals((rows, columns)) - self.kept((rows, columns), sparsity)
+        if self.kind == "block":
+            filled = (weight != 0).reshape(rows // high, high, columns // wide, wide).any(3).any(1)
+            return filled.numel() - int(filled.sum()) >= pruned
+        zeros = (weight == 0).sum(1)
+        return int(zeros.min() if self.kind == "row" else zeros.sum()) >= pruned
+
     def keep(self, scores: Tensor, kept: int | Tensor) -> Tensor:
         """scores (out, in) ≥ 0 → (out, in) bool, true where a weight stays: the highest scores; of equal ones those
         that come first by rows. A block's score is the root of the sum of its squares.

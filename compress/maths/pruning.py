@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,12 @@ def column_order(power: Tensor, pattern: Pattern) -> Tensor:
 
 
 def prune(
-    weight: Tensor, factor: Tensor, pattern: Pattern, sparsity: float, block: int = BLOCK
+    weight: Tensor,
+    factor: Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    block: int = BLOCK,
+    rounder: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decide the columns in turn, moving the error of what becomes zero to those after it (SparseGPT, Frantar and
     Alistarh 2023, arXiv 2301.00774, Algorithm 1).
@@ -39,8 +46,11 @@ def prune(
     in the paper, which measured better there.
 
     Args: weight (out, in) float32 in processing order; factor U (in, in) float32 upper triangular with UᵀU = H⁻¹ in
-    that order; block: columns, taken up to a multiple of `pattern.span`.
-    Returns: the weight (out, in) float32 with its zeros, and the mask (out, in) bool of what is left.
+    that order; block: columns, taken up to a multiple of `pattern.span`; rounder: of these columns in this order, one
+    at a time (`formats.base.Rounder`), which leaves zeros at zero: then what stays of a column is rounded, and the
+    columns after it make up for that too (the paper's §3.5).
+    Returns: the weight (out, in) float32 with its zeros, rounded if there is a rounder, and the mask (out, in) bool of
+    what is left.
     """
     left = weight.T.clone(memory_format=torch.contiguous_format)
     kept = torch.empty_like(left, dtype=torch.bool)
@@ -54,8 +64,11 @@ def prune(
             if (at - start) % ahead == 0:
                 kept[at : at + ahead] = _choose(left, corners, kept, pattern, sparsity, at, ahead)
             error, column = errors[at - start], left[at]
-            torch.div(column.masked_fill(kept[at], 0.0), corners[at], out=error)
-            column.masked_fill_(~kept[at], 0.0)
+            stays = column.masked_fill(~kept[at], 0.0)
+            if rounder is not None:
+                stays = rounder(stays[None], at)[1][0]
+            torch.div(column - stays, corners[at], out=error)
+            column.copy_(stays)
             left[at + 1 : stop].addmm_(factor[at : at + 1, at + 1 : stop].T, error[None], alpha=-1)
         with products.fast():
             left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

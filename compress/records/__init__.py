@@ -13,6 +13,7 @@ from pydantic import Field
 from compress.records.base import Interval, Record
 from compress.records.quality import Gate, Metric, Quality
 from compress.records.run import Asked
+from compress.records.sparsity import Sparsity
 from compress.records.speed import Footprint, Speed, SpeedVerdict, Timing
 from compress.records.task import Tasks
 
@@ -180,6 +181,7 @@ class Report(Record):
     baseline_quality: Quality | None = None
     artifact_quality: Quality | None = None
     memory_quality: Quality | None = Field(default=None, description="the compressed model in torch, before lowering")
+    sparsity: Sparsity | None = Field(default=None, description="where a pass prunes, of the final weights")
     tasks: Tasks | None = Field(default=None, description="labelled tasks, where the recipe names some")
     speed: Speed | None = None
     verification: Verification | None = None

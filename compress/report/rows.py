@@ -17,6 +17,7 @@ from compress.report.next_steps import UNKNOWN, argument, next_steps
 from compress.report.predicted_rows import latency_table, predicted_speedup, prediction_table, ratio
 from compress.report.quality_rows import quality_details, quality_evidence, quality_table
 from compress.report.size_rows import size_table
+from compress.report.sparsity_rows import sparsity_note, sparsity_table
 from compress.report.speed_rows import footprint_table, speed_details, speed_table, speed_warnings
 from compress.report.table import Block, Page, Table
 from compress.report.task_rows import task_table
@@ -33,6 +34,7 @@ def build_page(report: Report, folder: Path | None = None) -> Page:
         *((task_table(report.tasks),) if report.tasks else ()),
         *speed_details(report.speed),
         *quality_details(report.baseline_quality, report.artifact_quality),
+        sparsity_table(report),
         *layer_tables(report),
         *_grouped("The run", [prediction_table(report), latency_table(report), *run_tables(report)]),
     )
@@ -73,7 +75,9 @@ def _main_table(report: Report) -> Table:
     table = quality_table(*arms, sizes, timing, assumed)
     gates = () if report.gates else ("No gates were set.",)
     planned = tuple(clean(text, limit=600) for text in report.plan.notes) if report.plan else ()
-    return replace(table, notes=(*table.notes, *_size_note(report), *gates, *float_note(report), *planned))
+    return replace(
+        table, notes=(*table.notes, *_size_note(report), *sparsity_note(report), *gates, *float_note(report), *planned)
+    )
 
 
 def _size_note(report: Report) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from compress.progress import Named, Progress
 from compress.quality.verification import verification_inputs, verify_export
 from compress.recipe import Recipe
 from compress.records import Bounds, PassResult, Record, RunCost, Verification
+from compress.records.sparsity import Sparsity
 from compress.run import fingerprint, load_data
 from compress.run_report import Request
 from compress.sweep.graphs import shared_graph
@@ -68,6 +69,7 @@ class Prepared(Record):
 
     passes: tuple[PassResult, ...]
     untied: tuple[str, ...]
+    sparsity: Sparsity | None = None
     operators: dict[str, int]
     float_layers: tuple[str, ...]
     bounds: Bounds
@@ -83,7 +85,7 @@ class Prepared(Record):
     def result(self, folder: Path, source: Model, pipeline: Pipeline, calibration: Calibration | None) -> Result:
         """The compressed model, read again from its store."""
         model = store.open_store(folder / "model")
-        return Result(model, source, self.passes, pipeline, calibration, self.untied)
+        return Result(model, source, self.passes, pipeline, calibration, self.untied, self.sparsity)
 
 
 def work(given: Mapping[str, Any], progress: Progress) -> dict[str, JsonValue]:
@@ -141,6 +143,7 @@ def _prepare(task: VariantTask, journal: Journal, progress: Progress) -> Prepare
     return Prepared(
         passes=result.passes,
         untied=result.untied,
+        sparsity=result.sparsity,
         operators=lowered.operators,
         float_layers=lowered.float_layers,
         bounds=lowered.bounds,

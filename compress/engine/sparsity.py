@@ -1,0 +1,38 @@
+"""How sparse a finished model is, measured on its final weights, one layer at a time."""
+
+from __future__ import annotations
+
+from math import prod
+
+from compress.engine.layerpass import Pass
+from compress.engine.matching import Resolution
+from compress.engine.prune_pass import Pruning
+from compress.engine.zeros import pruner
+from compress.models.model import Model
+from compress.records.sparsity import LayerSparsity, Sparsity
+
+
+def measured(model: Model, resolution: Resolution) -> Sparsity | None:
+    """The zeros of the layers that a pass prunes; None where none does. resolution: that the model was made by."""
+    pruners = {name: pruner(item for _, item in found) for name, found in resolution.passes.items()}
+    layers = tuple(
+        _layer(model, name, item)
+        for name, item in pruners.items()
+        if item is not None and name in model.structure.layers
+    )
+    model.release()
+    return (
+        Sparsity(layers=layers, weights=sum(prod(s.shape) for s in model.structure.layers.values())) if layers else None
+    )
+
+
+def _layer(model: Model, name: str, item: Pass) -> LayerSparsity:
+    weight = model.layer(model.structure.layers[name]).float_weight()
+    found = LayerSparsity(layer=name, weights=weight.numel(), zeros=weight.numel() - int(weight.count_nonzero()))
+    if not isinstance(item, Pruning):
+        return found
+    pattern = item.parsed()
+    asked = pattern.fixed or item.sparsity
+    least = asked - item.owl_lambda if item.allocate == "owl" else asked
+    changes = {"pattern": str(pattern), "asked": asked, "met": pattern.held(weight, least)}
+    return found.model_copy(update=changes)
