@@ -7,13 +7,18 @@ import pytest
 import torch
 
 import compress
+from compress.inputs.datasets import quality_windows
+from compress.inputs.windows import Windows
 from compress.maths.masks import Pattern
 from compress.models.model import Model
 from compress.pipeline import Pipeline
-from compress.records import Report
+from compress.quality.evaluate import stream_logits
+from compress.quality.token_evaluate import TokenJudge
+from compress.records import Quality, Report
 from compress.records.sparsity import LayerSparsity, Sparsity
 from compress.report import to_html, to_markdown
 from compress.report.sparsity_rows import sparsity_note, sparsity_table
+from helpers.fidelity_twin import twin_ece
 from helpers.full_report import terminal
 from helpers.reports import report_of
 
@@ -91,3 +96,49 @@ def test_a_report_of_a_dense_model_has_no_such_table() -> None:
 
 def test_the_record_survives_report_json() -> None:
     assert Report.model_validate_json(report().model_dump_json()).sparsity == report().sparsity
+
+
+def judged(model: Model, changed: Model, windows: Windows, sharpness: float = 1.0) -> tuple[Quality, Quality]:
+    """Quality of a model and of what was made of it, whose logits are multiplied."""
+    judge = TokenJudge(windows)
+    rows = [windows.rows()[place] for place in judge.order]
+    for place, first, second in zip(judge.order, stream_logits(model, rows), stream_logits(changed, rows), strict=True):
+        judge.see(place, first, second * sharpness, first, second * sharpness)
+    before, after, _ = judge.qualities("torch", None)
+    return before, after
+
+
+def answers(model: Model, windows: Windows, sharpness: float) -> tuple[list[float], list[float]]:
+    """Confidence of the top answer and whether it is right, over all tokens."""
+    confidence: list[float] = []
+    right: list[float] = []
+    for row, logits in zip(windows.rows(), stream_logits(model, windows.rows()), strict=True):
+        top = (logits[:-1].double() * sharpness).softmax(-1).max(-1)
+        confidence += top.values.tolist()
+        right += (top.indices == row[1:]).double().tolist()
+    return confidence, right
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 40.0], ids=["as pruned", "as pruned, and too sure of itself"])
+def test_a_pruned_model_is_judged_by_its_calibration_too(sharpness: float, model: Model, text_file: Path) -> None:
+    pruned = Pipeline.parse("magnitude(sparsity=0.6)").run(model).model
+    windows = quality_windows(model, text_file, length=64, samples=12)
+    assert isinstance(windows, Windows)
+    before, after = judged(model, pruned, windows, sharpness)
+    found, expected = twin_ece(*answers(pruned, windows, sharpness)), twin_ece(*answers(model, windows, 1.0))
+    assert after.metrics["ece"].value == pytest.approx(found, abs=1e-6)
+    assert after.metrics["ece_change"].value == pytest.approx(found - expected, abs=1e-6)
+    assert after.metrics["ece_change"].interval is not None and before.metrics["ece"].value == pytest.approx(expected)
+    page = to_markdown(report_of(baseline_quality=before, artifact_quality=after))
+    assert "calibration error" in page and "calibration error, change" in page
+
+
+def test_a_model_that_answers_alike_and_is_too_sure_shows_it(model: Model, text_file: Path) -> None:
+    """Same top tokens, another confidence: only the calibration error tells."""
+    pruned = Pipeline.parse("magnitude(sparsity=0.6)").run(model).model
+    windows = quality_windows(model, text_file, length=64, samples=12)
+    assert isinstance(windows, Windows)
+    (_, calm), (_, sure) = (judged(model, pruned, windows, each) for each in (1.0, 40.0))
+    assert calm.metrics["top1_agreement"].value == sure.metrics["top1_agreement"].value
+    change = sure.metrics["ece_change"].interval
+    assert change is not None and change.low > 0.1 > abs(calm.metrics["ece_change"].value)
