@@ -130,7 +130,7 @@ class Pipeline:
         Raises: UsageError, InputError, ResourceError, Interrupted.
         """
         if isinstance(calibration, str | Path):
-            calibration = calibrate(model, calibration)
+            calibration = calibrate(model, calibration, rest=any(item.trains_rest for item in self.passes))
         if self.needs_data and calibration is None:
             raise UsageError(f"{self}: needs calibration data. Give --data FILE (in Python: calibration=FILE).")
         self.check_dtype(model, None if calibration is None else calibration.dtype)

@@ -22,6 +22,7 @@ from compress.layer import LayerKind, LayerSpec
 from compress.models.image_source import ImageSource
 from compress.models.model import Model, Task
 from compress.recipe import Recipe
+from compress.training.distill import MOST_HELD
 
 # Fitted: resident memory of the process with its libraries loaded, a graph captured and its sessions timed.
 BASE_MEMORY = 1_150_000_000
@@ -104,7 +105,7 @@ class Sizes:
             backward=tokens * 4 * (doors + columns),
             backward_tokens=tokens * len({item.row_groups for item in guided}),
             training=_training(specs, passes, window, sum(map(sum, _inner(specs))), logits),
-            trained_tokens=_trained_tokens(passes, window, tokens),
+            trained_tokens=_trained_tokens(passes, window, tokens, images=False),
             between=_between(passes, model.source_bytes, sum(per_segment.values())),
         )
 
@@ -136,7 +137,7 @@ def _image_sizes(
         vocabulary=image.classes,
         window=BATCH,
         training=_training(specs, passes, min(images, BATCH), values, image.classes),
-        trained_tokens=_trained_tokens(passes, min(images, BATCH), images),
+        trained_tokens=_trained_tokens(passes, min(images, BATCH), images, images=True),
         between=_between(passes, source, weights),
     )
 
@@ -184,22 +185,28 @@ def _training(specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, v
     for item in passes:
         if item.training:
             kept = LINEAR_COPIES * values + LOGIT_COPIES * logits
-            found.append(int(2 * whole + item.trained_copies * sum(grids.values()) + 4 * tokens * kept))
+            trained = 4 * sum(map(prod, _inner(specs))) if item.renews else sum(grids.values())
+            found.append(int(2 * whole + item.trained_copies * trained + 4 * tokens * kept))
         elif item.trained_batches:
             kept = LINEAR_COPIES * values / max(1, len({spec.segment for spec in specs if spec.segment >= 0}))
             found.append(int(item.trained_copies * max(grids.values(), default=0) + 4 * tokens * kept))
     return max(found)
 
 
-def _trained_tokens(passes: Sequence[Pass], tokens: int, calibration: int) -> int:
+def _trained_tokens(passes: Sequence[Pass], tokens: int, calibration: int, *, images: bool) -> int:
     """Forward and backward passes of tokens through all blocks: back counts twice, and the original runs too where a
-    pass has the whole of both models; in between, held-out batches."""
+    pass has the whole of both models; in between, held-out batches.
+
+    Args: tokens, or images: of a batch; calibration: of all its batches.
+    """
     total = 0.0
     for item in passes:
-        if item.trained_batches:
-            models = 2 if item.training else 1
-            checks = 2 + item.trained_batches // CHECK_STEPS
-            total += (2 + models) * item.trained_batches * tokens + checks * models * HELD_OUT * calibration
+        models = 2 if item.training else 1
+        rows = item.trained_rows(images) or item.trained_batches * tokens
+        held = MOST_HELD * tokens if item.trained_rows(images) else HELD_OUT * calibration
+        if rows:
+            checks = 2 + rows // max(1, tokens) // CHECK_STEPS
+            total += (2 + models) * rows + checks * models * held
     return int(total)
 
 

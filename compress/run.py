@@ -122,6 +122,7 @@ def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samp
     recipe, seed = request.recipe, request.recipe.seed
     cal, qual = recipe.calibration, recipe.quality
     samples = qual.samples or (defaults.QUALITY_SAMPLES if model.image is None else None)
+    rest = any(item.trains_rest for item in Pipeline.parse(recipe.passes).passes)
     wanted = cal.samples if "samples" in cal.model_fields_set else None
     if request.data and not (cal.data or qual.data):
         return datasets.split(
@@ -132,6 +133,7 @@ def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samp
             length=cal.length,
             quality_length=qual.length,
             seed=seed,
+            rest=rest,
         )
     calibration_file, quality_file = cal.data or request.data, qual.data or request.data
     if quality_file is None:
@@ -139,8 +141,8 @@ def _read_data(model: Model, request: Request) -> tuple[Calibration | None, Samp
     windows = datasets.quality_windows(model, quality_file, samples=samples, length=qual.length, seed=seed)
     if calibration_file is None:
         return None, windows
-    calibration = datasets.calibrate(model, calibration_file, samples=wanted, length=cal.length, seed=seed)
-    datasets.check_disjoint(calibration.windows, windows)
+    calibration = datasets.calibrate(model, calibration_file, samples=wanted, length=cal.length, seed=seed, rest=rest)
+    datasets.check_calibration(calibration, windows)
     return calibration, windows
 
 
@@ -152,6 +154,7 @@ def fingerprint(model: Model, request: Request, calibration: Calibration | None,
         "seed": str(request.recipe.seed),
         "profile": hwprofiles.digest(request.profile),
         "calibration": calibration.windows.digest if calibration else "none",
+        "training": calibration.rest.digest if calibration and calibration.rest else "none",
         "calibration dtype": request.recipe.calibration.dtype,
         "quality": windows.digest,
         "device": request.device,

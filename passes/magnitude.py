@@ -19,6 +19,7 @@ class Magnitude(Pruning, LayerPass):
     """
 
     name: ClassVar[str] = "magnitude"
+    keeps_zeros: ClassVar[bool] = True
 
     def layer(self, layer: Layer, stats: LayerStats) -> Layer:
         weight = layer.float_weight()

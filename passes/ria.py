@@ -23,6 +23,7 @@ class Ria(Pruning, LayerPass):
     """
 
     name: ClassVar[str] = "ria"
+    keeps_zeros: ClassVar[bool] = True
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
     kinds: ClassVar[frozenset[LayerKind]] = REACHED
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.engine.layer_stats import Stat
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.part import Part
 from compress.errors import UsageError
 from compress.layer import LayerSpec
-from compress.models.model import Task
 from compress.training import distill
+from compress.training.objective import divergence, outputs
 from compress.training.parts import Continuous, Trained, vectors_of
 
 
@@ -79,7 +78,7 @@ class Tune(ModelPass):
         with one.parts.lent():
             outcome = distill.fit(
                 groups,
-                lambda at: _loss(stage.model.task, _outputs(teacher, batches[at]), one.outputs(batches[at])),
+                lambda at: divergence(stage.model.task, outputs(teacher, batches[at]), one.outputs(batches[at])),
                 train,
                 held,
                 distill.Budget(self.steps, self.batch, self.minutes),
@@ -108,7 +107,7 @@ class Student:
     def outputs(self, batch: Tensor) -> Tensor:
         """The model's output, with gradients."""
         self.parts.lend_weights()
-        return _outputs(self.module, batch)
+        return outputs(self.module, batch)
 
     def told(self) -> str:
         """What more the report's notes say of all layers."""
@@ -127,23 +126,3 @@ class Student:
             skipped = dict.fromkeys(untrained, "nothing of what is trained is in it")
             norms = {name: parts.vectors.get(name, tensor) for name, tensor in plain.items()}
             stage.write(segment, layers, norms, skipped=skipped)
-
-
-def _outputs(module: nn.Module, batch: Tensor) -> Tensor:
-    """Logits, or an encoder's hidden states: (…, features)."""
-    if batch.is_floating_point():
-        images: Tensor = module(batch)
-        return images
-    settings = {"use_cache": False} if hasattr(module.config, "use_cache") else {}
-    found = module(input_ids=batch, **settings)
-    outputs: Tensor = found.logits if "logits" in found else found.last_hidden_state
-    return outputs
-
-
-def _loss(task: Task, wanted: Tensor, found: Tensor) -> Tensor:
-    """wanted, found (…, features): the mean divergence KL(wanted || found), or for an encoder the share of error."""
-    if task is Task.ENCODER:
-        return (found - wanted).square().mean() / wanted.square().mean()
-    size = wanted.shape[-1]
-    first, second = wanted.detach().reshape(-1, size).log_softmax(-1), found.reshape(-1, size).log_softmax(-1)
-    return torch.nn.functional.kl_div(second, first, reduction="batchmean", log_target=True)

@@ -19,6 +19,7 @@ class Wanda(Pruning, LayerPass):
     """
 
     name: ClassVar[str] = "wanda"
+    keeps_zeros: ClassVar[bool] = True
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.HESSIAN})
     kinds: ClassVar[frozenset[LayerKind]] = REACHED
 

@@ -25,6 +25,7 @@ FITTING |= {
     "tune": f"{FITTING['rtn']}, tune(steps=2)",
     "pv_tuning": f"{FITTING['rtn']}, pv_tuning(steps=2)",
     "pack_sparse": "magnitude(sparsity=0.3), pack_sparse",
+    "heal": "magnitude(sparsity=0.3), heal(tokens=512)",
     "bias_correct": f"{FITTING['rtn']}, bias_correct(add=true)",
 }
 LARGEST_ERROR = 0.2
@@ -63,7 +64,7 @@ def test_a_pass_says_in_the_words_there_are_what_it_fills_and_what_must_come_bef
     item = find(name)()
     for parts in ({item.part}, item.also, item.before, item.after):
         assert all(isinstance(part, Part) for part in parts)
-    assert item.fills() or item.rescales, "a pass that fills nothing rescales; any other says what it fills"
+    assert item.fills() or item.rescales or item.renews, "a pass that fills nothing rescales, or trains anew"
     assert not item.fills() & item.precedes(), "it would have to come before itself"
 
 

@@ -49,6 +49,10 @@ class Pass(BaseModel, ABC):
     in memory, with gradients (see also `trained_copies`); `opaque` whether it can treat a model that can be run but not
     traced or differentiated (an ONNX graph); `prunes` whether it sets weights to zero that passes after it may not
     change; `keeps_zeros` whether it leaves such weights at zero (`Layer.mask`), as far as its format holds zero;
+    `renews` whether it trains plain weights anew, also those that a pass before has pruned: what it makes is what later
+    errors are taken against, and `VALUES` may be filled once more after it; `keeps_ties` whether it treats all users of
+    a tied weight where it is for one of them; `trains_rest` whether it trains on the windows that statistics leave over
+    (`Calibration.rest`);
     `reshapes` whether the model that it leaves has other blocks or layers (compress/engine/reshape.py).
     """
 
@@ -70,6 +74,9 @@ class Pass(BaseModel, ABC):
     prunes: ClassVar[bool] = False
     keeps_zeros: ClassVar[bool] = False
     reshapes: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
+    keeps_ties: ClassVar[bool] = False
+    trains_rest: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -127,13 +134,18 @@ class Pass(BaseModel, ABC):
 
     @property
     def trained_copies(self) -> float:
-        """How many float32 copies of the integer-grid weights that it treats (of a block's, unless `training`) it holds
-        while it trains them, beside the model's own; fitted on runs, 0 where it trains none."""
+        """How many float32 copies of the quantized weights that it treats, or of the plain ones that it `renews` (of a
+        block's, unless `training`), it holds while it trains them, beside the model's own; fitted on runs, 0 where it
+        trains none."""
         return 0.0
 
     @property
     def trained_batches(self) -> int:
         """Calibration batches that it runs forward and back through what it treats; 0 where it does not train."""
+        return 0
+
+    def trained_rows(self, images: bool) -> int:
+        """Tokens, or images, that it runs forward and back, where it is these that its settings bound, not batches."""
         return 0
 
     def fills(self) -> frozenset[Part]:
@@ -142,8 +154,9 @@ class Pass(BaseModel, ABC):
 
     def precedes(self) -> frozenset[Part]:
         """All parts that may not be filled yet when it comes: `before`, and what rescaling would change. A pass that
-        fills nothing comes before any that loses something, since errors are taken against what it makes."""
-        if not self.part:
+        fills nothing comes before any that loses something, since errors are taken against what it makes, unless it
+        trains again what they left."""
+        if not self.part and not self.renews:
             return self.before | LOSSY
         return self.before | ({Part.VALUES} if self.rescales else frozenset())
 

@@ -174,10 +174,10 @@ def _alike(passes: Sequence[Pass], spec: LayerSpec, structure: Structure) -> lis
 
 def _treatments(item: Pass, spec: LayerSpec, structure: Structure) -> dict[str, str]:
     """User → the pass with this user's overrides as text, empty where it leaves the user alone."""
-    texts = {
-        user: str(_with_overrides(item, spec, user, structure)) if _chooses(item, spec, user, structure) else ""
-        for user in spec.users
-    }
+    chosen = {user: _chooses(item, spec, user, structure) for user in spec.users}
+    if item.keeps_ties:
+        return dict.fromkeys(spec.users, str(item) if any(chosen.values()) else "")
+    texts = {user: str(_with_overrides(item, spec, user, structure)) if chosen[user] else "" for user in spec.users}
     # GPTQ on an embedding: the stored weight stays as it is, and so do the users that are not singled out
     untreated = texts[spec.name] if spec.kind not in item.kinds else ""
     return {user: "" if text == untreated else text for user, text in texts.items()}
@@ -273,8 +273,10 @@ def _check_part(item: Pass, before: list[tuple[int, Pass]], name: str, later: Se
         if found is not None:
             told = f"{found.name} stands after it. Change the order of the passes."
         raise UsageError(f"{item.name} must come after a pass that sets the {_word(lacking)} of layer {name}; {told}")
-    for _, other in before:
+    renewed = max((place for place, other in before if other.renews), default=-1)
+    for place, other in before:
         early, twice = other.fills() & item.precedes(), other.fills() & item.fills()
+        twice -= {Part.VALUES} if place < renewed else set()
         if early:
             raise UsageError(
                 f"{item.name} must come before {other.name}, which sets the {_word(early)} of layer {name}. "

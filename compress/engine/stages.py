@@ -185,9 +185,15 @@ class Stages:
         return replace(laid, layers=layers)
 
     def _lossy(self, places: Container[int]) -> set[str]:
-        """Layers that passes at some places lose something of."""
-        resolved = self.resolution.passes.items()
-        return {name for name, found in resolved if any(at in places and LOSSY & one.fills() for at, one in found)}
+        """Layers that passes at some places lose something of, after the last of these that renews them."""
+        lossy: set[str] = set()
+        for name, found in self.resolution.passes.items():
+            for at, one in found:
+                if at in places and one.renews:
+                    lossy.discard(name)
+                elif at in places and LOSSY & one.fills():
+                    lossy.add(name)
+        return lossy
 
     def _pruned(self, place: int) -> frozenset[str]:
         """Layers that passes before some place prune."""

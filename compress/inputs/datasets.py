@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress import defaults
 from compress.errors import InputError, UsageError
-from compress.inputs import images
+from compress.inputs import images, windows
 from compress.inputs.arrays import read_arrays
 from compress.inputs.documents import read_documents
 from compress.inputs.images import Images
@@ -32,12 +32,17 @@ Samples = Windows | Images
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """The windows or images that statistics are taken over, the seed that chose them, and the type that the model's
-    blocks compute in meanwhile (statistics are added up in float32 all the same)."""
+    blocks compute in meanwhile (statistics are added up in float32 all the same).
+
+    rest: what the choice left of the same data, for passes that train the whole model on much of it; None where they
+    were not asked for, or nothing was left.
+    """
 
     windows: Samples
     seed: int
     source: str
     dtype: torch.dtype = torch.float32
+    rest: Samples | None = None
 
     def batches(self) -> list[Tensor]:
         """As `Windows.batches`."""
@@ -51,7 +56,13 @@ class Calibration:
             "seed": self.seed,
             "digest": self.windows.digest,
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({} if self.rest is None else {"rest_digest": self.rest.digest, **self._rest_size()}),
         }
+
+    def _rest_size(self) -> dict[str, str | int]:
+        """How many windows or images are left for training."""
+        assert self.rest is not None
+        return {f"rest_{unit}": count for unit, count in self.rest.size().items() if unit in ("windows", "images")}
 
 
 def tokenize(documents: list[str] | list[list[int]], model: Model, source: str) -> list[list[int]]:
@@ -95,15 +106,36 @@ def _read_rows(model: Model, source: str | Path, length: int) -> Images:
 
 
 def calibrate(
-    model: Model, source: str | Path, *, samples: int | None = None, length: int = defaults.LENGTH, seed: int = 0
+    model: Model,
+    source: str | Path,
+    *,
+    samples: int | None = None,
+    length: int = defaults.LENGTH,
+    seed: int = 0,
+    rest: bool = False,
 ) -> Calibration:
-    """Calibration windows, or images, from a whole file. samples: None for 128 windows or 512 images."""
+    """Calibration windows, or images, from a whole file.
+
+    Args: samples: None for 128 windows or 512 images; rest: whether the others are kept, to train on.
+    """
     if model.image is not None:
-        chosen = images.choose(_read_rows(model, source, length), samples or defaults.IMAGES, seed)
-        return Calibration(chosen, seed, Path(source).name)
+        return _calibration(_read_rows(model, source, length), source, samples, seed, rest)
     documents = tokenize(read_documents(source), model, str(source))
-    windows = _pieces(model, documents, _fitting(model, length), str(source))
-    return Calibration(choose(windows, samples or defaults.SAMPLES, seed), seed, Path(source).name)
+    return _calibration(_pieces(model, documents, _fitting(model, length), str(source)), source, samples, seed, rest)
+
+
+def _calibration(found: Samples, source: str | Path, samples: int | None, seed: int, rest: bool) -> Calibration:
+    """Some of the windows or images, and the others beside them."""
+    left: Samples | None
+    if isinstance(found, Images):
+        count = samples or defaults.IMAGES
+        chosen: Samples = images.choose(found, count, seed)
+        left = images.rest(found, count, seed) if rest else None
+    else:
+        count = samples or defaults.SAMPLES
+        chosen = choose(found, count, seed)
+        left = windows.rest(found, count, seed) if rest else None
+    return Calibration(chosen, seed, Path(source).name, rest=left)
 
 
 def quality_windows(
@@ -122,15 +154,15 @@ def quality_windows(
 def _judging(
     model: Model, documents: Sequence[list[int]], source: str, samples: int | None, length: int, seed: int
 ) -> Windows:
-    windows = cut_windows(documents, _fitting(model, length), source, short=model.task is Task.ENCODER)
-    windows = windows if samples is None else choose(windows, samples, seed)
-    count, length = windows.ids.shape
+    found = cut_windows(documents, _fitting(model, length), source, short=model.task is Task.ENCODER)
+    found = found if samples is None else choose(found, samples, seed)
+    count, length = found.ids.shape
     if model.task is Task.ENCODER and count < FEWEST_NEIGHBOURS:
         raise UsageError(
             f"{source}: {count} quality window(s) of {length} tokens. An encoder is judged by nearest neighbours, "
             f"which takes at least {FEWEST_NEIGHBOURS}. Give more text, more --quality-samples, or a smaller --length."
         )
-    return windows
+    return found
 
 
 def split(
@@ -142,18 +174,20 @@ def split(
     length: int,
     seed: int,
     quality_length: int | None = None,
+    rest: bool = False,
 ) -> tuple[Calibration, Samples]:
     """One file for both: documents, or images, are dealt 80/20 by seed; a single text is cut once, at 80 % of its
     tokens.
 
-    Args: samples: as `calibrate`; quality_length: tokens per quality window, `length` where it is not given.
+    Args: samples, rest: as `calibrate`; quality_length: tokens per quality window, `length` where it is not given.
     Raises: UsageError when a run of tokens, or an image, would be in both parts (`check_disjoint`).
     """
     if model.image is not None:
-        found, count = _read_rows(model, source, length), samples or defaults.IMAGES
-        first, second = images.split(found, str(source), samples=count, quality_samples=quality_samples, seed=seed)
-        check_disjoint(first, second)
-        return Calibration(first, seed, Path(source).name), second
+        found = _read_rows(model, source, length)
+        first, second = images.split(found, str(source), quality_samples=quality_samples, seed=seed)
+        made = _calibration(first, source, samples, seed, rest)
+        check_calibration(made, second)
+        return made, second
     documents = tokenize(read_documents(source), model, str(source))
     length = _fitting(model, length)
     if len(documents) == 1:
@@ -168,10 +202,10 @@ def split(
         held = set(order[: max(1, len(order) // 5)])
         known = [ids for place, ids in enumerate(documents) if place not in held]
         unseen = [ids for place, ids in enumerate(documents) if place in held]
-    calibration = choose(_pieces(model, known, length, str(source)), samples or defaults.SAMPLES, seed)
+    calibration = _calibration(_pieces(model, known, length, str(source)), source, samples, seed, rest)
     quality = _judging(model, unseen, str(source), quality_samples, quality_length or length, seed)
-    check_disjoint(calibration, quality)
-    return Calibration(calibration, seed, Path(source).name), quality
+    check_calibration(calibration, quality)
+    return calibration, quality
 
 
 def _require_both(source: str | Path, found: int, cut: int, length: int) -> None:
@@ -181,6 +215,13 @@ def _require_both(source: str | Path, found: int, cut: int, length: int) -> None
             f"{source}: its {found} tokens are one document, too short to be split 80/20 into windows of {length} "
             "tokens with one in each part. Give more text, or a smaller --length."
         )
+
+
+def check_calibration(calibration: Calibration, quality: Samples) -> None:
+    """`check_disjoint` for all that statistics are taken over or that is trained on."""
+    for part in (calibration.windows, calibration.rest):
+        if part is not None:
+            check_disjoint(part, quality)
 
 
 def check_disjoint(calibration: Samples, quality: Samples) -> None:

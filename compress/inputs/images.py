@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.inputs.npz import load_npz
+from compress.inputs.windows import chosen
 from compress.models.image_source import ImageSource, Row
 from compress.models.user_module import Preprocess
 
@@ -195,13 +196,19 @@ def choose(images: Images, count: int | None, seed: int) -> Images:
     """At most `count` images (None: all), drawn without replacement, in their order."""
     if count is None or len(images) <= count:
         return images
-    return images.at(sorted(random.Random(seed).sample(range(len(images)), count)))
+    return images.at(chosen(len(images), count, seed))
 
 
-def split(
-    images: Images, source: str, *, samples: int, quality_samples: int | None, seed: int
-) -> tuple[Images, Images]:
-    """One source for both: distinct images are dealt 80/20 by seed, copies of an image to the same side.
+def rest(images: Images, count: int, seed: int) -> Images | None:
+    """What `choose` leaves of them, None where that is nothing."""
+    taken = set(chosen(len(images), count, seed))
+    left = [place for place in range(len(images)) if place not in taken]
+    return images.at(left) if left else None
+
+
+def split(images: Images, source: str, *, quality_samples: int | None, seed: int) -> tuple[Images, Images]:
+    """One source for both: distinct images are dealt 80/20 by seed, copies of an image to the same side. All of the
+    first side are given, for calibration to choose from.
 
     Raises: UsageError where there are too few.
     """
@@ -215,7 +222,7 @@ def split(
     held = set(distinct[: max(1, len(distinct) // 5)])
     first = images.at([place for place, mark in enumerate(marks) if mark not in held])
     second = images.at([place for place, mark in enumerate(marks) if mark in held])
-    return choose(first, samples, seed), choose(second, quality_samples, seed)
+    return first, choose(second, quality_samples, seed)
 
 
 def fingerprints(images: Images) -> list[bytes]:

@@ -93,9 +93,22 @@ def join(documents: Sequence[list[int]]) -> list[list[int]]:
 def choose(windows: Windows, count: int, seed: int) -> Windows:
     """At most `count` windows, drawn without replacement, in their order."""
     total = windows.ids.shape[0]
-    if total <= count:
-        return windows
-    places = sorted(random.Random(seed).sample(range(total), count))
+    return windows if total <= count else _at(windows, chosen(total, count, seed))
+
+
+def rest(windows: Windows, count: int, seed: int) -> Windows | None:
+    """What `choose` leaves of them, None where that is nothing."""
+    taken = set(chosen(windows.ids.shape[0], count, seed))
+    left = [place for place in range(windows.ids.shape[0]) if place not in taken]
+    return _at(windows, left) if left else None
+
+
+def chosen(total: int, count: int, seed: int) -> list[int]:
+    """Places of at most `count` of so many, drawn without replacement, in order."""
+    return sorted(random.Random(seed).sample(range(total), min(count, total)))
+
+
+def _at(windows: Windows, places: list[int]) -> Windows:
     ids = windows.ids[places]
     documents = tuple(windows.documents[place] for place in places)
     starts, lengths = (tuple(of[place] for place in places) if of else () for of in (windows.starts, windows.lengths))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import InputError, UsageError
+from compress.training.checkpoint import Position, Saved
 
 Schedule = Literal["linear", "cosine", "constant"]
 Optimizer = Literal["adam", "sign"]
@@ -41,14 +42,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Budget:
-    """steps: at most so many; batch: batches whose gradients a step adds up; minutes: wall-clock limit (None: none);
-    check: steps between two looks at the held-out loss; patience: looks without a gain before it stops (0: never)."""
+    """steps: at most so many; batch: batches whose gradients a step adds up; minutes: wall-clock limit (None: none),
+    those of an earlier try that is taken up counted in; check: steps between two looks at the held-out loss; patience:
+    looks without a gain before it stops (0: never); warmup: steps in which the learning rate rises to its schedule."""
 
     steps: int
     batch: int = 1
     minutes: float | None = None
     check: int = 25
     patience: int = 0
+    warmup: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,20 @@ class Outcome:
     steps: int
     stopped: Literal["steps", "minutes", "patience"]
 
-    def describe(self) -> str:
+    def describe(self, with_loss: bool = True) -> str:
         """For a report: 'held-out loss 0.012 → 0.008, step 150 of 200'."""
         why = "" if self.stopped == "steps" else f", stopped by {self.stopped}"
-        return f"held-out loss {self.before:.3g} → {self.after:.3g}, step {self.best} of {self.steps}{why}"
+        loss = f"held-out loss {self.before:.3g} → {self.after:.3g}, " if with_loss else ""
+        return f"{loss}step {self.best} of {self.steps}{why}"
 
 
-def split(count: int, share: float = 0.125) -> tuple[list[int], list[int]]:
-    """Batch numbers to train on and to hold out: every 1/share-th one, at least one; of a single batch both are it.
+MOST_HELD = 8
+"""Batches that are held out where there may be any number of them."""
+
+
+def split(count: int, share: float = 0.125, most: int | None = None) -> tuple[list[int], list[int]]:
+    """Batch numbers to train on and to hold out: every 1/share-th one, at least one, at most `most`; of a single batch
+    both are it.
 
     Raises: UsageError for no batch at all.
     """
@@ -77,7 +86,7 @@ def split(count: int, share: float = 0.125) -> tuple[list[int], list[int]]:
         raise UsageError("There is no batch to train on. Give more calibration text, or a smaller --length.")
     if count == 1:
         return [0], [0]
-    every = max(2, round(1 / share))
+    every = max(2, round(1 / share), 0 if most is None else -(-count // most))
     held = list(range(every - 1, count, every)) or [count - 1]
     return [place for place in range(count) if place not in set(held)], held
 
@@ -94,47 +103,47 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.95),
     seed: int = 0,
     tell: Callable[[int, int], None] | None = None,
+    saved: Saved | None = None,
 ) -> Outcome:
     """Minimise a loss over the batches `train` by the tensors of `groups`, in place.
 
     optimizer: `adam` (Kingma & Ba 2015), or `sign`, plain sign descent (AutoRound, arXiv 2309.05516). schedule: of the
     learning rate, to zero at the last step. Batches are drawn in seeded epochs. tell: called before each step with the
-    steps done and those allowed, may raise.
+    steps done and those allowed, may raise. saved: where the state is kept every few minutes, and taken up from.
     Raises: InputError when the loss is not finite.
     """
     leaves = [tensor for group in groups for tensor in group.tensors]
     state = [*leaves, *(tensor for group in groups for tensor in group.codes)]
-    before = best = _held_out(loss, held)
-    kept, best_step, misses, step = _copies(state), 0, 0, 0
-    order, deadline = _epochs(train, seed), _deadline(budget.minutes)
+    at = Position([tensor.detach().clone() for tensor in state])
+    order, descent, started = _epochs(train, seed), _optimizer(optimizer, groups, betas), time.monotonic()
+    if saved is None or not saved.load(state, at, descent):
+        at.before = at.best = _held_out(loss, held)
+    for _ in range(at.step * budget.batch):
+        next(order)
+    started -= at.seconds
     stopped: Literal["steps", "minutes", "patience"] = "steps"
     for tensor in leaves:
         tensor.requires_grad_(True)
-    descent = _optimizer(optimizer, groups, betas)
-    while step < budget.steps:
+    while at.step < budget.steps:
         if tell is not None:
-            tell(step, budget.steps)
-        _descend(descent, groups, loss, [next(order) for _ in range(budget.batch)], _rate(schedule, step, budget.steps))
-        step += 1
-        late = time.monotonic() > deadline
-        if step % budget.check and step != budget.steps and not late:
-            continue
-        now = _held_out(loss, held)
-        misses = 0 if now < best else misses + 1
-        if now < best:
-            best, best_step, kept = now, step, _copies(state)
-        if late or (budget.patience and misses >= budget.patience):
-            stopped = "minutes" if late else "patience"
-            break
-    for tensor, value in zip(state, kept, strict=True):
+            tell(at.step, budget.steps)
+        _descend(descent, groups, loss, [next(order) for _ in range(budget.batch)], _rate(schedule, at.step, budget))
+        at.step += 1
+        at.seconds = time.monotonic() - started
+        late = budget.minutes is not None and at.seconds > 60 * budget.minutes
+        if at.step % budget.check == 0 or at.step == budget.steps or late:
+            at.judge(state, _held_out(loss, held))
+            impatient = bool(budget.patience) and at.misses >= budget.patience
+            if late or impatient:
+                stopped = "minutes" if late else "patience"
+                break
+        if saved is not None:
+            saved.keep(state, at, descent)
+    for tensor, value in zip(state, at.kept, strict=True):
         tensor.requires_grad_(False)
         tensor.grad = None
         tensor.copy_(value)
-    return Outcome(before, best, best_step, step, stopped)
-
-
-def _copies(state: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in state]
+    return Outcome(at.before, at.best, at.best_step, at.step, stopped)
 
 
 class _Sign(torch.optim.Optimizer):
@@ -175,10 +184,6 @@ def _descend(
                 group.project()
 
 
-def _deadline(minutes: float | None) -> float:
-    return math.inf if minutes is None else time.monotonic() + 60 * minutes
-
-
 def _held_out(loss: Loss, held: Sequence[int]) -> float:
     with torch.no_grad():
         return sum(float(_finite(loss(place))) for place in held) / len(held)
@@ -201,9 +206,8 @@ def _epochs(train: Sequence[int], seed: int) -> Iterator[int]:
             yield train[place]
 
 
-def _rate(schedule: Schedule, step: int, steps: int) -> float:
+def _rate(schedule: Schedule, step: int, budget: Budget) -> float:
     """Share of the learning rate that counts at a step (from 0)."""
-    if schedule == "constant":
-        return 1.0
-    done = step / steps
-    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    done = step / budget.steps
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    return shape * min(1.0, (step + 1) / (budget.warmup + 1))

@@ -1,0 +1,44 @@
+"""Data in shuffled batches for training, made as they are asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compress.inputs.datasets import Samples
+from compress.inputs.images import BATCH, Images
+
+
+class Batches:
+    """Token windows, (n, length) int64 of about 2048 tokens, or images, (n, channels, h, w) float32, in seeded order;
+    windows of unlike lengths in the order of their lengths, since only rows of one length go together."""
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.images: Images | None = None
+        self.windows: list[Tensor] = []
+        if isinstance(samples, Images):
+            self.images = samples.at(torch.randperm(len(samples), generator=generator).tolist())
+        elif samples.lengths:
+            self.windows = samples.batches()
+        else:
+            first = samples.batches()[0].shape[0]
+            order = torch.randperm(len(samples.ids), generator=generator)
+            self.windows = list(torch.split(samples.ids[order], first))
+
+    def __len__(self) -> int:
+        return len(self.windows) if self.images is None else -(-len(self.images) // BATCH)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.windows[place] if self.images is None else self.images.inputs(place * BATCH)
+
+    def rows(self, place: int) -> int:
+        """Tokens, or images, of a batch."""
+        if self.images is None:
+            return self.windows[place].numel()
+        return min(BATCH, len(self.images) - place * BATCH)
+
+    @property
+    def total(self) -> int:
+        """Of all batches."""
+        return sum(self.rows(place) for place in range(len(self)))
