@@ -48,8 +48,8 @@ class Heal(ModelPass):
     `biases`; `tokens` that go through (of an image model: images; by default 1,000,000 or 50,000); `batch` calibration
     batches (of 2048 tokens, or 32 images) per step; `lr` (Adam, relative to the size of what is trained; rises in the
     first twentieth of the steps, then to 0 along a cosine); `minutes` at most; `hidden` weight of the squared error of
-    what the blocks put out, each against the same block of the original; `temperature` that both models' logits are
-    divided by; `seed`.
+    what the blocks put out, each against the same block of the original and token by token as a share (by default 1
+    where blocks are alike and as wide as there, else 0); `temperature` that both models' logits are divided by; `seed`.
     """
 
     name: ClassVar[str] = "heal"
@@ -70,7 +70,7 @@ class Heal(ModelPass):
     batch: int = Field(default=1, ge=1)
     lr: float | None = Field(default=None, gt=0, le=1)
     minutes: float | None = Field(default=None, gt=0)
-    hidden: float = Field(default=0.0, ge=0)
+    hidden: float | None = Field(default=None, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     seed: int = 0
 
@@ -86,7 +86,7 @@ class Heal(ModelPass):
     def trained_copies(self) -> float:
         if "weights" not in self.parts:
             return 0.0
-        return 5.0 if self.mode == "full" else 1.5
+        return 6.0 if self.mode == "full" else 3.0
 
     def trained_rows(self, images: bool) -> int:
         return self.tokens or (IMAGES if images else TOKENS)
@@ -103,8 +103,9 @@ class Heal(ModelPass):
         budget = distill.Budget(steps, self.batch, self.minutes, warmup=int(WARMUP * steps))
         patient, saved = _Patient(stage, self), Saved(stage.folder / STATE, str(self))
         with ExitStack() as lent:
-            loss, judged = _losses(stage, self, patient, batches, lent)
-            plain = not self.hidden and self.temperature == 1  # then the loss is the divergence
+            hidden = _hidden_weight(stage, self)
+            loss, judged = _losses(stage, self, hidden, patient, batches, lent)
+            plain = not hidden and self.temperature == 1  # then the loss is the divergence
             before = 0.0 if plain else judged(held)
             outcome = distill.fit(
                 patient.groups(self.lr or RATES[self.mode]),
@@ -193,19 +194,20 @@ class _Patient:
 
 
 def _losses(
-    stage: Stage, item: Heal, patient: _Patient, batches: Batches, lent: ExitStack
+    stage: Stage, item: Heal, weight: float, patient: _Patient, batches: Batches, lent: ExitStack
 ) -> tuple[distill.Loss, Callable[[Sequence[int]], float]]:
-    """What is minimised, of one batch; and the mean divergence over some, which is what is told. lent: ends when
-    training does."""
+    """What is minimised, of one batch; and the mean divergence over some, which is what is told. Args: weight: of what
+    blocks put out; lent: ends when training does."""
     task = stage.model.task
     teacher = stage.whole(stage.original).requires_grad_(False).to(stage.device)
-    theirs, ours = _blocks(stage) if item.hidden else ((), ())
+    ours = stage.model.structure.blocks if weight else ()
+    theirs = [stage.original.structure.blocks[place] for place in stage.model.origins] if weight else ()
     wanted, found = (
         lent.enter_context(watched(module, paths)) for module, paths in ((teacher, theirs), (patient.module, ours))
     )
     lent.enter_context(patient.parts.lent())
 
-    def loss(at: int, temperature: float = item.temperature, hidden: float = item.hidden) -> Tensor:
+    def loss(at: int, temperature: float = item.temperature, hidden: float = weight) -> Tensor:
         wanted.clear()
         found.clear()
         batch = batches[at].to(stage.device)
@@ -219,19 +221,17 @@ def _losses(
     return loss, judged
 
 
-def _blocks(stage: Stage) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Paths of the original's blocks, and of the model's: the n-th of one against the n-th of the other."""
-    if stage.model.image is not None:
-        raise UsageError("heal: hidden compares what like blocks put out, and an image model has none. Leave it out.")
+def _hidden_weight(stage: Stage, item: Heal) -> float:
+    """Of the squared error of what blocks put out. Raises: UsageError where it was asked for and cannot be taken."""
     first, now = stage.original, stage.model
-    sizes = [int(each.config.get_text_config().hidden_size) for each in (first, now)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(
-            f"heal: hidden compares what blocks put out, which is {sizes[1]} wide in the model and {sizes[0]} in the "
-            "original. Leave it out."
-        )
-    blocks = now.structure.blocks
-    return tuple(first.structure.blocks[place] for place in now.origins), blocks
+    if first.image is not None:
+        reason = "an image model has no like blocks"
+    else:
+        ours, theirs = (int(each.config.get_text_config().hidden_size) for each in (now, first))
+        reason = "" if ours == theirs else f"the model's are {ours} wide and those of the original {theirs}"
+    if item.hidden and reason:
+        raise UsageError(f"heal: hidden compares what blocks put out, and {reason}. Leave it out.")
+    return (0.0 if reason else 1.0) if item.hidden is None else item.hidden
 
 
 def _what(stage: Stage, batches: Batches, count: int) -> str:
