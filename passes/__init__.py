@@ -41,6 +41,9 @@ PASSES: dict[str, Entry] = {
     "ria": Entry("compress.passes.ria:Ria", "set weights to zero by relative importance and input; needs data"),
     "sparsegpt": Entry("compress.passes.sparsegpt:SparseGpt", "prune, what is left absorbing the error; needs data"),
     "pack_sparse": Entry("compress.passes.pack_sparse:PackSparse", "store pruned weights without their zeros; no data"),
+    "gradual_magnitude": Entry(
+        "compress.passes.gradual_magnitude:GradualMagnitude", "prune little by little in training; needs data"
+    ),
     "heal": Entry("compress.passes.heal:Heal", "train a pruned model to put out what the original does; needs data"),
     "act_quant": Entry("compress.passes.act_quant:ActQuant", "round layer inputs at run time; static=true needs data"),
     "smoothquant": Entry("compress.passes.smoothquant:SmoothQuant", "move the range of activations into the weights"),

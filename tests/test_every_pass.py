@@ -17,6 +17,7 @@ from compress.pipeline import Pipeline, Result, planned
 # head is its embedding: settings that fit it, where the defaults do not; what must come before a pass; few steps
 FITTING = {"gptq": "gptq(format=int4(group=32))", "rtn": "rtn(format=int4(group=32))"}
 FITTING |= {"sparsegpt": "sparsegpt(sparsity=0.3)"}
+FITTING |= {"gradual_magnitude": "gradual_magnitude(sparsity=0.3, steps=4, end=2, every=1)"}
 FITTING |= {"trellis": "trellis(format=trellis(bits=3, block=32))"}
 FITTING |= {
     "adaquant": f"{FITTING['rtn']}, adaquant(steps=2)",

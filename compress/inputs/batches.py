@@ -32,6 +32,11 @@ class Batches:
     def __getitem__(self, place: int) -> Tensor:
         return self.windows[place] if self.images is None else self.images.inputs(place * BATCH)
 
+    def labels(self, place: int) -> Tensor | None:
+        """Of a batch of images, (n,) int64; None of tokens, which have none."""
+        start = place * BATCH
+        return None if self.images is None else self.images.labels[start : start + BATCH]
+
     def rows(self, place: int) -> int:
         """Tokens, or images, of a batch."""
         if self.images is None:

@@ -35,6 +35,11 @@ class Position:
     misses: int = 0
     seconds: float = 0.0
 
+    def begin(self, state: Sequence[Tensor], loss: float) -> None:
+        """Here is the start: of what came before nothing is kept."""
+        self.before, self.best = loss, math.inf
+        self.judge(state, loss)
+
     def judge(self, state: Sequence[Tensor], loss: float) -> None:
         """Keep the state where its held-out loss is the least so far."""
         self.misses = 0 if loss < self.best else self.misses + 1

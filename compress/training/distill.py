@@ -44,7 +44,8 @@ class Group:
 class Budget:
     """steps: at most so many; batch: batches whose gradients a step adds up; minutes: wall-clock limit (None: none),
     those of an earlier try that is taken up counted in; check: steps between two looks at the held-out loss; patience:
-    looks without a gain before it stops (0: never); warmup: steps in which the learning rate rises to its schedule."""
+    looks without a gain before it stops (0: never); warmup: steps in which the learning rate rises to its schedule;
+    first: the step at which what is trained has become what it is to be: no iterate from before it is kept."""
 
     steps: int
     batch: int = 1
@@ -52,11 +53,12 @@ class Budget:
     check: int = 25
     patience: int = 0
     warmup: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """before, after: mean held-out loss at the start and of the iterate that was kept; best: its step (0: the start);
+    """before, after: mean held-out loss at the start (`Budget.first`) and of the iterate that was kept; best: its step;
     steps: taken; stopped: `steps`, `minutes` or `patience`."""
 
     before: float
@@ -104,19 +106,22 @@ def fit(
     seed: int = 0,
     tell: Callable[[int, int], None] | None = None,
     saved: Saved | None = None,
+    ready: Callable[[], object] | None = None,
 ) -> Outcome:
     """Minimise a loss over the batches `train` by the tensors of `groups`, in place.
 
     optimizer: `adam` (Kingma & Ba 2015), or `sign`, plain sign descent (AutoRound, arXiv 2309.05516). schedule: of the
     learning rate, to zero at the last step. Batches are drawn in seeded epochs. tell: called before each step with the
     steps done and those allowed, may raise. saved: where the state is kept every few minutes, and taken up from.
+    ready: called before the first look, at `budget.first` or where time is up before it: makes of what is trained what
+    it is to be.
     Raises: InputError when the loss is not finite.
     """
     leaves = [tensor for group in groups for tensor in group.tensors]
     state = [*leaves, *(tensor for group in groups for tensor in group.codes)]
     at = Position([tensor.detach().clone() for tensor in state])
     order, descent, started = _epochs(train, seed), _optimizer(optimizer, groups, betas), time.monotonic()
-    if saved is None or not saved.load(state, at, descent):
+    if (saved is None or not saved.load(state, at, descent)) and not budget.first:
         at.before = at.best = _held_out(loss, held)
     for _ in range(at.step * budget.batch):
         next(order)
@@ -127,11 +132,17 @@ def fit(
     while at.step < budget.steps:
         if tell is not None:
             tell(at.step, budget.steps)
+        if at.step and at.step == budget.first:
+            at.begin(state, _held_out(loss, held, ready))
         _descend(descent, groups, loss, [next(order) for _ in range(budget.batch)], _rate(schedule, at.step, budget))
         at.step += 1
         at.seconds = time.monotonic() - started
         late = budget.minutes is not None and at.seconds > 60 * budget.minutes
-        if at.step % budget.check == 0 or at.step == budget.steps or late:
+        if late and at.step <= budget.first:
+            at.begin(state, _held_out(loss, held, ready))
+            stopped = "minutes"
+            break
+        if at.step > budget.first and (at.step % budget.check == 0 or at.step == budget.steps or late):
             at.judge(state, _held_out(loss, held))
             impatient = bool(budget.patience) and at.misses >= budget.patience
             if late or impatient:
@@ -139,11 +150,15 @@ def fit(
                 break
         if saved is not None:
             saved.keep(state, at, descent)
-    for tensor, value in zip(state, at.kept, strict=True):
+    _put_back(state, at.kept)
+    return Outcome(at.before, at.best, at.best_step, at.step, stopped)
+
+
+def _put_back(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    for tensor, value in zip(state, kept, strict=True):
         tensor.requires_grad_(False)
         tensor.grad = None
         tensor.copy_(value)
-    return Outcome(at.before, at.best, at.best_step, at.step, stopped)
 
 
 class _Sign(torch.optim.Optimizer):
@@ -184,7 +199,9 @@ def _descend(
                 group.project()
 
 
-def _held_out(loss: Loss, held: Sequence[int]) -> float:
+def _held_out(loss: Loss, held: Sequence[int], ready: Callable[[], object] | None = None) -> float:
+    if ready is not None:
+        ready()
     with torch.no_grad():
         return sum(float(_finite(loss(place))) for place in held) / len(held)
 
