@@ -10,6 +10,7 @@ import torch
 
 from compress.engine.applying import describe
 from compress.engine.matching import Resolution
+from compress.engine.reshape import ReshapePass
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
 from compress.export import TARGETS
 from compress.export import find as find_target
@@ -69,7 +70,14 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
             [str(item) for item in pipeline.passes], [found for part in sections for found in part.resolution.matches]
         ),
         warnings=(*model.warnings, *_warnings(layers, resolution), *larger, *_too_large(memory)),
-        notes=_notes(layers, predicted_parts(target, specs.values(), shaped, profile)),
+        notes=(
+            *(
+                f"{item}: {item.undecided}."
+                for item in pipeline.passes
+                if isinstance(item, ReshapePass) and item.undecided
+            ),
+            *_notes(layers, predicted_parts(target, specs.values(), shaped, profile)),
+        ),
         target=profile.target,
         refusals=_refusals(choices),
         other_targets=other_targets(specs, profile) if refused else (),

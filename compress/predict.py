@@ -63,6 +63,7 @@ class Sizes:
     backward_tokens: int = 0
     training: int = 0  # what the hungriest pass that trains holds at once
     trained_tokens: int = 0  # passes of one token through all blocks, forward or back, that training takes
+    headed_tokens: int = 0  # of them, those that also run through what comes after the blocks
     between: int = 0  # stores of earlier stages, and the weights that errors are taken against
 
     @classmethod
@@ -104,8 +105,9 @@ class Sizes:
             window=recipe.quality.length,
             backward=tokens * 4 * (doors + columns),
             backward_tokens=tokens * len({item.row_groups for item in guided}),
-            training=_training(specs, passes, window, sum(map(sum, _inner(specs))), logits),
-            trained_tokens=_trained_tokens(passes, window, tokens, images=False),
+            training=_training(specs, passes, window, sum(map(sum, _inner(specs))), logits, _float_bytes(model)),
+            trained_tokens=_trained_tokens(passes, window, tokens, len(model.structure.blocks), images=False),
+            headed_tokens=int(tokens * sum(item.trials(len(model.structure.blocks))[1] for item in passes)),
             between=_between(passes, model.source_bytes, sum(per_segment.values())),
         )
 
@@ -136,7 +138,7 @@ def _image_sizes(
         hidden_bytes=0,
         vocabulary=image.classes,
         window=BATCH,
-        training=_training(specs, passes, min(images, BATCH), values, image.classes),
+        training=_training(specs, passes, min(images, BATCH), values, image.classes, weights),
         trained_tokens=_trained_tokens(passes, min(images, BATCH), images, images=True),
         between=_between(passes, source, weights),
     )
@@ -170,11 +172,19 @@ def _inner(specs: Iterable[LayerSpec]) -> list[tuple[int, int]]:
     return [spec.shape for spec in specs if spec.segment >= 0]
 
 
-def _training(specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, values: int, logits: int) -> int:
-    """Bytes of the hungriest training pass: both models where it has the whole of them, copies of what it trains, and
-    what one batch keeps for its way back.
+def _float_bytes(model: Model) -> int:
+    """Of all layers of a model in float32."""
+    return 4 * sum(spec.shape[0] * spec.shape[1] for spec in model.structure.layers.values())
 
-    Args: tokens: of a batch; values: inputs and outputs of all layers inside the blocks, per token; logits: per token.
+
+def _training(
+    specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, values: int, logits: int, source: int
+) -> int:
+    """Bytes of the hungriest pass that has the whole model in memory, or trains: both models where it has the whole of
+    them, copies of what it trains, and what one batch keeps for its way back.
+
+    Args: tokens: of a batch; values: inputs and outputs of all layers inside the blocks, per token; logits: per token;
+    source: bytes of the original's layers in float32.
     """
     whole = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
     grids: dict[int, int] = {}
@@ -183,24 +193,27 @@ def _training(specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, v
             grids[spec.segment] = grids.get(spec.segment, 0) + spec.shape[0] * spec.shape[1] * 4
     found = [0]
     for item in passes:
-        if item.training:
+        if item.held_models and not item.training:
+            found.append(int(item.held_models * source + 4 * tokens * LOGIT_COPIES * logits))
+        elif item.training:
             kept = LINEAR_COPIES * values + LOGIT_COPIES * logits
             trained = 4 * sum(map(prod, _inner(specs))) if item.renews else sum(grids.values())
-            found.append(int(2 * whole + item.trained_copies * trained + 4 * tokens * kept))
+            found.append(int(source + whole + item.trained_copies * trained + 4 * tokens * kept))
         elif item.trained_batches:
             kept = LINEAR_COPIES * values / max(1, len({spec.segment for spec in specs if spec.segment >= 0}))
             found.append(int(item.trained_copies * max(grids.values(), default=0) + 4 * tokens * kept))
     return max(found)
 
 
-def _trained_tokens(passes: Sequence[Pass], tokens: int, calibration: int, *, images: bool) -> int:
+def _trained_tokens(passes: Sequence[Pass], tokens: int, calibration: int, blocks: int = 0, *, images: bool) -> int:
     """Forward and backward passes of tokens through all blocks: back counts twice, and the original runs too where a
-    pass has the whole of both models; in between, held-out batches.
+    pass has the whole of both models; in between, held-out batches. Those that try models out run forward only.
 
     Args: tokens, or images: of a batch; calibration: of all its batches.
     """
     total = 0.0
     for item in passes:
+        total += item.trials(blocks)[0] * calibration
         models = 2 if item.training else 1
         rows = item.trained_rows(images) or item.trained_batches * tokens
         held = MOST_HELD * tokens if item.trained_rows(images) else HELD_OUT * calibration
@@ -215,7 +228,7 @@ def _between(passes: Sequence[Pass], source: int, weights: int) -> int:
     rescales weights, which are then also kept for the report's errors."""
     if len(passes) < 2 or not any(isinstance(item, ModelPass) for item in passes):
         return 0
-    return 2 * weights if any(not item.part for item in passes) else source
+    return 2 * weights if any(item.rescales and not item.part for item in passes) else source
 
 
 def artifact_bytes(target: Any, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
@@ -281,6 +294,6 @@ def seconds(sizes: Sizes, profile: Profile) -> float:
     # forward once, then each block again, and back through it by its inputs alone
     tokens = 2 * sizes.tokens + 3 * sizes.backward_tokens + sizes.trained_tokens
     forward = 2.0 * sizes.block_weights * (tokens + 4 * sizes.quality_tokens)
-    head = 2.0 * (sizes.outer / 4) * 4 * sizes.quality_tokens
+    head = 2.0 * (sizes.outer / 4) * (4 * sizes.quality_tokens + sizes.headed_tokens)
     solve = sizes.block_weights * sizes.largest_inputs / 2.0 if sizes.tokens else 0.0
     return BASE_SECONDS + (forward + head + solve) / rate + sizes.source / 300e6

@@ -197,7 +197,8 @@ class Runner(Protocol):
 class Target(Protocol):
     """The module of a target.
 
-    It may also have `TAKES_GRAPHS`, whether it takes models that were given as ONNX, `predict_deployed_bytes`, as
+    It may also have `TAKES_GRAPHS`, whether it takes models that were given as ONNX, `TAKES_EDITS`, whether it takes
+    those of a shape that config.json does not tell (`Model.edits`), `predict_deployed_bytes`, as
     `predict_bytes` of what the machine needs where that is not the whole folder, `predict_parts`, its bytes by
     the name of each form of the model that it holds, `plan_together(specs)`, the refusals
     (by layer) of what it does not take side by side,
@@ -294,11 +295,19 @@ def misfit(target: Target, folder: Path) -> str:
 
 
 def require_graphs(target: Target, model: Model, profile: Profile) -> None:
-    """Raises: UnsupportedError for a model that was given as ONNX where the target takes none (`TAKES_GRAPHS`)."""
+    """Raises: UnsupportedError for a model that was given as ONNX where the target takes none (`TAKES_GRAPHS`), or that
+    config.json does not describe where the target's readers go by it alone (`TAKES_EDITS`)."""
     if model.image is not None and model.image.graph and not getattr(target, "TAKES_GRAPHS", False):
         raise UnsupportedError(
             f"{model.source} is an ONNX graph, which is exported for the target onnx only. Profile {profile.id} is for "
             f"{profile.target}; add --target onnx, or give the model that the graph was made from."
+        )
+    if model.edits and not getattr(target, "TAKES_EDITS", False):
+        first = model.edits[0]
+        raise UnsupportedError(
+            f"The target {profile.target} writes folders whose readers build a model by its config.json, and that "
+            f"cannot say what {len(model.edits)} module(s) have become: {first.path} ({first.kind}). Change all blocks "
+            "alike (drop_blocks of whole blocks, one width for all), or export for onnx."
         )
 
 

@@ -161,6 +161,16 @@ class Pass(BaseModel, ABC):
         return self.before | ({Part.VALUES} if self.rescales else frozenset())
 
     @property
+    def held_models(self) -> float:
+        """How many times the whole model is in memory in float32 while it works, beside what one batch keeps."""
+        return 2.0 if self.training else 0.0
+
+    def trials(self, blocks: int) -> tuple[float, float]:
+        """How often it runs the calibration data through all of so many blocks, beside what `wants` takes, and through
+        what comes after them."""
+        return 0.0, 0.0
+
+    @property
     def fits_outputs(self) -> bool:
         """Whether it fits a grid to what convolutions put out, once all passes are done (`with_outputs`)."""
         return False

@@ -50,6 +50,11 @@ class ReshapePass(ModelPass):
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return spec
 
+    @property
+    def undecided(self) -> str:
+        """What only data decide, and what the plan takes meanwhile; empty where nothing is open."""
+        return ""
+
     @abstractmethod
     def shape(self, model: Model) -> Shape:
         """What it will leave, as far as is known without data: the sizes are right, which blocks go may be another

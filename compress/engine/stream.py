@@ -63,7 +63,7 @@ class BlockStream:
     def start(self, outer: Mapping[str, Layer]) -> None:
         """Load the outer tensors and bring every batch to the first block."""
         self.outer = outer
-        self._put_outer()
+        self.put_outer()
         self._learn_return_type()
         first = self._enter(self.batches[0])
         self.hidden = allocate([(*batch.shape, first.shape[-1]) for batch in self.batches], self.spill, self.dtype)
@@ -71,7 +71,7 @@ class BlockStream:
         for place, batch in enumerate(self.batches[1:], 1):
             self.hidden[place].copy_(self._enter(batch))
             rest(self.hidden[place])
-        self._release_outer()
+        self.release_outer()
         if self._with_reference:
             shapes = [tuple(hidden.shape) for hidden in self.hidden]
             self.reference = allocate(shapes, self.spill, self.dtype)
@@ -80,13 +80,15 @@ class BlockStream:
                 kept.copy_(hidden)
                 rest(kept, hidden)
 
-    def _put_outer(self) -> None:
+    def put_outer(self) -> None:
+        """Put the outer tensors in place."""
         for layer in self.outer.values():
             placing.put_layer(self.module, layer, self.dtype)
         placing.put_plain(self.module, self.model.plain(OUTER), self.model.structure.aliases, self.dtype)
         self._to_device(self.module)
 
-    def _release_outer(self) -> None:
+    def release_outer(self) -> None:
+        """Give the memory of the outer layers back."""
         for layer in self.outer.values():
             for user in layer.users:
                 placing.release(self.module, user)
@@ -227,17 +229,22 @@ class BlockStream:
 
     def tail(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Per batch the hidden states after the last block, which take gradients where those are on, and the output."""
-        self._put_outer()
-        for place, batch in enumerate(self.batches):
+        self.put_outer()
+        for place in range(len(self.batches)):
             hidden = self.hidden[place].to(self.device)
             if torch.is_grad_enabled():
                 hidden = hidden.clone().requires_grad_(True)
-            stub = Stub(self._blocks()[0], self._size, hidden)
-            with shortened(self._blocks(), [stub]):
-                output = self.module(input_ids=batch.to(self.device), **_no_cache(self.module))
-            result: Tensor = output.logits if "logits" in output else output.last_hidden_state
-            yield hidden, result
-        self._release_outer()
+            yield hidden, self.output(place, hidden)
+        self.release_outer()
+
+    def output(self, place: int, hidden: Tensor) -> Tensor:
+        """What the model puts out for a batch, by its hidden states after the last block; with the outer tensors in
+        place."""
+        stub = Stub(self._blocks()[0], self._size, hidden)
+        with shortened(self._blocks(), [stub]):
+            output = self.module(input_ids=self.batches[place].to(self.device), **_no_cache(self.module))
+        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
+        return result
 
 
 def collected(

@@ -2,8 +2,10 @@
 
     {"schema": 1,
      "layers": {"model.layers.0.mlp.up_proj": {"format": "codebook(…)", "users": ["model.layers.0.mlp.up_proj"]}, …},
-     "aliases": {"model.layers.0.mlp.up_proj.weight.codebook": "model.layers.0.mlp.gate_proj.weight.codebook", …}}
+     "aliases": {"model.layers.0.mlp.up_proj.weight.codebook": "model.layers.0.mlp.gate_proj.weight.codebook", …},
+     "edits": [{"path": "model.layers.1.self_attn", "kind": "no attention", "shape": []}]}
 
+`edits` is there where modules were removed or resized (compress/models/edits.py).
 Beside it are config.json, the tokenizer's files and `model*.safetensors`, whose tensors are called `<layer>.weight`
 (out, in) of a float layer, `<layer>.weight.<part>` of another, `<layer>.bias`, and as the module calls its other
 tensors. Floats have the source's dtype.
@@ -22,6 +24,7 @@ from compress.formats import parse_format
 from compress.formats.codebook import Codebook
 from compress.formats.sparse import Sparse
 from compress.layer import LayerSpec
+from compress.models.edits import Edit, read_edits
 from compress.models.folder import read_object
 
 NAME = "native.json"
@@ -39,22 +42,26 @@ class Stored:
 
 @dataclass(frozen=True)
 class Contents:
-    """What `native.json` says. aliases: name of a tensor → of the one that is stored for it."""
+    """What `native.json` says. aliases: name of a tensor → of the one that is stored for it; edits: what of the model's
+    shape config.json does not tell."""
 
     layers: Mapping[str, Stored]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
 
 
-def of_specs(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str]) -> Contents:
+def of_specs(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str], edits: tuple[Edit, ...] = ()) -> Contents:
     """The contents of a folder with these layers."""
     stored = {name: spec.format for name, spec in specs.items() if isinstance(spec.format, Codebook | Sparse)}
-    return Contents({name: Stored(form, specs[name].users) for name, form in stored.items()}, aliases)
+    return Contents({name: Stored(form, specs[name].users) for name, form in stored.items()}, aliases, edits)
 
 
 def to_text(contents: Contents) -> str:
     """As the file holds it."""
     layers = {name: {"format": str(one.format), "users": [*one.users]} for name, one in contents.layers.items()}
     told = {"schema": SCHEMA, "layers": layers, "aliases": dict(contents.aliases)}
+    if contents.edits:
+        told["edits"] = [edit.as_data() for edit in contents.edits]
     return json.dumps(told, indent=1, sort_keys=True) + "\n"
 
 
@@ -69,9 +76,10 @@ def read(folder: Path) -> Contents:
         aliases = {name: owner for name, owner in raw["aliases"].items() if isinstance(owner, str)}
         if len(aliases) < len(raw["aliases"]):
             raise TypeError("an alias is no name of a tensor")
+        edits, _ = read_edits(raw)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise InputError(f"{path} is malformed ({error!r}). {AGAIN}") from error
-    return Contents(layers, aliases)
+    return Contents(layers, aliases, edits)
 
 
 def _stored(item: Any) -> Stored:

@@ -33,7 +33,7 @@ def load_module(folder: Path, path: str | None = None) -> tuple[Any, Counter[str
     told = contents.read(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json. {AGAIN}")
-    model = load(folder, weights=False)
+    model = load(folder, weights=False, edits=told.edits)
     if model.image is not None:
         raise InputError(f"{folder} holds an ONNX graph, which the exporter did not write. {AGAIN}")
     structure = model.structure

@@ -45,13 +45,14 @@ RUNTIME = "onnxruntime"
 FOLDER = "onnx"
 HONOURS = combined(module.LOWERS.honours for module in lowerings())
 TAKES_GRAPHS = True
+TAKES_EDITS = True
 GRAPH, DATA = files.GRAPH, files.DATA
 Attend = Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]
 
 
 # the interface of compress.target
-__all__ = ["FOLDER", "RUNTIME", "TAKES_GRAPHS", "capture", "compare_graphs", "plan_layer", "predict_bytes"]
-__all__ += ["probe_command", "profile_operators", "runner", "session", "timed_here", "write"]
+__all__ = ["FOLDER", "RUNTIME", "TAKES_EDITS", "TAKES_GRAPHS", "capture", "compare_graphs", "plan_layer"]
+__all__ += ["predict_bytes", "probe_command", "profile_operators", "runner", "session", "timed_here", "write"]
 
 
 def session(folder: Path, threads: int, exact: bool = False) -> Session:

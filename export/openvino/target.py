@@ -32,6 +32,7 @@ from compress.target import Lowered, Refusal, accepted, as_dense, granted
 RUNTIME = rules.RUNTIME
 FOLDER = "openvino"
 HONOURS = lowering.LOWERS.honours
+TAKES_EDITS = True
 
 # the interface of compress.target
 __all__ = ["FOLDER", "HONOURS", "RUNTIME", "capture", "plan_layer", "predict_bytes", "probe_command", "require_tools"]

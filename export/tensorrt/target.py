@@ -33,6 +33,7 @@ from compress.target import Lowered, Refusal, accepted, as_dense, granted
 RUNTIME = rules.RTX
 FOLDER = "tensorrt"
 HONOURS = LOWERS.honours
+TAKES_EDITS = True
 ON_GPU = True
 COMMAND = "build_command.txt"
 FP4_OPSET, FP4_IR = 23, 11
