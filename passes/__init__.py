@@ -46,6 +46,7 @@ PASSES: dict[str, Entry] = {
         "compress.passes.gradual_magnitude:GradualMagnitude", "prune little by little in training; needs data"
     ),
     "heal": Entry("compress.passes.heal:Heal", "train a pruned model to put out what the original does; needs data"),
+    "prune_width": Entry("compress.passes.prune_width:PruneWidth", "narrower feed-forwards, fewer heads; needs data"),
     "act_quant": Entry("compress.passes.act_quant:ActQuant", "round layer inputs at run time; static=true needs data"),
     "smoothquant": Entry("compress.passes.smoothquant:SmoothQuant", "move the range of activations into the weights"),
     "awq_scale": Entry("compress.passes.awq:AwqScale", "the scaling of awq alone, for another pass that rounds"),

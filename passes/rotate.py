@@ -22,14 +22,12 @@ from compress.models.attention import attentions
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
 from compress.wiring.heads import find_heads, turned_heads
-from compress.wiring.residual import LoadedPart, Overlay, Residual, block_part, find_residual, tail_part
+from compress.wiring.residual import LoadedPart, Overlay, Residual, block_part, few_tokens, find_residual, tail_part
 
 TOLERANCE = 1e-4
 """Largest change of what a block adds to the stream, and of the logits, that counts as rounding in float32; plus
 `NOISE` of the stream itself, whose large channels are spread over all."""
 NOISE = 1e-6
-TOKENS = 16
-"""On which each part is watched and held against the original."""
 
 
 class Rotate(ModelPass):
@@ -103,7 +101,7 @@ class _Turning:
         self.item, self.stage = item, stage
         self.overlay = Overlay(stage.model.reader)
         self.model = replace(stage.model, weights=self.overlay)
-        self.stream = BlockStream(self.model, [_tokens(stage.model)], device=stage.device)
+        self.stream = BlockStream(self.model, [few_tokens(stage.model)], device=stage.device)
         self.outer, self.outer_plain = self.model.layers(OUTER), self.model.plain(OUTER)
         self.turn: Rotation | None = None
         self.rotated = 0
@@ -267,12 +265,6 @@ def _noted(layer: Layer, note: str) -> Layer:
 
 def _skipped(layers: Mapping[str, Layer], changed: Mapping[str, Layer]) -> dict[str, str]:
     return {name: "neither reads nor writes what is rotated" for name in layers if name not in changed}
-
-
-def _tokens(model: Model) -> Tensor:
-    """(1, T) int64: random ids, unlike each other, so that what mixes tokens or channels shows."""
-    length = min(TOKENS, model.longest, model.vocabulary)
-    return torch.randperm(model.vocabulary, generator=torch.Generator().manual_seed(0))[None, :length]
 
 
 def _refuse_shared(layers: Mapping[str, Layer]) -> None:

@@ -37,7 +37,6 @@ class ReshapePass(ModelPass):
     per_layer: ClassVar[bool] = False
     opaque: ClassVar[bool] = False
     reshapes: ClassVar[bool] = True
-    keeps_zeros: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _check_patterns(self) -> Self:

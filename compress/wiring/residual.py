@@ -22,11 +22,15 @@ from compress.errors import UnsupportedError
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths.rotation import Rotation
 from compress.models import experts, placing
+from compress.models.model import Model
 from compress.models.reader import Reader
 from compress.wiring.tracing import Call, Trace, same, watching
 
 ROUNDING = 1e-3
 """Largest difference, as a share of what is compared, that counts as rounding: tells alike from unlike."""
+
+TOKENS = 16
+"""On which each part is watched and held against the original."""
 
 REFUSED = "So a rotation would change what the model puts out. Leave r1 out (r1=none), or choose another pass."
 
@@ -126,6 +130,12 @@ def tail_part(
 
     hidden = stream.hidden[0].clone()
     return LoadedPart("the part after the blocks", stream.module, modules, layers, plain, hidden, call, put, adds=False)
+
+
+def few_tokens(model: Model) -> Tensor:
+    """(1, T) int64: random ids, unlike each other, so that what mixes tokens or channels shows."""
+    length = min(TOKENS, model.longest, model.vocabulary)
+    return torch.randperm(model.vocabulary, generator=torch.Generator().manual_seed(0))[None, :length]
 
 
 def find_residual(part: LoadedPart, turn: Rotation) -> Residual:
