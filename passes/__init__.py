@@ -47,6 +47,7 @@ PASSES: dict[str, Entry] = {
     ),
     "heal": Entry("compress.passes.heal:Heal", "train a pruned model to put out what the original does; needs data"),
     "prune_width": Entry("compress.passes.prune_width:PruneWidth", "narrower feed-forwards, fewer heads; needs data"),
+    "prune_experts": Entry("compress.passes.prune_experts:PruneExperts", "fewer experts in each mixture; needs data"),
     "act_quant": Entry("compress.passes.act_quant:ActQuant", "round layer inputs at run time; static=true needs data"),
     "smoothquant": Entry("compress.passes.smoothquant:SmoothQuant", "move the range of activations into the weights"),
     "awq_scale": Entry("compress.passes.awq:AwqScale", "the scaling of awq alone, for another pass that rounds"),
