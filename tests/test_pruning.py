@@ -254,7 +254,8 @@ def test_layers_that_were_not_pruned_take_any_format(model: Model) -> None:
 
 def test_every_pass_was_either_shown_to_keep_zeros_or_says_nothing_of_it() -> None:
     assert {name for name in table() if find(name).keeps_zeros} == {
-        *("rtn", "gptq", "bnb4", "llm_int8", "pack_sparse", "act_quant", "bias_correct", "tune", "block_tune")
+        *("rtn", "gptq", "bnb4", "llm_int8", "pack_sparse", "act_quant", "bias_correct", "tune", "block_tune"),
+        *("heal", "magnitude", "wanda", "ria"),
     }
 
 

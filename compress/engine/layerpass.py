@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.part import LOSSY, Part
+from compress.engine.storing import stored_as
 from compress.errors import UsageError, nearest
 from compress.formats import parse_format
 from compress.formats.base import Format
@@ -270,22 +271,6 @@ def _printable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_printable(item) for item in value]
     return value
-
-
-def stored_as(name: str, form: Format, spec: LayerSpec) -> LayerSpec:
-    """The layer in a format. Args: name: of the pass. Raises: UsageError where its shape does not allow that."""
-    columns = spec.shape[1]
-    if columns % form.step:
-        raise UsageError(
-            f"{name}: {form} decides {form.step} input columns together, and {spec.name} has {columns}, which "
-            f"is no multiple of it. Choose another format, or one with smaller blocks, or leave the "
-            f"layer out (ignore=[{spec.name}])."
-        )
-    try:
-        form.tensor_specs(spec.shape)
-    except UsageError as error:
-        raise UsageError(f"{name}: layer {spec.name}: {error} Or leave it out (ignore=[{spec.name}]).") from error
-    return replace(spec, format=form)
 
 
 class Quantizing(Pass, ABC):
