@@ -65,7 +65,7 @@ def layers(model: Model, choices: Mapping[str, EngineChoice], profile: Profile) 
 
 def holds(spec: LayerSpec, layer: Layer) -> bool:
     """Whether a weight is 2:4 along its input channels."""
-    weight = layer.float_weight()
+    weight = layer.weight if isinstance(layer.weight, Tensor) else layer.float_weight()
     return not any(crowded(_by_channel(spec, rows)) for rows in (weight[:FIRST_ROWS], weight[FIRST_ROWS:]))
 
 
