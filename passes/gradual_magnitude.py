@@ -19,11 +19,13 @@ from compress.layer import Layer
 from compress.models.model import Model, Task
 from compress.passes.tune import Student
 from compress.training import distill
+from compress.training.checkpoint import Saved
 from compress.training.gradual import Masks
 from compress.training.masked import GradualSchedule, Masked
 from compress.training.objective import divergence, outputs
 from compress.training.parts import Trained
 
+STATE = "training.pt"
 _OF_LAYERS = frozenset({"sparsity", "pattern"})
 """Settings that may be a layer's own."""
 
@@ -78,6 +80,15 @@ class GradualMagnitude(Pruning, ModelPass):
                     f"{self.name}: overrides of '{pattern}' set {other[0]}, which is the same for all layers, since "
                     "they are trained together. Only sparsity and pattern may be a layer's own."
                 )
+        if self.allocate != "uniform":
+            raise UsageError(
+                f"{self.name}: allocate={self.allocate} is of passes that prune at once. Leave it out; overrides give "
+                "layers a sparsity of their own."
+            )
+        if self.loss == "labels" and self.temperature != 1:
+            raise UsageError(
+                f"{self.name}: temperature={self.temperature:g} is of loss=distill: labels have none. Leave it out."
+            )
         last = self.schedule().last
         if last >= self.steps:
             raise UsageError(
@@ -88,7 +99,7 @@ class GradualMagnitude(Pruning, ModelPass):
 
     @property
     def trained_copies(self) -> float:
-        return 8.25
+        return 9.5
 
     @property
     def trained_batches(self) -> int:
@@ -97,6 +108,10 @@ class GradualMagnitude(Pruning, ModelPass):
     def check(self, model: Model) -> None:
         if self.loss == "labels" and model.task is Task.ENCODER:
             raise UsageError(f"{self.name}: loss=labels: an encoder's data have no labels. Choose loss=distill.")
+        if self.temperature != 1 and model.task is Task.ENCODER:
+            raise UsageError(
+                f"{self.name}: temperature={self.temperature:g} divides logits, and an encoder has none. Leave it out."
+            )
 
     def schedule(self) -> GradualSchedule:
         """By the settings; of N:M the share that it implies. Raises: UsageError."""
@@ -113,7 +128,7 @@ class GradualMagnitude(Pruning, ModelPass):
         student = _Student(stage)
         loss = self._loss(stage, student, batches)
         train, held = distill.split(len(batches), most=distill.MOST_HELD)
-        last = self.schedule().last
+        last, saved = self.schedule().last, Saved(stage.folder / STATE, str(self))
 
         def before(done: int, steps: int) -> None:
             student.masks.step(done)
@@ -129,9 +144,11 @@ class GradualMagnitude(Pruning, ModelPass):
                 schedule="cosine",
                 seed=self.seed,
                 tell=before,
+                saved=saved,
                 ready=student.masks.finish,
             )
         student.write(stage, self._told(outcome, last))
+        saved.remove()
 
     def _loss(self, stage: Stage, student: _Student, batches: Batches) -> distill.Loss:
         task = stage.model.task
@@ -195,7 +212,7 @@ class _Student(Student):
         return Masked(name, plain.values, item.schedule(), item.parsed(), plain.scale)
 
     def groups(self, lr: float) -> list[distill.Group]:
-        own = [distill.Group([each.tensor], lr, each.apply) for each in self.masks.weights]
+        own = [distill.Group([each.tensor], lr, each.apply, each.state) for each in self.masks.weights]
         return [*own, *super().groups(lr)]
 
     def write(self, stage: Stage, note: str) -> None:

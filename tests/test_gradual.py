@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import compress
-from compress.errors import InputError, UsageError
+from compress.engine.journal import Journal
+from compress.errors import InputError, Interrupted, UsageError
 from compress.inputs.batches import Batches
 from compress.inputs.datasets import Calibration, calibrate
 from compress.inputs.images import Images
@@ -19,7 +20,10 @@ from compress.inputs.windows import Windows
 from compress.maths.masks import Pattern
 from compress.models.model import Model
 from compress.models.placing import whole_module
+from compress.passes.gradual_magnitude import STATE
 from compress.pipeline import Pipeline, Result
+from compress.progress import Progress
+from compress.training import checkpoint
 from compress.training.distill import Budget, Group, fit
 from compress.training.gradual import GradualSchedule, Masks, prune
 from compress.training.masked import Masked
@@ -249,7 +253,7 @@ def model(make_llama: Callable[..., Path]) -> Model:
 
 @pytest.fixture(scope="module")
 def calibration(model: Model, text_file: Path) -> Calibration:
-    return calibrate(model, text_file, samples=300, length=64)
+    return calibrate(model, text_file, samples=192, length=64)
 
 
 @pytest.fixture(scope="module")
@@ -297,11 +301,35 @@ def test_layers_may_have_shares_and_patterns_of_their_own_and_the_seed_decides_t
     assert first.plain(0)["model.layers.0.input_layernorm.weight"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("killed", [3, 6])
+def test_a_killed_run_goes_on_within_its_training_to_the_same_bytes(
+    killed: int, model: Model, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While masks rise, and after the last raise."""
+    pipeline = Pipeline.parse("gradual_magnitude(steps=10, end=5, every=2, begin=1)")
+    whole = pipeline.run(model, calibration, folder=tmp_path / "whole").model.digest
+    monkeypatch.setattr(checkpoint, "MINUTES", 0.0)
+    seen: list[int] = []
+
+    class Killed(Progress):
+        def tick(self, text: str, done: int, count: int) -> None:
+            seen.extend([done] if text == "Pruning steps" else [])
+            if len(seen) == killed + 1:
+                raise Interrupted("killed")
+
+    folder, journal = tmp_path / "killed", tmp_path / "journal"
+    with pytest.raises(Interrupted):
+        pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
+    result = pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
+    assert seen[killed + 1] == killed and result.model.digest == whole and not (folder / STATE).exists()
+
+
 @pytest.mark.parametrize("loss", ["distill", "labels"])
 def test_an_image_classifier_is_pruned_by_its_outputs_or_by_labels(loss: str, cnn: str, images_file: Path) -> None:
     model = compress.load(cnn)
     data = calibrate(model, images_file)
-    text = f"gradual_magnitude(loss={loss}, steps=12, end=6, every=2, sparsity=0.6, temperature=2)"
+    softer = ", temperature=2" if loss == "distill" else ""
+    text = f"gradual_magnitude(loss={loss}, steps=12, end=6, every=2, sparsity=0.6{softer})"
     result = Pipeline.parse(text).run(model, data)
     for spec in result.model.structure.layers.values():
         weight = result.model.layer(spec).float_weight()
@@ -337,6 +365,8 @@ def test_next_tokens_are_the_labels_of_a_text(model: Model, calibration: Calibra
         ("gradual_magnitude(start=0.6)", "0 <= start < final < 1"),
         ("gradual_magnitude(pattern=2:4, sparsity=0.7)", "contradict each other"),
         ('gradual_magnitude(overrides={"*.up_proj": {lr: 0.1}})', "same for all layers"),
+        ("gradual_magnitude(allocate=owl)", "overrides give layers a sparsity"),
+        ("gradual_magnitude(loss=labels, temperature=2)", "labels have none"),
         ("gradual_magnitude, magnitude", "both set the weight values"),
         ("gradual_magnitude, hqq", "would not keep at zero"),
         ("rtn(format=int8(group=32)), gradual_magnitude", "must come before rtn"),
@@ -347,8 +377,10 @@ def test_settings_that_cannot_be_are_refused_before_the_work(text: str, told: st
         Pipeline.parse(text).resolve(model)
 
 
-def test_an_encoder_has_no_labels(save_random: Callable[..., Path]) -> None:
+def test_an_encoder_has_neither_labels_nor_logits(save_random: Callable[..., Path]) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = compress.load(save_random("bert", transformers.BertConfig(vocab_size=256, **sizes), "AutoModel"))
     with pytest.raises(UsageError, match="have no labels"):
         Pipeline.parse("gradual_magnitude(loss=labels)").resolve(model)
+    with pytest.raises(UsageError, match="divides logits"):
+        Pipeline.parse("gradual_magnitude(temperature=2)").resolve(model)

@@ -74,7 +74,7 @@ class Saved:
             if name != "kept":
                 setattr(at, name, value)
         for own, value in zip([*state, *at.kept], [*found["state"], *found["position"]["kept"]], strict=True):
-            own.copy_(value)
+            own.detach().copy_(value)
         descent.load_state_dict(found["descent"])
         return True
 

@@ -80,16 +80,15 @@ class Masks:
 
     def state_dict(self) -> dict[str, Any]:
         """To go on later: what is pruned, with the values aside."""
-        return {each.name: {"level": each.level, "gone": each.gone, "aside": each.aside} for each in self.weights}
+        return {each.name: [tensor.clone() for tensor in each.state] for each in self.weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises: UsageError where it is of other weights."""
         if state.keys() != {each.name for each in self.weights}:
             raise UsageError(f"The state holds masks of {', '.join(state)}, which are other weights than these.")
         for each in self.weights:
-            stored = state[each.name]
-            each.level, each.gone = stored["level"], stored["gone"].clone()
-            each.aside = stored["aside"].clone()
+            for own, stored in zip(each.state, state[each.name], strict=True):
+                own.copy_(stored)
 
     def _raise(self, levels: Mapping[str, int]) -> bool:
         changed = [each.raise_to(levels[each.name]) for each in self.weights]

@@ -82,18 +82,28 @@ class Masked:
         self.name, self.tensor, self.schedule, self.pattern = name, tensor, schedule, pattern
         self.shape = int(tensor.shape[0]), prod(tensor.shape[1:])
         self._check()
-        self.level, self.scale = -1, scale
+        self.scale = scale
+        self.reached = torch.full((), -1, dtype=torch.int64)
         self.gone = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
         self.aside = tensor.detach().clone()
         self.hook: Any = None
         if tensor.requires_grad:
             self.hook = tensor.register_hook(self._without_gone)  # type: ignore[no-untyped-call]
 
+    @property
+    def level(self) -> int:
+        """Raises that are decided; -1 before the first."""
+        return int(self.reached)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What is pruned, values aside, and the raises so far: changed in place, to be kept and put back."""
+        return self.gone, self.aside, self.reached
+
     def raise_to(self, level: int) -> bool:
         """Decide anew, where this level is not decided yet. Returns whether it was."""
         if level <= self.level:
             return False
-        self.level = level
         with torch.no_grad():
             whole = torch.where(self.gone, self.aside, self.tensor)
             if not products.all_finite(whole):
@@ -102,9 +112,10 @@ class Masked:
                 )
             scores = whole.abs().float().reshape(self.shape) * self.scale
             keep = self.pattern.keep(scores, self.kept(level))
-            self.gone = ~keep.reshape(self.tensor.shape)
+            self.gone.copy_(~keep.reshape(self.tensor.shape))
             self.tensor.copy_(whole.masked_fill(self.gone, 0.0))
-            self.aside = whole if level < self.schedule.raises else whole.new_zeros(())
+            self.aside.copy_(whole)
+            self.reached.fill_(level)
         return True
 
     def kept(self, level: int) -> int:
