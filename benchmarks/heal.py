@@ -1,11 +1,13 @@
 """What `heal` regains of what pruning lost: KL to the original on held-out text, same windows, with intervals.
 
     python benchmarks/heal.py ASSETS/pycoder
+    python benchmarks/heal.py ASSETS/lm_stories260k/hf --data ASSETS/text/tinystories/tinystories_ids_tok512.json.gz
     python benchmarks/heal.py ASSETS/pycoder --prefix "wanda(sparsity=0.7)" --heal "heal(tokens=100000)"
 
 A prefix is what comes before healing: passes that prune, or make the model smaller. It runs once alone, then with each
-way to heal. Calibration takes 128 windows of the calibration text, healing the rest of it, and the figures are of
-windows of the test text: no text is used twice. Rows are added to those in the result file, one per prefix and way.
+way to heal. Calibration takes some windows of the calibration text, healing the rest of it, and the figures are of
+windows of the test text: no text is used twice. With --data one file serves for all three, split by document. Rows are
+added to those in the result file, one per model, prefix and way.
 """
 
 from __future__ import annotations
@@ -87,24 +89,41 @@ def measure(model: Model, calibration: Calibration, windows: Windows, prefix: st
     return rows
 
 
+def data_of(model: Model, folder: Path, data: Path | None, count: int) -> tuple[Calibration, Windows]:
+    """Calibration with what is left of its text, and the first test windows."""
+    whole: datasets.Samples
+    if data is not None:
+        calibration, whole = datasets.split(
+            model, data, samples=32, quality_samples=None, length=256, seed=0, rest=True
+        )
+    else:
+        calibration = datasets.calibrate(model, folder / "text" / "calib.txt.gz", samples=128, rest=True)
+        whole = datasets.quality_windows(model, folder / "text" / "test.txt.gz")
+        datasets.check_calibration(calibration, whole)
+    assert isinstance(whole, Windows)
+    return calibration, Windows(whole.ids[:count], whole.documents[:count], whole.protocol, whole.digest)
+
+
+def name_of(folder: Path) -> str:
+    """Of a model's folder."""
+    return folder.parent.name if folder.name == "hf" else folder.name
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, help="one file for calibration, healing and test")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--prefix", action="append", help="passes before healing; may be given several times")
     parser.add_argument("--heal", action="append", help="a way to heal; may be given several times")
     given = parser.parse_args()
     model = compress.load(given.model)
-    calibration = datasets.calibrate(model, given.model / "text" / "calib.txt.gz", samples=128, rest=True)
-    whole = datasets.quality_windows(model, given.model / "text" / "test.txt.gz")
-    assert isinstance(whole, Windows)
-    datasets.check_calibration(calibration, whole)
-    windows = Windows(whole.ids[: given.windows], whole.documents[: given.windows], whole.protocol, whole.digest)
+    calibration, windows = data_of(model, given.model, given.data, given.windows)
     facts = {"machine": platform.machine(), "torch": torch.__version__, "windows": given.windows}
     known = json.loads(RESULT.read_text()) if RESULT.is_file() else {"rows": []}
     for prefix in given.prefix or PREFIXES:
         for row in measure(model, calibration, windows, prefix, given.heal or list(WAYS)):
-            now = {"model": given.model.name, **row, **facts}
+            now = {"model": name_of(given.model), **row, **facts}
             same = ("model", "prefix", "heal")
             rows = [old for old in known["rows"] if any(old[key] != now[key] for key in same)]
             known = {"rows": [*rows, now]}

@@ -180,6 +180,7 @@ def check(report: Report, request: Request) -> tuple[str, ...]:
     with _found_again("data", "--data, or --calibration-data and --quality-data"):
         calibration, windows = load_data(model, request)
     _check_data("calibration", str(report.calibration.get("digest", "")), calibration.windows if calibration else None)
+    _check_data("training", str(report.calibration.get("rest_digest", "")), calibration.rest if calibration else None)
     quality = report.artifact_quality or report.memory_quality or report.baseline_quality
     _check_data("quality", quality.data_digest if quality else "", windows)
     return tuple(_differences(report, model))
