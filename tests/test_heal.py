@@ -131,6 +131,16 @@ def test_weights_come_back_in_the_type_of_the_source(make_llama: Callable[..., P
     assert {tensor.dtype for tensor in result.model.plain(1).values()} == {torch.bfloat16}
 
 
+def test_a_model_that_lost_a_block_is_healed_by_the_blocks_that_its_own_were(
+    model: Model, data: tuple[Calibration, Samples]
+) -> None:
+    assert isinstance(data[1], Windows)
+    dropped = Pipeline.parse("drop_blocks(blocks=[1])").run(model)
+    result = Pipeline.parse("drop_blocks(blocks=[1]), heal(tokens=16000), rtn(bits=8)").run(model, data[0])
+    assert result.model.origins == (0, 2)
+    assert lost(model, result.model, data[1].ids) < 0.9 * lost(model, dropped.model, data[1].ids)
+
+
 def test_an_encoder_is_healed_on_its_hidden_states(save_random: Callable[..., Path]) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     folder = save_random("bert", transformers.BertConfig(vocab_size=256, **sizes), "AutoModel")
