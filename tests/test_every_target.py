@@ -11,7 +11,9 @@ import compress
 from compress import hwprofiles
 from compress.errors import UnsupportedError, UsageError
 from compress.export import TARGETS, find
+from compress.formats import parse_format
 from compress.hwprofiles import Profile
+from compress.layer import LayerKind, LayerSpec
 from compress.pipeline import Pipeline
 from compress.profiles import as_profile
 from compress.quality.verification import verify_export
@@ -55,6 +57,14 @@ def profile(name: str) -> Profile:
     except UnsupportedError as error:
         pytest.skip(str(error))
     return chosen
+
+
+def test_a_format_that_a_target_has_no_place_for_is_a_matter_of_the_recipe_everywhere(
+    name: str, profile: Profile
+) -> None:
+    form = parse_format("trellis(bits=2, block=16)")
+    answer = find(name).plan_layer(LayerSpec("m", LayerKind.LINEAR, (128, 128), ("m",), format=form), profile)
+    assert isinstance(answer, Refusal) and answer.usage
 
 
 def test_a_target_offers_the_interface_and_takes_its_arguments(name: str, profile: Profile) -> None:

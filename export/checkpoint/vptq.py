@@ -149,7 +149,9 @@ def _note(form: Codebook, columns: int) -> str:
     if form.share > 1:
         parts.append("shared codebooks are written for each layer")
     if form.outliers:
-        parts.append("places of outlier columns take 16 bits for each code, and the order of all columns is written")
+        parts.append("codes of outlier columns take 16 bits each, and the order of all columns is written")
+    if form.only_learned:
+        parts.append("its kernels were not run with outliers or an order of columns, only its torch code")
     return "; ".join(parts)
 
 

@@ -150,7 +150,7 @@ def choose(spec: LayerSpec, runtime: Runtime) -> Choice | Refusal:
             refused.append(answer)
     if not refused:
         other = ". Trellis codes go to --target checkpoint-exl3" if isinstance(spec.format, Trellis) else ""
-        return Refusal(f"no operator stores {spec.format}{other}", usage=False)
+        return Refusal(f"no operator stores {spec.format}{other}")
     return Refusal("; ".join(each.reason for each in refused), usage=any(each.usage for each in refused))
 
 
