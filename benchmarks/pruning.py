@@ -190,6 +190,14 @@ def alone(item: Pass, layer: Layer, stats: LayerStats) -> Layer:
     return item.block(Block(layer.name, one, one, {layer.name: item}, {}, {layer.name: stats})).layers[layer.name]
 
 
+def kept_oracle(scorer: Scorer) -> dict[str, Any]:
+    """`oracle`, kept in the work folder."""
+    path = scorer.path("oracle")
+    if not path.is_file():
+        path.write_text(json.dumps(oracle(scorer)))
+    return dict(json.loads(path.read_text()))
+
+
 def oracle(scorer: Scorer) -> dict[str, Any]:
     """Relative output error of each layer of the original on its own inputs, by criterion: means over layers, and in
     how many layers sparsegpt ≤ wanda ≤ magnitude holds."""
@@ -282,8 +290,8 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--envs", type=Path, help="of rivals/build_envs.py; left out, only checkpoints there count")
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and scores are kept")
-    parser.add_argument("--samples", type=int, default=24, help="calibration windows of 512 tokens")
-    parser.add_argument("--windows", type=int, default=40, help="test windows, from the end of the text")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=32, help="test windows, from the end of the text")
     parser.add_argument("--kept", action="store_true", help="only what FOLDER has scores of; the rest is named")
     parser.add_argument("--only", default="*", help="rows to make, as a glob; then no result is written")
     given = parser.parse_args()
@@ -316,7 +324,7 @@ def main() -> int:
         "not_made": [name for name in ours() if name not in rows],
     }
     if given.only == "*":
-        result["layers"] = oracle(scorer)
+        result["layers"] = kept_oracle(scorer)
         RESULT.write_text(json.dumps(rounded(result), indent=1) + "\n")
     print(table(result))
     return 0 if all(row.get("met", False) for row in compared.values()) else 1

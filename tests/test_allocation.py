@@ -93,6 +93,7 @@ def test_the_whole_model_loses_what_was_asked_and_no_layer_is_farther_away_than_
     assert abs(pruned - 0.6 * whole) <= unit / 2
     away = [abs(count / size - 0.6) for count, size in found.values()]
     assert 0.5 * item.owl_lambda < max(away) <= item.owl_lambda + 0.04  # a unit is as much of the smallest layers
+    assert result.sparsity is not None and all(each.met for each in result.sparsity.layers)
     assert any("allocate=owl" in note for row in result.passes[0].layers for note in row.notes)
 
 

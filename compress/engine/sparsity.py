@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.prune_pass import Pruning
-from compress.engine.zeros import pruner
 from compress.models.model import Model
 from compress.records.sparsity import LayerSparsity, Sparsity
 
 
 def measured(model: Model, resolution: Resolution) -> Sparsity | None:
     """The zeros of the layers that a pass prunes; None where none does. resolution: that the model was made by."""
-    pruners = {name: pruner(item for _, item in found) for name, found in resolution.passes.items()}
+    pruners = {name: _last(item for _, item in found) for name, found in resolution.passes.items()}
     layers = tuple(
         _layer(model, name, item)
         for name, item in pruners.items()
@@ -26,6 +26,11 @@ def measured(model: Model, resolution: Resolution) -> Sparsity | None:
     )
 
 
+def _last(passes: Iterable[Pass]) -> Pass | None:
+    """The last pass that prunes a layer: pruned again after training, it has what was asked last."""
+    return next((item for item in reversed(list(passes)) if item.prunes), None)
+
+
 def _layer(model: Model, name: str, item: Pass) -> LayerSparsity:
     weight = model.layer(model.structure.layers[name]).float_weight()
     found = LayerSparsity(layer=name, weights=weight.numel(), zeros=weight.numel() - int(weight.count_nonzero()))
@@ -33,6 +38,8 @@ def _layer(model: Model, name: str, item: Pass) -> LayerSparsity:
         return found
     pattern = item.parsed()
     asked = pattern.fixed or item.sparsity
-    least = asked - item.owl_lambda if item.allocate == "owl" else asked
+    least = asked
+    if item.allocate == "owl":  # by how much a layer may have less, whole units counted
+        least = max(asked - item.owl_lambda - 1 / pattern.rivals((weight.shape[0], weight.shape[1])), 0.0)
     changes = {"pattern": str(pattern), "asked": asked, "met": pattern.held(weight, least)}
     return found.model_copy(update=changes)
