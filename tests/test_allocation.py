@@ -145,6 +145,24 @@ def test_layers_with_settings_of_their_own_are_shared_out_among_themselves(
     assert {round(count / size, 3) for name, (count, size) in found.items() if "k_proj" in name} == {0.6}
 
 
+def test_what_was_shared_out_can_be_stored_without_its_zeros(model: Model, calibration: Calibration) -> None:
+    """The plan knows the mean alone; every layer is stored by what it has."""
+    pipeline = Pipeline.parse("wanda(sparsity=0.6, allocate=owl, owl_m=3), pack_sparse")
+    result = pipeline.run(model, calibration)
+    plan = {name: spec for name, spec in planned(pipeline.resolve(model)).items() if spec.format is not None}
+    stored = [result.model.layer(result.model.structure.layers[name]).weight for name in plan]
+    wanted = sum(spec.format.stored_bytes(spec.shape) for spec in plan.values() if spec.format is not None)
+    assert sum(weight.nbytes for weight in stored) == pytest.approx(wanted, rel=0.03)  # rows of 64 round
+    assert len({str(result.model.structure.layers[name].format) for name in plan}) > 1
+
+
+def test_a_layer_that_is_pruned_twice_is_held_to_the_last_share(model: Model, calibration: Calibration) -> None:
+    text = "magnitude(sparsity=0.3), heal(tokens=256), magnitude(sparsity=0.6)"
+    found = Pipeline.parse(text).run(model, calibration).sparsity
+    assert found is not None
+    assert {(each.asked, each.met) for each in found.layers} == {(0.6, True)}
+
+
 class StoppedError(Exception):
     """Stands for a kill."""
 
@@ -194,6 +212,7 @@ def test_an_image_model_and_a_head_can_be_surveyed(
         ("wanda(sparsity=0.95, allocate=owl)", "could prune 87 to 103 %.*Set owl_lambda below 0.05"),
         ("wanda(owl_m=3)", "owl_m does nothing without allocate=owl"),
         ("wanda(allocate=evenly)", "uniform"),
+        ("gradual_magnitude(allocate=owl)", "has the whole model at once"),
         ("magnitude(sparsity=0.05, pattern=32x32, allocate=owl, owl_lambda=0.04)", "rounds to nothing"),
         ("magnitude(allocate=owl)", "needs calibration data"),
     ],

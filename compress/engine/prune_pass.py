@@ -11,8 +11,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compress.engine.blockpass import BlockPass
 from compress.engine.layer_stats import LayerStats
-from compress.engine.layerpass import Pass
+from compress.engine.layerpass import LayerPass, Pass
 from compress.engine.part import Part
 from compress.errors import InputError, UsageError
 from compress.formats.base import QuantTensor
@@ -62,6 +63,11 @@ class Pruning(Pass, ABC):
             if given and "allocate" not in self.model_fields_set:
                 raise UsageError(f"{self.name}: {given[0]} does nothing without allocate=owl. Give both, or neither.")
             return self
+        if not isinstance(self, LayerPass | BlockPass):
+            raise UsageError(
+                f"{self.name}: allocate=owl shares sparsity out before the first layer is pruned, and {self.name} has "
+                "the whole model at once. Leave allocate out, and give layers a sparsity of their own in overrides."
+            )
         if self.parsed().fixed is not None:
             raise UsageError(
                 f"{self.name}: pattern={self.pattern} prunes as much of every layer, which allocate=owl would change. "
