@@ -44,6 +44,7 @@ from compress.target import (
     Session,
     Target,
     misfit,
+    require_caches,
     require_graphs,
     require_tools,
     timed_here,
@@ -171,6 +172,7 @@ def export(
     model, facts = _of(result)
     specs = model.structure.layers
     require_graphs(exporter, model, machine)
+    require_caches(exporter, ["its KvSpec"] if model.kv else [], machine)
     check_storable(specs, machine)
     require_tools(exporter, machine)
     space = Workspace(Path(out), overwrite)

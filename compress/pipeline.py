@@ -22,6 +22,7 @@ from compress.engine import output_grids, sparsity, store
 from compress.engine.applying import left
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
+from compress.engine.kv_pass import filled
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.reshape import Section, lay
@@ -91,6 +92,7 @@ class Pipeline:
                     "differentiated. Passes that take it layer by layer work: "
                     f"{', '.join(name for name in PASSES if find(name).opaque)}."
                 )
+        filled(self.passes, 1)
         return lay(self.passes, model)
 
     def check_dtype(self, model: Model, dtype: torch.dtype | None) -> None:

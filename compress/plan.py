@@ -33,7 +33,7 @@ from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer, PredictedLatency
 from compress.speed import roofline
 from compress.speed.measure import thread_count
-from compress.target import Choice, Refusal, plan_layers, require_graphs
+from compress.target import Choice, Refusal, plan_layers, require_caches, require_graphs
 
 Choices = Mapping[str, Choice | Refusal]
 
@@ -52,6 +52,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     specs = planned(resolution)
     target = find_target(profile.target)
     require_graphs(target, shaped, profile)
+    require_caches(target, [item.name for item in pipeline.passes if item.caches], profile)
     choices = plan_layers(target, specs, profile)
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data, pipeline.passes)

@@ -30,6 +30,10 @@ from compress.target import Lowered
 
 KEPT = (manifest.NAME, "model", "report.html", "report.json", "report.md")
 """What an artifact holds beside its target's folder."""
+THROUGH_CACHE = (
+    "The artifact read every token by itself, through its compressed cache, as in generating: its figures hold what "
+    "the cache loses, those in memory the weights' loss alone."
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def _report(request: Request, model: Model, found: Found) -> Report:
     of_tasks = found.tasks.gates if found.tasks else ()
     asked_for, quality = request.recipe.quality.gates, evaluation.artifact
     gates = (*gates_met(quality, asked_for), *of_tasks)
-    noted = quality.model_copy(update={"notes": (*quality.notes, *interval_notes(quality, asked_for))})
+    through = (THROUGH_CACHE,) if result.model.kv else ()
+    noted = quality.model_copy(update={"notes": (*quality.notes, *through, *interval_notes(quality, asked_for))})
     pieces: dict[str, Any] = {
         "source_bytes": model.source_bytes,
         "artifact_bytes": lowered.deployed_bytes or deployable_bytes(lowered.folder),

@@ -311,6 +311,17 @@ def require_graphs(target: Target, model: Model, profile: Profile) -> None:
         )
 
 
+def require_caches(target: Target, passes: Iterable[str], profile: Profile) -> None:
+    """Raises: UnsupportedError for a model whose cache is compressed where the target's runtime keeps its own
+    (`CACHES`). passes: those that say so."""
+    told = ", ".join(passes)
+    if told and not getattr(target, "CACHES", False):
+        raise UnsupportedError(
+            f"{told}: the runtime of target {profile.target} keeps its own cache, which cannot be compressed yet. Add "
+            "--target native, which runs the model in torch with such a cache, or leave the pass out."
+        )
+
+
 def honoured(spec: LayerSpec, answer: Answer | Refusal, honours: Honours, who: str = "this target") -> Answer | Refusal:
     """The answer, or the refusal of a layer that asks for what is not declared. who: would take it and drop that."""
     lacking = "" if isinstance(answer, Refusal) else honours.lacking(spec)

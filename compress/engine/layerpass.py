@@ -53,8 +53,8 @@ class Pass(BaseModel, ABC):
     `renews` whether it trains plain weights anew, also those that a pass before has pruned: what it makes is what later
     errors are taken against, and `VALUES` may be filled once more after it; `keeps_ties` whether it treats all users of
     a tied weight where it is for one of them; `trains_rest` whether it trains on the windows that statistics leave over
-    (`Calibration.rest`);
-    `reshapes` whether the model that it leaves has other blocks or layers (compress/engine/reshape.py).
+    (`Calibration.rest`); `reshapes` whether the model that it leaves has other blocks or layers
+    (compress/engine/reshape.py); `caches` whether it is about the cache alone (compress/engine/kv_pass.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -78,6 +78,7 @@ class Pass(BaseModel, ABC):
     renews: ClassVar[bool] = False
     keeps_ties: ClassVar[bool] = False
     trains_rest: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

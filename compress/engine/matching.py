@@ -75,15 +75,19 @@ def _fits(pattern: str, user: str) -> bool:
 
 
 def resolve(passes: Sequence[Pass], structure: Structure, places: range | None = None) -> Resolution:
-    """Lay passes over a structure. Args: places: of those that meet it; all by default. One that changes the shape of
-    the model chooses no layers. Raises: UsageError for a pattern that matches nothing, or a part filled twice."""
+    """Lay passes over a structure. One that changes the shape of the model, or is about the cache, chooses no layers.
+
+    Args: places: of those that meet it; all by default. Raises: UsageError for a pattern that matches nothing, or a
+    part filled twice.
+    """
     places = range(len(passes)) if places is None else places
-    structure, untied = _part_ties([passes[place] for place in places if not passes[place].reshapes], structure)
+    treating = [passes[place] for place in places if not (passes[place].reshapes or passes[place].caches)]
+    structure, untied = _part_ties(treating, structure)
     assigned: dict[str, list[tuple[int, Pass]]] = {name: [] for name in structure.layers}
     counts, skipped = [], []
     for index in places:
         item = passes[index]
-        chosen, left_out, count = ([], {}, {}) if item.reshapes else _select(item, structure)
+        chosen, left_out, count = ([], {}, {}) if item.reshapes or item.caches else _select(item, structure)
         for name in chosen:
             later = passes[index + 1 : places.stop]
             _check_part(item, assigned[name], name, _later(later, structure.layers[name], structure))

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress.engine import store
 from compress.engine.journal import Journal, Steps
+from compress.engine.kv_pass import KvPass, filled, rows
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.modelpass import ModelPass, Stage
@@ -171,7 +172,12 @@ class Stages:
         done = [str(item) for item in self.passes[: places[-1] + 1]]
         if made is not None:
             model = replace(model, structure=made.structure, edits=made.edits, origin=made.origin)
-        store.write_structure(folder, model, done, self.original.digest, config)
+        so_far = self.passes[: places[-1] + 1]
+        caches = filled(so_far, len(model.attentions)) if any(each.caches for each in so_far) else ()
+        for place in places:
+            each = self.passes[place]
+            results += [(place, row) for row in rows(each, model, caches)] if isinstance(each, KvPass) else []
+        store.write_structure(folder, replace(model, kv=caches), done, self.original.digest, config)
         return results
 
     def _as_laid(self, structure: Structure) -> Structure:

@@ -25,6 +25,7 @@ from compress.errors import InputError, UsageError
 from compress.files import read_json, sync_file, whole_file, write_text
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor, TensorSpec
+from compress.kv.spec import KvSpec
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
 from compress.models.edits import Shape, read_edits
 from compress.models.loading import load, reopen
@@ -49,6 +50,7 @@ def write_structure(
         "segments": [segment_file(segment) for segment in model.structure.segments],
         "edits": [edit.as_data() for edit in model.edits],
         "origin": list(model.origin),
+        "kv": [spec.as_data() for spec in model.kv],
     }
     if model.image is not None:
         structure["module"] = model.image.keep(folder)
@@ -183,11 +185,14 @@ def open_store(folder: Path, keeper: object = None, *, hashed: bool = True) -> M
         info = read_json(info_path)
         source_digest, module = str(info["source_digest"]), dict(info.get("module", {}))
         edits, origin = read_edits(info)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        caches = tuple(KvSpec.from_data(item) for item in info.get("kv", ()))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, UsageError) as error:
         raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
     model = reopen(module, folder) if module else load(folder, weights=False, edits=edits)
     if origin and len(origin) != len(model.structure.blocks):
         raise InputError(f"{info_path} tells the origin of {len(origin)} blocks, config.json of another number.")
+    if caches and len(caches) != len(replace(model, edits=edits).attentions):
+        raise InputError(f"{info_path} tells of {len(caches)} caches, and the model has another number. Copy it again.")
     layers: dict[str, LayerSpec] = {}
     for segment in model.structure.segments:
         layers |= _read_specs(folder, segment, model.structure)
@@ -203,6 +208,7 @@ def open_store(folder: Path, keeper: object = None, *, hashed: bool = True) -> M
         digest=digest_files(files) if hashed else "",
         source_digest=source_digest,
         origin=origin,
+        kv=caches,
     )
 
 

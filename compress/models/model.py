@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import InputError, UsageError
+from compress.kv.spec import KvSpec
 from compress.layer import Layer, LayerSpec
 from compress.models import experts, skeleton
 from compress.models.attention import Attention, attentions
@@ -50,7 +51,7 @@ class Model:
 
     image: of a model that takes images or other samples of a row each: a module of the user's own code, or an ONNX
     graph. It has no config. edits: what of its shape its config does not say; origin: the source's block that each
-    block is, empty where all are there.
+    block is, empty where all are there; kv: how each layer's keys and values are cached, empty where as they are.
     """
 
     source: str
@@ -66,6 +67,7 @@ class Model:
     image: ImageSource | None = None
     edits: tuple[Edit, ...] = ()
     origin: tuple[int, ...] = ()
+    kv: tuple[KvSpec, ...] = ()
 
     def skeleton(self, attention: str | None = None, mixture: str = experts.EACH) -> nn.Module:
         """A fresh module tree with parameters on `meta`. Args: see `skeleton.build`; a user's own has neither."""

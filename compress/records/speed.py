@@ -151,6 +151,8 @@ class Footprint(Record):
     load_s: float | None = None
     first_call_s: float | None = Field(default=None, description="the first call after loading, in a fresh process")
     peak_memory_bytes: int | None = None
+    cache_tokens: int | None = Field(default=None, description="tokens of one sequence, of which cache_bytes are")
+    cache_bytes: int | None = Field(default=None, description="held of its keys and values, with all that goes along")
 
 
 class Span(Record):

@@ -47,8 +47,14 @@ def footprint_table(speed: Speed | None) -> Table:
     note = (
         "Disk: files as the runtime loads them. The baseline's are not the source's: it is exported as the variant is."
     )
-    columns = ("arm", "disk", "load time", "peak memory")
-    return Table("footprint", "Footprint", columns, "lrrr", rows, notes=(note,))
+    columns: tuple[str, ...] = ("arm", "disk", "load time", "peak memory")
+    old, new = before.cache_bytes, after.cache_bytes
+    if not old or not new or old == new:
+        return Table("footprint", "Footprint", columns, "lrrr", rows, notes=(note,))
+    cells = fmt.size(old), fmt.size(new), fmt.times_smaller(old, new) or _NONE
+    told = f"Cache: keys and values of one sequence of {after.cache_tokens} tokens, with scales, scores and positions."
+    wider = tuple((*row, cell) for row, cell in zip(rows, cells, strict=True))
+    return Table("footprint", "Footprint", (*columns, "cache"), "lrrrr", wider, notes=(note, told))
 
 
 def speed_details(speed: Speed | None) -> tuple[Table, ...]:

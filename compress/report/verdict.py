@@ -46,6 +46,7 @@ def verdict_sentence(
     if failed:
         clauses.append(_failed_gates(failed))
     findings = [*_speed(speed), _size(source_bytes, artifact_bytes) + _size_only(speed, source_bytes, artifact_bytes)]
+    findings += _cache(speed)
     findings.append(_quality(baseline_quality, artifact_quality, memory_quality))
     clauses.append(", ".join(findings))
     if verification is None:
@@ -133,6 +134,17 @@ def _size(source_bytes: int, artifact_bytes: int) -> str:
         return f"size {fmt.NOT_MEASURED}"
     change = "the same size as" if change == "the same" else f"{change} than"
     return f"{change} the source ({fmt.size(artifact_bytes)} from {fmt.size(source_bytes)})"
+
+
+def _cache(speed: Speed | None) -> list[str]:
+    """Where keys and values are kept otherwise than the baseline's."""
+    if speed is None or not speed.baseline.cache_bytes or not speed.variant.cache_bytes:
+        return []
+    old, new = speed.baseline.cache_bytes, speed.variant.cache_bytes
+    if old == new:
+        return []
+    told = f"{fmt.size(new)} from {fmt.size(old)}"
+    return [f"the cache of {speed.variant.cache_tokens} tokens {fmt.times_smaller(old, new)} ({told})"]
 
 
 def _size_only(speed: Speed | None, source_bytes: int, artifact_bytes: int) -> str:

@@ -30,7 +30,8 @@ class Probed(Session, Protocol):
 
 def probe(session: Probed, prompt: int, tokens: int) -> dict[str, float]:
     """Read a prompt, decode: seconds to load and of the first call, and peak memory: of this whole process,
-    or what the session says of its device (`peak_memory`)."""
+    or what the session says of its device (`peak_memory`); and where it can tell, what a long sequence's keys and
+    values take (`cache_use`)."""
     ids = np.ones((1, prompt), np.int64)
     started = time.perf_counter()
     if session.image_shape:
@@ -43,7 +44,9 @@ def probe(session: Probed, prompt: int, tokens: int) -> dict[str, float]:
     if session.is_decoder:
         session.greedy(ids[0].tolist(), tokens)
     peak: Callable[[], int] = getattr(session, "peak_memory", peak_memory)
-    return {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak()}
+    found = {"load_s": session.load_s, "first_call_s": first_s, "peak_memory_bytes": peak()}
+    use: Callable[[], tuple[int, int]] | None = getattr(session, "cache_use", None) if session.is_decoder else None
+    return found if use is None else found | dict(zip(("cache_tokens", "cache_bytes"), use(), strict=True))
 
 
 def command(module: str, folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:

@@ -35,23 +35,22 @@ class TorchRunner(LeftPadded[TorchSession]):
         result: Floats = output.last_hidden_state.float().numpy()
         return result
 
-    def _empty(self, ids: Ids) -> None:
-        return None
+    def _empty(self, ids: Ids) -> Any:
+        return self._session.fresh_cache()
 
     @torch.no_grad()
     def _run(self, ids: Ids) -> Floats:
-        mask = torch.from_numpy(self._mask)
+        whole, size = torch.from_numpy(self._mask), self._session.chunk or ids.shape[1]
+        before = whole.shape[1] - ids.shape[1]
         more: dict[str, Any] = {"logits_to_keep": 1} if self._takes_last else {}
-        if self._takes_positions:
-            more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with using_threads(self._session.threads):
-            output = self._session.model(
-                input_ids=torch.from_numpy(ids),
-                attention_mask=mask,
-                past_key_values=self._cache,
-                use_cache=True,
-                **more,
-            )
-        self._cache = output.past_key_values
+            for at in range(0, ids.shape[1], size):
+                piece, mask = torch.from_numpy(ids[:, at : at + size]), whole[:, : before + at + size]
+                if self._takes_positions:
+                    more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -piece.shape[1] :]
+                output = self._session.model(
+                    input_ids=piece, attention_mask=mask, past_key_values=self._cache, use_cache=True, **more
+                )
+                self._cache = output.past_key_values
         result: Floats = output.logits[:, -1].float().numpy()
         return result

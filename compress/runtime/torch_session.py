@@ -5,29 +5,37 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compress.kv.cache import KvCache, use_attention
+from compress.kv.spec import KvSpec
+from compress.models.folder import positions
 from compress.runtime.greedy import greedy
 
 Ids = NDArray[np.int64]
+LONG = 2048
+"""Tokens of the sequence by which the size of a cache is told."""
 
 
 class TorchSession:
     """See compress.target.Session; what loads a folder is added by its target, with `name` and `load_s`.
 
-    Args: model: of transformers, with its weights; threads for torch while a call runs.
+    Args: model: of transformers, with its weights; threads for torch while a call runs; caches: how each layer's keys
+    and values are cached, empty where transformers does it. Then `logits` are those of tokens that come one by one, as
+    in generating, so that what the cache loses is in them.
     """
 
     name: str
     image_shape = ()
     """It takes token ids."""
 
-    def __init__(self, model: Any, threads: int) -> None:
-        self.model, self.threads = model, threads
+    def __init__(self, model: Any, threads: int, caches: tuple[KvSpec, ...] = ()) -> None:
+        self.model, self.threads, self.caches = model, threads, caches
         self.is_decoder = model.get_output_embeddings() is not None
 
     @property
@@ -35,11 +43,70 @@ class TorchSession:
         """What computes, as a placement tells it."""
         return f"torch {next(self.model.parameters()).device}"
 
-    @torch.no_grad()
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """See compress.target.Session."""
-        settings = {"use_cache": False} if self.is_decoder else {}
+        return self._through_cache(ids) if self.caches else self._at_once(ids)
+
+    @property
+    def plain(self) -> Plain:
+        """The model without what its cache loses."""
+        return Plain(self.name, self._at_once, tuple(getattr(self, "notes", ())))
+
+    @contextlib.contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        """The model's own attention, where another goes with its cache."""
+        if not self.caches:
+            yield
+            return
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            use_attention(self.model)
+
+    def cache_use(self) -> tuple[int, int]:
+        """Tokens of a sequence as long as the model reads, at most `LONG`, and bytes that are held of its keys and
+        values once it was read."""
+        tokens = min(LONG, positions(self.model.config.get_text_config()))
         with using_threads(self.threads):
+            found = self.read(torch.zeros((1, tokens), dtype=torch.int64), self.fresh_cache(), logits_to_keep=1)
+        cache = found.past_key_values
+        if isinstance(cache, KvCache):
+            return tokens, cache.nbytes
+        states = [held for layer in cache.layers for held in (layer.keys, layer.values)]
+        return tokens, sum(held.numel() * held.element_size() for held in states)
+
+    def fresh_cache(self) -> Any:
+        """An empty cache; None where transformers makes its own."""
+        return KvCache.attach(self.model, self.caches) if self.caches else None
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that are read at once; 0: all."""
+        return min((spec.chunk for spec in self.caches if spec.evicts), default=0)
+
+    @torch.no_grad()
+    def read(self, ids: torch.Tensor, cache: Any, **settings: Any) -> Any:
+        """What the model puts out for tokens after a cache, which grows by them: a prompt in pieces of `chunk`."""
+        size = self.chunk or ids.shape[1]
+        for at in range(0, ids.shape[1], size):
+            output = self.model(input_ids=ids[:, at : at + size], past_key_values=cache, use_cache=True, **settings)
+            cache = output.past_key_values
+        return output
+
+    @torch.no_grad()
+    def _through_cache(self, ids: Ids) -> NDArray[np.float32]:
+        cache, found = self.fresh_cache(), []
+        with using_threads(self.threads):
+            for token in torch.from_numpy(ids).T[..., None]:
+                found.append(self.model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+        result: NDArray[np.float32] = torch.cat(found, 1).float().numpy()
+        return result
+
+    @torch.no_grad()
+    def _at_once(self, ids: Ids) -> NDArray[np.float32]:
+        settings = {"use_cache": False} if self.is_decoder else {}
+        with using_threads(self.threads), self._own_attention():
             output = self.model(input_ids=torch.from_numpy(ids), **settings)
         first = output.logits if self.is_decoder else output.last_hidden_state
         result: NDArray[np.float32] = first.float().numpy()
@@ -48,11 +115,11 @@ class TorchSession:
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """See compress.target.Session."""
-        cache = None
+        cache = self.fresh_cache()
 
         def step(ids: Ids, _: Ids) -> torch.Tensor:
             nonlocal cache
-            output = self.model(input_ids=torch.from_numpy(ids), past_key_values=cache, use_cache=True)
+            output = self.read(torch.from_numpy(ids), cache)
             cache = output.past_key_values
             last: torch.Tensor = output.logits[0, -1]
             return last
@@ -63,21 +130,30 @@ class TorchSession:
     @torch.no_grad()
     def call(self, ids: Ids, past: int) -> Callable[[], None]:
         """See compress.target.Session. The cached tokens are zeros, read once."""
-        tensor, cache = torch.from_numpy(ids), None
+        tensor, cache = torch.from_numpy(ids), self.fresh_cache()
         if past and self.is_decoder:
             with using_threads(self.threads):
                 filler = torch.zeros((len(ids), past), dtype=torch.int64)
-                cache = self.model(input_ids=filler, use_cache=True, logits_to_keep=1).past_key_values
+                cache = self.read(filler, cache, logits_to_keep=1).past_key_values
 
         @torch.no_grad()
         def once() -> None:
             with using_threads(self.threads):
                 if self.is_decoder:
-                    self.model(input_ids=tensor, past_key_values=_fork(cache), use_cache=True)
+                    self.read(tensor, _fork(cache))
                 else:
                     self.model(input_ids=tensor)
 
         return once
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A runner of logits alone."""
+
+    name: str
+    logits: Callable[[Ids], NDArray[np.float32]]
+    notes: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -95,6 +171,8 @@ def _fork(cache: Any) -> Any:
     """A cache that may grow while the original stays: layers put new tensors in place of theirs, none is written to."""
     if cache is None:
         return None
+    if isinstance(cache, KvCache):
+        return cache.fork()
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     return forked

@@ -39,4 +39,6 @@ def footprint(target: Target, folder: Path, threads: int, longest: int) -> Footp
         load_s=found["load_s"],
         first_call_s=found.get("first_call_s"),
         peak_memory_bytes=int(found["peak_memory_bytes"]),
+        cache_tokens=found.get("cache_tokens"),
+        cache_bytes=found.get("cache_bytes"),
     )

@@ -3,9 +3,9 @@
     {"schema": 1,
      "layers": {"model.layers.0.mlp.up_proj": {"format": "codebook(…)", "users": ["model.layers.0.mlp.up_proj"]}, …},
      "aliases": {"model.layers.0.mlp.up_proj.weight.codebook": "model.layers.0.mlp.gate_proj.weight.codebook", …},
-     "edits": [{"path": "model.layers.1.self_attn", "kind": "no attention", "shape": []}]}
+     "edits": […], "kv": […]}
 
-`edits` is there where modules were removed or resized (compress/models/edits.py).
+The last two are as in structure.json, and left out where they would be empty.
 Beside it are config.json, the tokenizer's files and `model*.safetensors`, whose tensors are called `<layer>.weight`
 (out, in) of a float layer, `<layer>.weight.<part>` of another, `<layer>.bias`, and as the module calls its other
 tensors. Floats have the source's dtype.
@@ -23,9 +23,11 @@ from compress.errors import InputError, UsageError
 from compress.formats import parse_format
 from compress.formats.codebook import Codebook
 from compress.formats.sparse import Sparse
+from compress.kv.spec import KvSpec
 from compress.layer import LayerSpec
 from compress.models.edits import Edit, read_edits
 from compress.models.folder import read_object
+from compress.models.model import Model
 
 NAME = "native.json"
 SCHEMA = 1
@@ -42,26 +44,28 @@ class Stored:
 
 @dataclass(frozen=True)
 class Contents:
-    """What `native.json` says. aliases: name of a tensor → of the one that is stored for it; edits: what of the model's
-    shape config.json does not tell."""
+    """What `native.json` says. aliases: name of a tensor → of the one that is stored for it; edits: of the module tree;
+    kv: how each layer's keys and values are cached."""
 
     layers: Mapping[str, Stored]
     aliases: Mapping[str, str] = field(default_factory=dict)
     edits: tuple[Edit, ...] = ()
+    kv: tuple[KvSpec, ...] = ()
 
 
-def of_specs(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str], edits: tuple[Edit, ...] = ()) -> Contents:
-    """The contents of a folder with these layers."""
+def of_specs(specs: Mapping[str, LayerSpec], aliases: Mapping[str, str], model: Model) -> Contents:
+    """The contents of a folder with these layers of a model."""
     stored = {name: spec.format for name, spec in specs.items() if isinstance(spec.format, Codebook | Sparse)}
-    return Contents({name: Stored(form, specs[name].users) for name, form in stored.items()}, aliases, edits)
+    layers = {name: Stored(form, specs[name].users) for name, form in stored.items()}
+    return Contents(layers, aliases, model.edits, model.kv)
 
 
 def to_text(contents: Contents) -> str:
     """As the file holds it."""
     layers = {name: {"format": str(one.format), "users": [*one.users]} for name, one in contents.layers.items()}
-    told = {"schema": SCHEMA, "layers": layers, "aliases": dict(contents.aliases)}
-    if contents.edits:
-        told["edits"] = [edit.as_data() for edit in contents.edits]
+    told: dict[str, Any] = {"schema": SCHEMA, "layers": layers, "aliases": dict(contents.aliases)}
+    more = {"edits": [edit.as_data() for edit in contents.edits], "kv": [spec.as_data() for spec in contents.kv]}
+    told |= {name: items for name, items in more.items() if items}
     return json.dumps(told, indent=1, sort_keys=True) + "\n"
 
 
@@ -77,9 +81,10 @@ def read(folder: Path) -> Contents:
         if len(aliases) < len(raw["aliases"]):
             raise TypeError("an alias is no name of a tensor")
         edits, _ = read_edits(raw)
+        caches = tuple(KvSpec.from_data(item) for item in raw.get("kv", ()))
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise InputError(f"{path} is malformed ({error!r}). {AGAIN}") from error
-    return Contents(layers, aliases, edits)
+    return Contents(layers, aliases, edits, caches)
 
 
 def _stored(item: Any) -> Stored:

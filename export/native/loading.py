@@ -17,6 +17,7 @@ from compress.export.native.contents import AGAIN, Contents, Stored
 from compress.formats.base import Format
 from compress.formats.codebook import Codebook
 from compress.kernels import CodebookProduct, Part, PiecedProduct
+from compress.kv.spec import KvSpec
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.loading import load
 from compress.models.placing import put_layer, put_plain
@@ -24,8 +25,8 @@ from compress.models.skeleton import Structure
 from compress.models.weight_files import find_files, keys, open_file, read_tensor
 
 
-def load_module(folder: Path, path: str | None = None) -> tuple[Any, Counter[str]]:
-    """The module with all its weights, and how many layers each kernel computes.
+def load_module(folder: Path, path: str | None = None) -> tuple[Any, Counter[str], tuple[KvSpec, ...]]:
+    """The module with all its weights, how many layers each kernel computes, and how each layer's cache is.
 
     Args: path: of the kernels, as `CodebookProduct` takes it; None: the fastest that this machine has.
     Raises: InputError for files that are malformed or do not fit each other, or what the exporter does not write.
@@ -51,7 +52,7 @@ def load_module(folder: Path, path: str | None = None) -> tuple[Any, Counter[str
     names = [name for group in structure.plain.values() for name in group]
     put_plain(module, {name: tensors.take(name, shapes[name]) for name in names}, structure.aliases)
     tensors.require_all_taken()
-    return module, kernels
+    return module, kernels, told.kv
 
 
 def _plain(spec: LayerSpec, stored: Stored | None, tensors: Tensors) -> Tensor:

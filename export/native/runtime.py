@@ -33,8 +33,8 @@ class Session(TorchSession):
     def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
         started = time.perf_counter()
         with using_threads(threads):
-            model, self.kernels = load_module(folder, TORCH if exact else None)
-        super().__init__(model, threads)
+            model, self.kernels, caches = load_module(folder, TORCH if exact else None)
+        super().__init__(model, threads, () if exact else caches)
         self.load_s = time.perf_counter() - started
         version = torch.__version__.partition("+")[0]
         self.name = f"torch {version} CPU" + (f" with {self.provider}" if self.kernels else "")

@@ -39,6 +39,8 @@ RUNTIME = rules.RUNTIME
 FOLDER = "native"
 HONOURS = rules.HONOURS
 TAKES_EDITS = True
+CACHES = True
+"""Sessions cache keys and values as `KvSpec`s say."""
 CONFIG = "config.json"
 STEPS = 32
 """Tokens that are read one by one to compare."""
@@ -63,7 +65,7 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     for spec in layers.values():
         entries |= _entries(spec)
     entries |= {name: (shape, prod(shape) * dtype.itemsize) for name, (shape, dtype) in model.plain_shapes.items()}
-    texts = _config(model, layers), contents.to_text(contents.of_specs(layers, {}, model.edits))
+    texts = _config(model, layers), contents.to_text(contents.of_specs(layers, {}, model))
     beside = sum(map(len, texts)) + model.side_bytes + header_bytes(entries)
     return sum(choice.stored_bytes for choice in choices) + model.plain_bytes + beside
 
@@ -89,7 +91,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
         writer.add(model.plain(segment))
     writer.finish()
     (folder / CONFIG).write_text(_config(model, specs), encoding="utf8")
-    text = contents.to_text(contents.of_specs(specs, aliases, model.edits))
+    text = contents.to_text(contents.of_specs(specs, aliases, model))
     (folder / contents.NAME).write_text(text, encoding="utf8")
     for path in model.side_files():
         shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,85 @@
+"""Passes that say how keys and values are cached: what is stored, and which tokens go. They change no weight.
+
+A model's caches are `Model.kv`, one `KvSpec` per layer of the cache; without such a pass it is empty.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+from pydantic import model_validator
+
+from compress.engine.layerpass import Pass
+from compress.engine.part import Part
+from compress.errors import UnsupportedError, UsageError
+from compress.kv.spec import KvSpec
+from compress.layer import LayerSpec
+from compress.models.model import Model, Task
+from compress.records import LayerResult
+
+
+class KvPass(Pass, ABC):
+    """A pass that fills a part of every `KvSpec`.
+
+    It has no targets: caches belong to attentions, not to layers. `fills_cache` names the part, which is filled once.
+    """
+
+    part: ClassVar[Part] = Part.NONE
+    per_layer: ClassVar[bool] = False
+    caches: ClassVar[bool] = True
+    fills_cache: ClassVar[str]
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
+        if self.targets or self.ignore or self.overrides:
+            raise UsageError(f"{self.name} is for the cache of every layer: it takes no targets, ignore or overrides.")
+        return self
+
+    def precedes(self) -> frozenset[Part]:
+        """Nothing: it may come anywhere."""
+        return frozenset()
+
+    def plan(self, spec: LayerSpec) -> LayerSpec:
+        return spec
+
+    def check(self, model: Model) -> None:
+        if model.task is not Task.CAUSAL_LM:
+            raise UnsupportedError(f"{self.name}: a model of task {model.task} generates nothing, so it has no cache.")
+        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise UnsupportedError(
+                f"{self.name}: {model.source} has attention of other kinds ({', '.join(sorted(kinds))}), whose caches "
+                "cannot be compressed yet. Leave the pass out."
+            )
+
+    @abstractmethod
+    def fill(self, spec: KvSpec, layer: int) -> KvSpec:
+        """What the cache of a layer becomes. Raises: UsageError."""
+
+
+def filled(passes: Sequence[Pass], count: int) -> tuple[KvSpec, ...]:
+    """The caches of a model with so many cached layers; none where no pass is about them. Raises: UsageError."""
+    ours = [item for item in passes if isinstance(item, KvPass)]
+    parts: dict[str, str] = {}
+    for item in ours:
+        if item.fills_cache in parts:
+            raise UsageError(
+                f"{parts[item.fills_cache]} and {item} both say {item.fills_cache} of the cache. Leave one of them out."
+            )
+        parts[item.fills_cache] = str(item)
+    specs = [KvSpec() for _ in range(count if ours else 0)]
+    for item in ours:
+        specs = [item.fill(spec, layer) for layer, spec in enumerate(specs)]
+    return tuple(specs)
+
+
+def rows(item: KvPass, model: Model, caches: Sequence[KvSpec]) -> list[LayerResult]:
+    """What a pass did, for the report: one row per cached layer. caches: after it."""
+    gone = {edit.path.rpartition(".")[0] for edit in model.edits if edit.kind == "no attention"}
+    names = [f"{block}.cache" for block in model.structure.blocks if block not in gone]
+    return [
+        LayerResult(layer=name, users=(), pass_text=str(item), changed=True, format=spec.told())
+        for name, spec in zip(names, caches, strict=True)
+    ]

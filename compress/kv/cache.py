@@ -1,0 +1,295 @@
+"""The cache of transformers whose layers store and drop as their `KvSpec` says.
+
+`cache = KvCache.attach(model, specs)`, then `model(ids, past_key_values=cache)` or `model.generate`. Tokens keep their
+true positions. A layer reads what it stored in float, attends to it and to the new tokens as they were computed, and
+then stores these; when more are stored than the budget, the least important go, so what is held never exceeds the
+budget by more than the tokens of one call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from compress.errors import UnsupportedError, UsageError
+from compress.formats.int_grid import IntGrid
+from compress.kv import scorers
+from compress.kv.spec import KvSpec, row_format
+from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, Store
+
+ATTENTION = "compress_kv"
+"""The attention that such a cache goes with, as transformers knows it."""
+
+
+class KvLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's cache.
+
+    score, position, valid (batch, heads, slots): of what is stored; seen: tokens so far, padding too; count (batch,):
+    those that are none.
+    """
+
+    is_croppable = False
+
+    def __init__(self, spec: KvSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty it."""
+        self.stores: tuple[Store, Store] = _store(self.spec, True), _store(self.spec, False)
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.seen = 0
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads = key_states.shape[:2]
+        self.score = torch.zeros(batch, heads, 0)
+        self.position = torch.zeros(batch, heads, 0, dtype=torch.int64)
+        self.valid = torch.zeros(batch, heads, 0, dtype=torch.bool)
+        self.count = torch.zeros(batch, dtype=torch.int64)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Returns: what was stored and the new tokens, (batch, heads, slots + n, size). They are stored once they have
+        been attended to."""
+        if self.pending is not None:
+            raise UsageError(
+                "A compressed cache must go with its own attention, which the model does not use. Make it by "
+                "KvCache.attach(model, …)."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.pending = key_states, value_states
+        _current.set(self)
+        found = []
+        for store, states in zip(self.stores, self.pending, strict=True):
+            old = store.read()
+            found.append(states if old is None else torch.cat([old, states], 2))
+        return found[0], found[1]
+
+    def asked(self, mask: Tensor | None) -> Tensor:
+        """Which of the new tokens are no padding, (batch, n) bool. mask: (batch, all tokens so far), or None."""
+        assert self.pending is not None
+        batch, _, count, _ = self.pending[0].shape
+        if mask is None:
+            return torch.ones(batch, count, dtype=torch.bool)
+        return mask[:, -count:]
+
+    def visible(self, asked: Tensor) -> Tensor:
+        """Which slots and new tokens each new token sees, (batch, heads, n, slots + n) bool."""
+        count = asked.shape[1]
+        causal = torch.ones(count, count, dtype=torch.bool).tril() & asked[:, None, None]
+        batch, heads, slots = self.valid.shape
+        old = self.valid[:, :, None].expand(batch, heads, count, slots)
+        return torch.cat([old, causal.expand(batch, heads, count, count)], 3)
+
+    def commit(self, asked: Tensor, probabilities: Tensor | None) -> None:
+        """Store the new tokens, and drop what is over the budget. probabilities (batch, query heads, n, slots + n)."""
+        assert self.pending is not None
+        keys, values = self.pending
+        self.pending = None
+        new = self.count[:, None] + asked.cumsum(1) - 1
+        self.seen, self.count = self.seen + asked.shape[1], self.count + asked.sum(1)
+        fresh = scorers.written(self.spec, keys, new)
+        shape = fresh.shape
+        score = torch.cat([self.score, fresh], 2)
+        if probabilities is not None:
+            score = scorers.read(self.spec, score, probabilities, asked)
+        self.score = score
+        self.position = torch.cat([self.position, new[:, None].expand(shape)], 2)
+        self.valid = torch.cat([self.valid, asked[:, None].expand(shape)], 2)
+        over = self.score.shape[2] - self.spec.budget if self.spec.evicts else 0
+        if over == 1 and shape[2] == 1:
+            self._replace(keys, values)
+            return
+        for store, states in zip(self.stores, (keys, values), strict=True):
+            store.append(states)
+        if over > 0:
+            self._compact()
+
+    def _ranked(self) -> Tensor:
+        return scorers.ranked(self.spec, self.score, self.position, self.valid, self.count - 1)
+
+    def _replace(self, keys: Tensor, values: Tensor) -> None:
+        """One token for one that goes, in its place: nothing else moves."""
+        last = self.score.shape[2] - 1
+        victim = self._ranked()[..., -1:]
+        for store, states in zip(self.stores, (keys, values), strict=True):
+            # a padding row's own new token goes: its slot is the one past the end, and nothing is written
+            self._write(store, victim, states, last)
+        into = victim.clamp(max=last - 1)
+        is_new = victim == last
+        for name in ("score", "position", "valid"):
+            held = getattr(self, name)
+            kept = torch.where(is_new, held[..., :last].gather(-1, into), held[..., last:])
+            setattr(self, name, held[..., :last].scatter(-1, into, kept))
+
+    @staticmethod
+    def _write(store: Store, victim: Tensor, states: Tensor, last: int) -> None:
+        if not bool((victim == last).any()):
+            store.replace(victim, states)
+            return
+        store.append(states)
+        every = torch.arange(last).expand(*victim.shape[:2], last)
+        store.keep(torch.where(every == victim, last, every))
+
+    def _compact(self) -> None:
+        index = self._ranked()[..., : self.spec.budget].sort(-1).values
+        for store in self.stores:
+            store.keep(index)
+        for name in ("score", "position", "valid"):
+            setattr(self, name, getattr(self, name).gather(-1, index))
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding too: of these positions follow, not of what is stored."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of the mask that transformers would make; ours is made of what is stored."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what was dropped or rounded does not come back."""
+        raise UsageError("A compressed cache cannot be rewound. Use greedy search or sampling without a draft model.")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused where tokens are dropped."""
+        if self.spec.evicts:
+            raise UsageError(
+                "Beam search reorders what beams have in common, which a cache that drops tokens no longer has. "
+                "Use greedy search or sampling (num_beams=1)."
+            )
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        if not self.is_initialized:
+            return
+        for store in self.stores:
+            store.rows(indices)
+        for name in ("score", "position", "valid", "count"):
+            setattr(self, name, getattr(self, name).index_select(0, indices))
+
+    def fork(self) -> Self:
+        """See `KvCache.fork`."""
+        forked = copy.copy(self)
+        forked.stores = (self.stores[0].fork(), self.stores[1].fork())
+        return forked
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is held: codes, scales, tokens in float, scores, positions."""
+        if not self.is_initialized:
+            return 0
+        states = [self.score, self.position, self.valid] if self.spec.evicts else []
+        return sum(store.nbytes for store in self.stores) + sum(held.numel() * held.element_size() for held in states)
+
+
+def _store(spec: KvSpec, of_keys: bool) -> Store:
+    text = spec.keys if of_keys else spec.values
+    if not text:
+        return FloatStore()
+    form = row_format(text)
+    if of_keys and spec.keys_by == "channel":
+        assert isinstance(form, IntGrid)
+        return ChannelStore(form, spec.residual)
+    return RecentStore(RowStore(form), spec.residual) if spec.residual else RowStore(form)
+
+
+_current: ContextVar[KvLayer] = ContextVar("_current")
+"""The layer that was updated last: its attention follows at once."""
+
+
+class KvCache(Cache):  # type: ignore[misc]
+    """One `KvLayer` per layer of a model."""
+
+    layers: list[KvLayer]
+
+    @classmethod
+    def attach(cls, model: nn.Module, specs: Sequence[KvSpec]) -> Self:
+        """A new cache for a model of transformers, whose attention becomes the one that goes with it.
+
+        Raises: UnsupportedError where the model's attention is not transformers' plain one.
+        """
+        use_attention(model)
+        return cls(layers=[KvLayer(spec) for spec in specs])
+
+    def fork(self) -> Self:
+        """A cache that may grow while this one stays. Of a full one the newest token overwrites another in both."""
+        forked = copy.copy(self)
+        forked.layers = [layer.fork() for layer in self.layers]
+        return forked
+
+    @property
+    def nbytes(self) -> int:
+        """Of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def use_attention(model: nn.Module) -> None:
+    """Let a model attend through this module. Raises: UnsupportedError where it cannot."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = model.config
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or not model._can_set_attn_implementation():  # type: ignore[operator]
+        raise UnsupportedError(
+            f"{type(model).__name__} has attention of another kind ({', '.join(sorted(kinds))}), whose cache cannot be "
+            "compressed. Supported: full attention through transformers' interface (Llama, Qwen, Mistral)."
+        )
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
+    model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+
+
+def _mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    """transformers' mask interface: which tokens are no padding, (batch, all so far); the slots tell the rest."""
+    from transformers.masking_utils import causal_mask_function
+
+    if mask_function is not causal_mask_function:
+        raise UnsupportedError("A compressed cache goes with plain causal attention, and this model masks otherwise.")
+    return attention_mask
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **extras: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. query (batch, heads, n, size); returns (batch, n, heads, size)."""
+    odd = {name for name in ("softcap", "s_aux", "sliding_window") if extras.get(name) is not None}
+    layer = _current.get(None)
+    if odd or layer is None or layer.pending is None:
+        what = f"with {', '.join(sorted(odd))}" if odd else "without a compressed cache (past_key_values)"
+        raise UnsupportedError(f"{type(module).__name__} attends {what}, which this attention does not do.")
+    asked = layer.asked(attention_mask)
+    groups = query.shape[1] // key.shape[1]
+    seen = layer.visible(asked).repeat_interleave(groups, 1)
+    products = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
+    products = products.masked_fill(~seen, torch.finfo(products.dtype).min)
+    probabilities = products.softmax(-1, dtype=torch.float32).to(query.dtype)
+    output = torch.matmul(probabilities, _repeat(value, groups)).transpose(1, 2).contiguous()
+    layer.commit(asked, probabilities if layer.spec.reads else None)
+    return output, None
+
+
+def _repeat(states: Tensor, groups: int) -> Tensor:
+    """Each head of keys or values for the query heads of its group."""
+    return states.repeat_interleave(groups, 1) if groups > 1 else states

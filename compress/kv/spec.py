@@ -1,0 +1,133 @@
+"""`KvSpec`: what one layer's cache stores and keeps. The torch cache, the evaluation and exported graphs follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from compress.errors import UsageError, nearest
+from compress.formats import parse_format
+from compress.formats.base import Format
+from compress.formats.float_grid import FloatGrid
+from compress.formats.int_grid import IntGrid
+
+Scorer = Literal["", "position", "key_norm", "h2o", "tova"]
+Axis = Literal["token", "channel"]
+
+
+@dataclass(frozen=True)
+class KvSpec:
+    """Of one layer.
+
+    keys, values: formats as text, empty where they stay as they are computed; keys_by: what shares a scale, `token` (a
+    vector of one head at one position, or runs of its channels by group=N) or `channel` (runs of `group` tokens of one
+    channel, as KIVI has keys); residual: newest tokens that stay in float. scorer: by what tokens are dropped, empty
+    where all are kept; budget: tokens that each head keeps; sinks: first tokens that are never dropped; recent: newest
+    ones that are not. decay: of H2O's sums per step; by_age: whether they are divided by a token's age; chunk:
+    tokens of a prompt that are read at once.
+    """
+
+    keys: str = ""
+    values: str = ""
+    keys_by: Axis = "token"
+    residual: int = 0
+    scorer: Scorer = ""
+    budget: int = 0
+    sinks: int = 4
+    recent: int = 32
+    decay: float = 1.0
+    by_age: bool = False
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if self.scorer not in get_args(Scorer):
+            allowed = [name for name in get_args(Scorer) if name]
+            raise UsageError(f"unknown scorer '{self.scorer}'.{nearest(self.scorer, allowed)}")
+        if self.chunk < 1:
+            raise UsageError(f"chunk={self.chunk} is below 1.")
+        for name in ("sinks", "recent", "residual", "budget"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}={getattr(self, name)} is below 0.")
+        if not 0 < self.decay <= 1:
+            raise UsageError(f"decay={self.decay} is not in (0, 1].")
+        if self.evicts:
+            self._check_eviction()
+        for text in (self.keys, self.values):
+            if text:
+                row_format(text)
+        if self.keys_by == "channel":
+            self._check_channel()
+
+    def _check_eviction(self) -> None:
+        if self.recent < 1:
+            raise UsageError("recent=0: the newest token must be kept, since it is read at once. Give 1 or more.")
+        if self.budget <= self.sinks + self.recent:
+            raise UsageError(
+                f"budget={self.budget} leaves nothing to choose: {self.sinks} first (sinks) and {self.recent} newest "
+                f"tokens (recent) are always kept. Give at least {self.sinks + self.recent + 1}, or less of the others."
+            )
+        if self.keys_by == "channel" or self.residual:
+            raise UsageError(
+                "keys by channel and a residual of float tokens share scales over runs of tokens, of which single ones "
+                "cannot be dropped. Quantize by token, or drop nothing."
+            )
+
+    def _check_channel(self) -> None:
+        form = row_format(self.keys) if self.keys else None
+        if not isinstance(form, IntGrid) or not isinstance(form.group, int):
+            raise UsageError(
+                f"keys={self.keys or 'float'} by channel: give an integer format with the tokens that share a scale, "
+                "such as int2(group=32, float_zero)."
+            )
+        if self.residual < form.group or self.residual % form.group:
+            raise UsageError(
+                f"residual={self.residual}: keys by channel are rounded {form.group} tokens at a time, so it is a "
+                f"multiple of {form.group}."
+            )
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens are dropped."""
+        return bool(self.scorer)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the cache is as it would be without this."""
+        return not (self.evicts or self.keys or self.values)
+
+    @property
+    def reads(self) -> bool:
+        """Whether its score needs the attention's probabilities."""
+        return self.scorer in ("h2o", "tova")
+
+    def told(self) -> str:
+        """For a report: `int8(token) keys, int4(group=32) values, 1024 tokens by h2o`."""
+        by = " by channel" if self.keys_by == "channel" else ""
+        recent = f", the newest {self.residual} in float" if self.residual else ""
+        stored = f"{self.keys or 'float'} keys{by}, {self.values or 'float'} values{recent}"
+        return f"{stored}, {self.budget} tokens by {self.scorer}" if self.evicts else stored
+
+    def as_data(self) -> dict[str, Any]:
+        """For JSON: what is not the default."""
+        return {name: value for name, value in asdict(self).items() if value != getattr(KvSpec(), name)}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> KvSpec:
+        """Raises: UsageError, TypeError for what is none."""
+        return cls(**data)
+
+
+def row_format(text: str) -> Format:
+    """The format of a vector per token: `int8(token)`, `int4(group=32)`, `nf4`, `fp8_e4m3(channel)` …
+
+    Raises: UsageError where vectors cannot be stored one by one.
+    """
+    form = parse_format(text)
+    if isinstance(form, IntGrid | FloatGrid) and form.group == "token":
+        form = replace(form, group="channel")  # a row of the matrix that is stored is a token
+    if getattr(form, "outliers", None) is not None:
+        raise UsageError(f"{text}: outliers are of activations. Take int8(token).")
+    if form.row_params is None or form.holders or form.shares_peak or getattr(form, "group", "") == "tensor":
+        raise UsageError(f"{text}: tokens would share a scale, but they come one by one. Take int8(token).")
+    return form

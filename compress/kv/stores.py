@@ -1,0 +1,217 @@
+"""What a layer's cache holds of keys or of values: tensors (batch, heads, slots, …), one row per token and head.
+
+A store grows by tokens, gives all of them back in float, and drops or overwrites single ones. What it holds is what its
+`nbytes` count.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from compress.formats.base import Format, QuantTensor
+from compress.formats.int_grid import IntGrid
+
+
+class Store(ABC):
+    """Keys or values of one layer: of `slots` tokens."""
+
+    slots: int = 0
+
+    @abstractmethod
+    def append(self, states: Tensor) -> None:
+        """Take more tokens, (batch, heads, n, size) float."""
+
+    @abstractmethod
+    def read(self) -> Tensor | None:
+        """All tokens in float, (batch, heads, slots, size); None where there are none."""
+
+    @abstractmethod
+    def keep(self, index: Tensor) -> None:
+        """Drop all slots but these, (batch, heads, n) int64, in their order."""
+
+    @abstractmethod
+    def replace(self, index: Tensor, states: Tensor) -> None:
+        """Overwrite one slot of each head: index (batch, heads, 1) int64, states (batch, heads, 1, size)."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> None:
+        """Take these rows of the batch, in this order."""
+
+    def fork(self) -> Self:
+        """One that may grow while this one stays."""
+        return copy.copy(self)
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Of all tensors that are held."""
+
+
+class _Slots(Store):
+    """Tensors by name, all of them (batch, heads, slots, …)."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Tensor] = {}
+
+    def _put(self, more: dict[str, Tensor]) -> None:
+        self.held = {k: torch.cat([self.held[k], v], 2) if k in self.held else v.clone() for k, v in more.items()}
+        self.slots = next(iter(self.held.values())).shape[2]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.held = {name: change(tensor) for name, tensor in self.held.items()}
+        self.slots = next(iter(self.held.values())).shape[2] if self.held else 0
+
+    def keep(self, index: Tensor) -> None:
+        self._each(lambda held: held.gather(2, _wide(index, held)))
+
+    def _overwrite(self, index: Tensor, more: dict[str, Tensor]) -> None:
+        for name, tensor in more.items():
+            self.held[name].scatter_(2, _wide(index, tensor), tensor)
+
+    def rows(self, index: Tensor) -> None:
+        self._each(lambda held: held.index_select(0, index))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.held.values())
+
+
+def _wide(index: Tensor, like: Tensor) -> Tensor:
+    """(batch, heads, n) → (batch, heads, n, rest)."""
+    return index[..., None].expand(*index.shape, like.shape[-1])
+
+
+class FloatStore(_Slots):
+    """As computed."""
+
+    def append(self, states: Tensor) -> None:
+        self._put({"states": states})
+
+    def read(self) -> Tensor | None:
+        return self.held.get("states")
+
+    def replace(self, index: Tensor, states: Tensor) -> None:
+        self._overwrite(index, {"states": states})
+
+
+class RowStore(_Slots):
+    """Each token's vector of one head is a row of a format."""
+
+    def __init__(self, form: Format) -> None:
+        super().__init__()
+        self.form = form
+        self.size, self.dtype = 0, torch.float32
+
+    def append(self, states: Tensor) -> None:
+        self.size, self.dtype = states.shape[-1], states.dtype
+        if states.shape[2]:
+            self._put(encode(self.form, states))
+
+    def read(self) -> Tensor | None:
+        if not self.slots:
+            return None
+        return decode(self.form, self.held, self.size).to(self.dtype)
+
+    def replace(self, index: Tensor, states: Tensor) -> None:
+        self._overwrite(index, encode(self.form, states))
+
+
+def encode(form: Format, states: Tensor) -> dict[str, Tensor]:
+    """(…, n, size) float → the format's tensors, (…, n, bytes of a row or parameters)."""
+    flat = states.reshape(-1, states.shape[-1]).float()
+    params = form.fit(flat)
+    codes, _ = form.quantize(flat, params, torch.arange(flat.shape[1]))
+    packed = form.pack(codes, params, (flat.shape[0], flat.shape[1]))
+    return {name: tensor.reshape(*states.shape[:-1], -1) for name, tensor in packed.tensors.items()}
+
+
+def decode(form: Format, held: dict[str, Tensor], size: int) -> Tensor:
+    """What `encode` gave, in float32: (…, n, size)."""
+    shape = next(iter(held.values())).shape[:-1]
+    count = int(torch.Size(shape).numel())
+    tensors = {name: tensor.reshape(count, -1) for name, tensor in held.items()}
+    return QuantTensor(form, tensors, (count, size)).dequantize().reshape(*shape, size)
+
+
+class RecentStore(Store):
+    """Rounded but for the newest tokens, which stay in float and are rounded as they leave (KIVI's values)."""
+
+    def __init__(self, older: Store, residual: int) -> None:
+        self.older, self.recent, self.residual = older, FloatStore(), residual
+
+    def append(self, states: Tensor) -> None:
+        self.recent.append(states)
+        leaving = self._leaving()
+        if leaving > 0:
+            held = self.recent.held["states"]
+            self.older.append(held[:, :, :leaving])
+            self.recent = FloatStore()
+            self.recent.append(held[:, :, leaving:])
+        self.slots = self.older.slots + self.recent.slots
+
+    def _leaving(self) -> int:
+        return self.recent.slots - self.residual
+
+    def read(self) -> Tensor | None:
+        parts = [part for part in (self.older.read(), self.recent.read()) if part is not None]
+        return torch.cat(parts, 2) if parts else None
+
+    def keep(self, index: Tensor) -> None:
+        raise NotImplementedError("KvSpec refuses a residual where tokens are dropped")
+
+    def replace(self, index: Tensor, states: Tensor) -> None:
+        raise NotImplementedError("KvSpec refuses a residual where tokens are dropped")
+
+    def fork(self) -> Self:
+        forked = copy.copy(self)
+        forked.older, forked.recent = self.older.fork(), self.recent.fork()
+        return forked
+
+    def rows(self, index: Tensor) -> None:
+        self.older.rows(index)
+        self.recent.rows(index)
+
+    @property
+    def nbytes(self) -> int:
+        return self.older.nbytes + self.recent.nbytes
+
+
+class ChannelStore(RecentStore):
+    """Keys as KIVI has them (arXiv 2402.02750): runs of tokens of one channel share a scale. Tokens are rounded for
+    good, a whole residual at a time, once that many are there."""
+
+    def __init__(self, form: IntGrid, residual: int) -> None:
+        super().__init__(_Runs(form), residual)
+
+    def _leaving(self) -> int:
+        return self.recent.slots // self.residual * self.residual
+
+
+class _Runs(RowStore):
+    """Channels over runs of `group` tokens as rows: (batch, heads, runs · channels, group)."""
+
+    form: IntGrid
+
+    def append(self, states: Tensor) -> None:
+        batch, heads, count, channels = states.shape
+        self.channels, self.run = channels, int(self.form.group)
+        turned = states.reshape(batch, heads, count // self.run, self.run, channels).transpose(3, 4)
+        super().append(turned.reshape(batch, heads, -1, self.run))
+
+    def read(self) -> Tensor | None:
+        found = super().read()
+        if found is None:
+            return None
+        batch, heads = found.shape[:2]
+        runs = found.reshape(batch, heads, -1, self.channels, self.run).transpose(3, 4)
+        return runs.reshape(batch, heads, -1, self.channels)
+
+    def _put(self, more: dict[str, Tensor]) -> None:
+        super()._put(more)
+        self.slots = self.slots // self.channels * self.run
