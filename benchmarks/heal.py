@@ -99,9 +99,10 @@ def data_of(model: Model, folder: Path, data: Path | None, count: int) -> tuple[
     else:
         calibration = datasets.calibrate(model, folder / "text" / "calib.txt.gz", samples=128, rest=True)
         whole = datasets.quality_windows(model, folder / "text" / "test.txt.gz")
-        datasets.check_calibration(calibration, whole)
     assert isinstance(whole, Windows)
-    return calibration, Windows(whole.ids[:count], whole.documents[:count], whole.protocol, whole.digest)
+    first = Windows(whole.ids[:count], whole.documents[:count], whole.protocol, whole.digest)
+    datasets.check_calibration(calibration, first)
+    return calibration, first
 
 
 def name_of(folder: Path) -> str:
