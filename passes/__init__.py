@@ -36,7 +36,9 @@ PASSES: dict[str, Entry] = {
     "hqq": Entry("compress.passes.hqq:Hqq", "move each group's zero point until errors are sparse; needs no data"),
     "bnb4": Entry("compress.passes.bnb4:Bnb4", "4-bit weights as bitsandbytes makes them; needs no data"),
     "llm_int8": Entry("compress.passes.llm_int8:LlmInt8", "8-bit weights and inputs but for outliers; needs no data"),
-    "drop_blocks": Entry("compress.passes.drop_blocks:DropBlocks", "take out the blocks that are missed least"),
+    "drop_blocks": Entry(
+        "compress.passes.drop_blocks:DropBlocks", "take out the blocks that are missed least; needs data"
+    ),
     "magnitude": Entry("compress.passes.magnitude:Magnitude", "set the smallest weights to zero; needs no data"),
     "wanda": Entry("compress.passes.wanda:Wanda", "set weights to zero by magnitude and input; needs data"),
     "ria": Entry("compress.passes.ria:Ria", "set weights to zero by relative importance and input; needs data"),

@@ -23,7 +23,7 @@ from compress.models.depth import BlockPart
 from compress.models.edits import Shape
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
-from compress.records import LayerResult
+from compress.records import REMOVED, LayerResult
 
 WHAT = {"block": "block", "attention": "attention", "mlp": "feed-forward"}
 
@@ -192,8 +192,10 @@ class DropBlocks(ReshapePass):
         for segment in made.structure.segments:
             stage.put(segment, *stage.taken(segment))
         seconds = (time.monotonic() - started) / len(choice.gone)
+        becomes = {made.origins[new]: name for new, name in enumerate(made.structure.blocks)}
         for place, name in names.items():
-            stage.results.append(_result(self, name, place, choice, seconds))
+            later = becomes.get(stage.model.origins[place], "")
+            stage.results.append(_result(self, name, later if self.what == "block" else "", choice, place, seconds))
 
 
 @dataclass
@@ -204,14 +206,15 @@ class _Choice:
     said: dict[int, str] = field(default_factory=dict)
 
 
-def _result(item: DropBlocks, name: str, place: int, choice: _Choice, seconds: float) -> LayerResult:
+def _result(item: DropBlocks, name: str, later: str, choice: _Choice, place: int, seconds: float) -> LayerResult:
+    """Of a block or part. Args: later: the name that a block has from here on."""
     said = choice.said.get(place, "")
-    if place in choice.gone:
-        return LayerResult(
-            layer=name, users=(), pass_text=str(item), changed=True, notes=(f"dropped: {said}",), seconds=seconds
-        )
-    reason = f"stays: {said or ('keep names it' if place in item.keep else 'not named')}"
-    return LayerResult(layer=name, users=(), pass_text=str(item), changed=False, reason=reason)
+    row = LayerResult(layer=name, users=(), pass_text=str(item), changed=place in choice.gone)
+    if row.changed:
+        return row.model_copy(update={"format": REMOVED, "notes": (f"dropped: {said}",), "seconds": seconds})
+    stays = f"stays as {later}" if later else "stays"
+    said = said or ("keep names it" if place in item.keep else "not among those that were named or could leave")
+    return row.model_copy(update={"reason": f"{stays}: {said}"})
 
 
 class _Choosing:

@@ -205,7 +205,7 @@ def test_a_run_of_neighbours_leaves_by_cosine(model: Model, data: Calibration, f
 def test_blocks_that_are_kept_stay_whatever_the_scores(model: Model, data: Calibration) -> None:
     result = run(model, data, count=2, by="cosine", keep=(2, 3, 4))
     assert result.model.origins == (2, 3, 4)
-    assert noted(result)["model.layers.2"] == "stays: keep names it"
+    assert noted(result)["model.layers.2"] == "stays as model.layers.0: keep names it"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from compress.records.task import Tasks
 __all__ = ["Asked", "Footprint", "Gate", "Interval", "Metric", "Quality", "Record", "Speed", "SpeedVerdict", "Timing"]
 
 REPORT_SCHEMA = 1
+REMOVED = "removed"
+"""The format of a module that a pass took out of the model."""
 
 Kernel = Literal["fast", "works", "no"]
 OutputReference = Literal["", "same inputs", "reference stream"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from compress.records import LayerResult, PassResult, Quality, Report, Verification
+from compress.records import REMOVED, LayerResult, PassResult, Quality, Report, Verification
 from compress.report import format as fmt
 from compress.report.format import clean
 from compress.report.table import Table, capped
@@ -106,7 +106,8 @@ def _pass_table(passes: Sequence[PassResult]) -> Table:
 def _layer_table(passes: Sequence[PassResult]) -> Table:
     groups: dict[tuple[str, str, str], list[LayerResult]] = {}
     for layer in _layers(passes, changed=True):
-        groups.setdefault((layer.pass_text, pattern(layer.layer), layer.format), []).append(layer)
+        name = layer.layer if layer.format == REMOVED else pattern(layer.layer)
+        groups.setdefault((layer.pass_text, name, layer.format), []).append(layer)
     rows, notes = capped(
         (_layer_row(group) for group in groups.values()),
         (
