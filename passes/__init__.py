@@ -48,7 +48,7 @@ PASSES: dict[str, Entry] = {
         "compress.passes.gradual_magnitude:GradualMagnitude", "prune little by little in training; needs data"
     ),
     "heal": Entry("compress.passes.heal:Heal", "train a pruned model to put out what the original does; needs data"),
-    "prune_width": Entry("compress.passes.prune_width:PruneWidth", "narrower feed-forwards, fewer heads; needs data"),
+    "prune_width": Entry("compress.passes.prune_width:PruneWidth", "fewer channels, heads, hidden states; needs data"),
     "prune_experts": Entry("compress.passes.prune_experts:PruneExperts", "fewer experts in each mixture; needs data"),
     "act_quant": Entry("compress.passes.act_quant:ActQuant", "round layer inputs at run time; static=true needs data"),
     "smoothquant": Entry("compress.passes.smoothquant:SmoothQuant", "move the range of activations into the weights"),

@@ -29,7 +29,10 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 GPT2 = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**SIZES, "head_dim": 16}),
+    "llama-tied": ("LlamaConfig", {**SIZES, "tie_word_embeddings": True, "dtype": torch.bfloat16}),
     "llama-with-biases": ("LlamaConfig", {**SIZES, "attention_bias": True, "mlp_bias": True}),
+    "gemma": ("GemmaConfig", {**SIZES, "head_dim": 8}),  # embeddings times the root of the hidden size
+    "olmo": ("OlmoConfig", {**SIZES, "pad_token_id": 0}),  # LayerNorms without weights
     "gemma3": ("Gemma3TextConfig", {**SIZES, "head_dim": 16, "layer_types": ["full_attention"] * 2}),
     "qwen3": ("Qwen3Config", {**SIZES, "head_dim": 8}),  # norms over a head's queries and keys
     "phi3": ("Phi3Config", {**SIZES, "pad_token_id": 0}),  # gate and up in one layer; queries, keys and values too
@@ -46,8 +49,20 @@ REFUSED = {
     ("bert", "kv_groups=1"): "knows no head_dim",
     ("gpt2", "kv_groups=1"): "knows no head_dim",
     ("gpt-oss", "ffn=0.5"): "gate_up_proj_bias has intermediate_size in its shape",
+    ("bert", "hidden=0.5"): "output is the hidden states themselves",
+    ("gpt2", "hidden=0.5"): "c_attn is .* it is not narrowed",
+    ("olmo", "hidden=0.5"): "one norm is wanted outside the blocks",
+    ("gemma", "hidden=0.5"): "a factor of the hidden size",
+    ("gemma3", "hidden=0.5"): "o_proj puts out is not simply added .* Its hidden size cannot be narrowed",
 }
-CASES = [(name, text) for name in FAMILIES for text in ("ffn=0.5", "kv_groups=1") if (name, text) not in REFUSED]
+HIDDEN = ("llama-tied", "llama-with-biases", "qwen3", "phi3", "qwen2-moe")
+CASES = [
+    (name, text)
+    for name in FAMILIES
+    if name not in ("llama-tied", "gemma", "olmo")
+    for text in ("ffn=0.5", "kv_groups=1")
+    if (name, text) not in REFUSED
+]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +124,47 @@ def test_it_puts_out_what_the_wide_model_does_with_zeros_for_what_is_gone(
 def test_what_cannot_be_narrowed_is_refused_with_why(name: str, text: str, model_of: Callable[[str], Model]) -> None:
     with pytest.raises(UnsupportedError, match=REFUSED[name, text]):
         ran(model_of(name), text)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_narrower_stream_is_the_wide_one_without_its_last_channels(
+    name: str, save_random: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Channels to which nothing is ever written are not missed, whatever reads them."""
+    config, settings = FAMILIES[name]
+    folder = save_random(f"stream-{name}", getattr(transformers, config)(**settings))
+    twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gone = torch.arange(32) % 4 == 1
+    for key, tensor in twin.named_parameters():
+        last = key.rsplit(".", 2)[-2] if key.endswith((".weight", ".bias")) else key.rsplit(".", 1)[-1]
+        if "embed_tokens" in key:
+            tensor.data[..., gone] = 0
+        elif last in ("o_proj", "down_proj"):
+            if tensor.ndim == 3:
+                tensor.data[:, gone] = 0
+            else:
+                tensor.data[gone] = 0
+    twin.to(dtype=settings.get("dtype", torch.float32)).save_pretrained(tmp_path / "source")
+    model = compress.load(tmp_path / "source")
+    result = ran(model, "hidden_size=24", tmp_path / "model")
+    made = COMPRESSED_TENSORS.write(result.model, PROFILE, tmp_path / "out").folder
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32).eval()
+    assert (narrow.config.hidden_size, narrow.config.num_attention_heads) == (24, 4)
+    found, wanted = outputs(narrow), outputs(placing.whole_module(model))
+    close = 0.03 if name == "llama-tied" else 1e-3
+    assert float((found - wanted).norm() / wanted.norm()) < close
+    names = {row.layer for row in result.passes[0].layers}
+    assert "model.embed_tokens" in names and "model.layers.1.self_attn.o_proj" in names
+
+
+def test_what_reads_the_stream_makes_up_for_the_channels_that_go(model_of: Callable[[str], Model]) -> None:
+    model = model_of("llama")
+    whole = outputs(placing.whole_module(model))
+    lost = [
+        float((outputs(placing.whole_module(ran(model, f"hidden=0.25, refit={each}").model)) - whole).norm())
+        for each in ("true", "false")
+    ]
+    assert lost[0] < lost[1]
 
 
 def test_transformers_loads_it_by_a_plain_config(model_of: Callable[[str], Model], tmp_path: Path) -> None:
@@ -197,6 +253,9 @@ def test_an_encoder_is_narrowed_too(model_of: Callable[[str], Model]) -> None:
         ("kv_groups=2", "kv_groups=2 leaves 0 of 2 heads"),
         ("kv_heads=3", "kv_heads=3 leaves 3 of 2 heads"),
         ("ffn=0.5, ffn_size=8", "Keep one of them"),
+        ("hidden=0.001", "hidden=0.001 of hidden_size=32 rounds to none"),
+        ("hidden_size=33", "hidden_size=32 can become 1 to 32, not 33"),
+        ("hidden=0.5, hidden_size=8", "hidden says how much goes"),
         ("targets=[x]", "takes no targets"),
     ],
 )

@@ -114,6 +114,11 @@ def heads_of(model: Model) -> int:
     return attentions(model.config.get_text_config())[0].kv_heads
 
 
+def head_size(model: Model) -> int:
+    """Of each head of attention."""
+    return attentions(model.config.get_text_config())[0].size
+
+
 def heads(model: Model, kept: int) -> Family:
     """Groups of heads: those of the queries with the head of keys and values that they share.
 
