@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import ClassVar, Self
 
 import torch
@@ -43,7 +44,7 @@ class PruneWidth(ReshapePass):
     `refit` whether the layers that read them are solved for again by least squares (by=magnitude and refit=false need
     no data, but for the stream); `damp` share of the mean diagonal added to the second moments; `multiple` what new
     widths of feed-forward and stream are multiples of (by default the largest power of two up to 64 that goes into the
-    old one at least eight times).
+    old one at least eight times, of the stream one of the heads too).
     """
 
     name: ClassVar[str] = "prune_width"
@@ -87,9 +88,26 @@ class PruneWidth(ReshapePass):
         """What becomes narrower, and by how much. Raises: UsageError, UnsupportedError."""
         try:
             found = [one for one in (self._heads(model), self._hidden(model)) if one is not None]
-            return found if found and self.ffn is None and self.ffn_size is None else found + self._feed_forwards(model)
+            if not found or self.ffn is not None or self.ffn_size is not None:
+                found += self._feed_forwards(model)
+            self._refuse_unbuildable(model, found)
+            return found
         except (UsageError, UnsupportedError) as error:
             raise type(error)(f"{self.name}: {error}") from error
+
+    def _refuse_unbuildable(self, model: Model, found: list[Family]) -> None:
+        shape = shape_of(model, found)
+        reason = widths.unbuildable(model, shape)
+        if not reason:
+            return
+        now, groups = widths.heads_of(model), [one for one in found if one.key == widths.HEADS]
+        others = [
+            str(left)
+            for left in range(1, now + 1)
+            if groups and not widths.unbuildable(model, shape_of(model, [*found, widths.heads(model, left)]))
+        ]
+        hint = f"kv_heads that it takes: {', '.join(others)}." if others else "Choose another hidden_size."
+        raise UsageError(f"'{model.config.model_type}' cannot be of this shape ({shape.config}): {reason} {hint}")
 
     def _heads(self, model: Model) -> Family | None:
         if self.kv_groups is None and self.kv_heads is None:
@@ -118,16 +136,18 @@ class PruneWidth(ReshapePass):
         if self.hidden is None and self.hidden_size is None:
             return None
         size = int(model.config.get_text_config().hidden_size)
-        return hidden_family(model, self.hidden_size or self._rounded("hidden", KEY, size, self.hidden or 0.0))
+        heads = widths.query_heads_of(model)  # of which configs want a multiple
+        return hidden_family(model, self.hidden_size or self._rounded("hidden", KEY, size, self.hidden or 0.0, heads))
 
     def _left(self, family: Family) -> int:
         if self.ffn_size is not None:
             return self.ffn_size
         return self._rounded("ffn", family.key, family.units, 0.25 if self.ffn is None else self.ffn)
 
-    def _rounded(self, name: str, key: str, size: int, share: float) -> int:
+    def _rounded(self, name: str, key: str, size: int, share: float, factor: int = 1) -> int:
         """How much stays of a width. Raises: UsageError where that is all or nothing of it."""
-        multiple = self.multiple or next((step for step in MULTIPLES if size % step == 0 and size >= 8 * step), 1)
+        steps = [lcm(step, factor) for step in MULTIPLES]
+        multiple = self.multiple or next((step for step in steps if size % step == 0 and size >= 8 * step), factor)
         kept = round(size * (1 - share) / multiple) * multiple
         if share and not 0 < kept < size:
             raise UsageError(

@@ -236,6 +236,15 @@ def test_weights_alone_need_no_data(model_of: Callable[[str], Model]) -> None:
     assert result.model.config.intermediate_size == 48
 
 
+def test_it_goes_with_parts_that_were_dropped_and_passes_that_round(model_of: Callable[[str], Model]) -> None:
+    narrow = "prune_width(ffn=0.5, kv_groups=1, hidden=0.25)"
+    text = f"drop_blocks(count=1, what=attention), {narrow}, rtn(format=int8(group=8))"
+    made = Pipeline.parse(text).run(model_of("llama"), calibration(tokens(8, 16))).model
+    shapes = {spec.shape for name, spec in made.structure.layers.items() if name.endswith("o_proj")}
+    assert (len(made.attentions), shapes, made.config.intermediate_size) == (1, {(24, 32)}, 32)
+    assert bool(outputs(placing.whole_module(made)).isfinite().all())
+
+
 def test_an_encoder_is_narrowed_too(model_of: Callable[[str], Model]) -> None:
     result = ran(model_of("bert"), "ffn=0.25")
     assert (result.model.task, result.model.config.intermediate_size) == (Task.ENCODER, 48)
@@ -245,7 +254,7 @@ def test_an_encoder_is_narrowed_too(model_of: Callable[[str], Model]) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("ffn=1.0", "ffn=1.0: Input should be less than 1"),
+        ("ffn=1.0", "ffn=1.0: it should be less than 1"),
         ("ffn=-0.1", "greater than or equal to 0"),
         ("ffn=0.01", "intermediate_size=64 rounds to none of it"),
         ("ffn=0.99", "intermediate_size=64 rounds to all of it"),
@@ -262,6 +271,20 @@ def test_an_encoder_is_narrowed_too(model_of: Callable[[str], Model]) -> None:
 def test_what_makes_no_sense_is_refused(text: str, sentence: str, model_of: Callable[[str], Model]) -> None:
     with pytest.raises(UsageError, match=sentence):
         Pipeline.parse(f"prune_width({text})").lay(model_of("llama"))
+
+
+def test_shapes_that_transformers_refuses_are_refused_with_others(
+    save_random: Callable[..., Path],
+) -> None:
+    """Its Llama wants a hidden size that is a multiple of the heads, whatever their size is."""
+    config = transformers.LlamaConfig(**{**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8})
+    model = compress.load(save_random("eight-heads", config))
+    with pytest.raises(UsageError, match=r"32\) is not a multiple .* \(6\)\. kv_heads that it takes: 1, 2, 4\."):
+        Pipeline(PruneWidth(kv_groups=1)).lay(model)
+    with pytest.raises(UsageError, match=r"\(20\) is not a multiple .* \(8\)\. Choose another hidden_size"):
+        Pipeline(PruneWidth(hidden_size=20)).lay(model)
+    both = ran(model, "kv_groups=1, hidden_size=24").model.config
+    assert (both.num_attention_heads, both.num_key_value_heads, both.hidden_size) == (6, 3, 24)
 
 
 def test_a_size_is_asked_of_one_width_only(model_of: Callable[[str], Model]) -> None:

@@ -20,12 +20,11 @@ from compress.errors import UnsupportedError, UsageError
 from compress.layer import Layer
 from compress.maths.channels import most_important
 from compress.maths.rotation import rotation
-from compress.models.edits import Shape, reshaped
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
 from compress.wiring.residual import REFUSED, Residual, block_part, few_tokens, find_residual
 from compress.wiring.twins import Part
-from compress.wiring.widths import Axes, Family, cut_layer, head_size, shapes_of, shorter_axes
+from compress.wiring.widths import Axes, Family, cut_layer, head_size, shapes_of, some_axes
 
 KEY = "hidden_size"
 
@@ -40,10 +39,10 @@ def hidden_family(model: Model, kept: int) -> Family:
     changes: dict[str, Any] = {KEY: kept, "head_dim": head_size(model)}
     if kept == size:
         return Family(KEY, size, kept, {}, {})
-    try:
-        axes = shorter_axes(model, reshaped(model, Shape(changes, model.edits, model.origins)))
-    except (ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise UnsupportedError(f"no module can be built with {KEY}={kept}: {error}") from error
+    sizes = (kept, *range(size // 2, size))  # whatever the size, it is the same axes; not every one can be built
+    axes = some_axes(model, ({**changes, KEY: each} for each in sizes))
+    if not axes:
+        raise UnsupportedError(f"no module of '{model.config.model_type}' can be built with a smaller {KEY}.")
     shapes = shapes_of(model)
     for name, found in axes.items():
         if any(shapes[name][axis] != size for axis in found):
@@ -146,8 +145,9 @@ def survey(
         stats = stream.collect(index, readers, {Stat.HESSIAN, Stat.ABS_MEAN})
         for path, offset in found.norms(index).items():
             own = {name: stats[name] for name, norm in readers.items() if norm == path and name in stats}
-            if not own:
-                raise UnsupportedError(f"no layer of its own reads what {path} puts out, so it is not narrowed.")
+            if not own:  # what it feeds has been removed, or no calibration token got there
+                found.powers[path] = torch.ones(family.units, dtype=torch.float64)
+                continue
             gain = plain[f"{path}.weight"].double() + offset
             found.powers[path] = _power(next(iter(own.values())), gain)
             scores += _scores(own, layers, by)

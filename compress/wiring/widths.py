@@ -5,7 +5,7 @@ seen by running a block narrowed beside the same block with that channel's input
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,8 @@ FEED_FORWARD = (
     "ffn_hidden_size",
 )
 """What config.json calls the width of a feed-forward, of a dense one, an expert, an expert that all tokens reach."""
+
+HEADS = "num_key_value_heads"
 
 Axes = dict[str, tuple[int, ...]]
 """A layer (0 its rows, with the bias, 1 its columns) or plain tensor → the axes that become shorter."""
@@ -104,7 +106,7 @@ def feed_forwards(model: Model) -> list[Family]:
         size = number(model, key)
         if size is None and key == "n_inner" and hasattr(model.config, "n_inner"):
             size = 4 * int(model.config.hidden_size)  # what GPT-2's config means by none
-        if size is not None and size > 1 and (axes := _try(model, {key: size - 1})):
+        if size is not None and size > 1 and (axes := some_axes(model, [{key: size - 1}])):
             found.append(Family(key, size, size, {}, axes))
     return found
 
@@ -112,6 +114,11 @@ def feed_forwards(model: Model) -> list[Family]:
 def heads_of(model: Model) -> int:
     """Heads of keys and values. Raises: UnsupportedError for a model without any."""
     return attentions(model.config.get_text_config())[0].kv_heads
+
+
+def query_heads_of(model: Model) -> int:
+    """Heads of queries."""
+    return attentions(model.config.get_text_config())[0].heads
 
 
 def head_size(model: Model) -> int:
@@ -126,22 +133,24 @@ def heads(model: Model, kept: int) -> Family:
     """
     text = model.config.get_text_config()
     one = attentions(text)[0]
-    names = getattr(model.config, "attribute_map", {})
-    changes = {names.get("num_attention_heads", "num_attention_heads"): one.heads // one.kv_heads * kept}
-    changes |= {"head_dim": one.size}
-    if number(model, "num_key_value_heads") is not None:
-        changes["num_key_value_heads"] = kept
-    axes = {} if kept == one.kv_heads else _try(model, changes)
+    name = getattr(model.config, "attribute_map", {}).get("num_attention_heads", "num_attention_heads")
+
+    def changes(left: int) -> dict[str, Any]:
+        found = {name: one.heads // one.kv_heads * left, "head_dim": one.size}
+        return found if number(model, HEADS) is None else {**found, HEADS: left}
+
+    # whatever their number, it is the same axes; not every number can be built
+    axes: Axes = {} if kept == one.kv_heads else some_axes(model, map(changes, (kept, *range(1, one.kv_heads))))
     if kept < one.kv_heads and not axes:
         raise UnsupportedError(
             f"Heads of '{text.model_type}' cannot go: its config says how wide they are only as a share of the hidden "
             "size (it knows no head_dim), so no plain config.json has fewer of them. Feed-forwards can (ffn)."
         )
     return Family(
-        "num_key_value_heads",
+        HEADS,
         one.kv_heads,
         kept,
-        changes,
+        changes(kept),
         axes,
         (one.heads * one.size, one.kv_heads * one.size, one.kv_heads * one.size),
     )
@@ -155,15 +164,29 @@ def number(model: Model, key: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _try(model: Model, changes: dict[str, Any]) -> Axes:
-    """What becomes shorter; nothing where no module can be built so. Raises: UnsupportedError, see `shorter_axes`."""
+def some_axes(model: Model, changes: Iterable[dict[str, Any]]) -> Axes:
+    """What becomes shorter by the first of some changes with which modules can be built; nothing where none can.
+
+    Raises: UnsupportedError, see `shorter_axes`.
+    """
     if model.raw_config.get("text_config") is not None:
         raise UnsupportedError("A config with one for text inside it is not narrowed yet.")
+    for each in changes:
+        shape = Shape(dict(each), model.edits, model.origins)
+        if not unbuildable(model, shape):
+            return shorter_axes(model, reshaped(model, shape))
+    return {}
+
+
+def unbuildable(model: Model, shape: Shape) -> str:
+    """Why the architecture's own code builds no modules of a shape, or ""."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
-        after = reshaped(model, Shape(dict(changes), model.edits, model.origins))
-    except (ValueError, ZeroDivisionError, RuntimeError):
-        return {}
-    return shorter_axes(model, after)
+        reshaped(model, shape)
+    except (StrictDataclassError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        return str(error).strip().splitlines()[-1].strip() or type(error).__name__
+    return ""
 
 
 def groups_of(family: Family, model: Model, segment: int) -> list[Group]:
