@@ -63,6 +63,9 @@ PASSES: dict[str, Entry] = {
     "kv_quant": Entry("compress.passes.kv_quant:KvQuant", "cache keys and values in few bits; needs no data"),
     "kv_evict": Entry("compress.passes.kv_evict:KvEvict", "keep a number of tokens in the cache; needs no data"),
     "tune": Entry("compress.passes.tune:Tune", "tune scales, norms and biases by the whole model's output; needs data"),
+    "prune_channels": Entry(
+        "compress.passes.prune_channels:PruneChannels", "take whole channels out of an image classifier; needs data"
+    ),
 }
 
 

@@ -29,7 +29,7 @@ FITTING |= {
     "heal": "magnitude(sparsity=0.3), heal(tokens=512)",
     "bias_correct": f"{FITTING['rtn']}, bias_correct(add=true)",
 }
-OTHER_MODELS = {"prune_experts"}
+OTHER_MODELS = {"prune_channels", "prune_experts"}
 """Passes that this Llama has nothing for."""
 LARGEST_ERROR = 0.2
 """Relative squared error of a weight that a pass may make with those settings: more is a mistake, or needs others."""

@@ -188,7 +188,7 @@ def open_store(folder: Path, keeper: object = None, *, hashed: bool = True) -> M
         caches = tuple(KvSpec.from_data(item) for item in info.get("kv", ()))
     except (OSError, ValueError, AttributeError, KeyError, TypeError, UsageError) as error:
         raise InputError(f"{info_path} is malformed ({error!r}). Run `compress run` again.") from error
-    model = reopen(module, folder) if module else load(folder, weights=False, edits=edits)
+    model = reopen(module, folder, edits) if module else load(folder, weights=False, edits=edits)
     if origin and len(origin) != len(model.structure.blocks):
         raise InputError(f"{info_path} tells the origin of {len(origin)} blocks, config.json of another number.")
     if caches and len(caches) != len(replace(model, edits=edits).attentions):

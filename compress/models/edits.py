@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compress.errors import InputError
 from compress.layer import LayerSpec
 from compress.models import skeleton
+from compress.models.image_model import ImageModule, resized
 
 if TYPE_CHECKING:
     from compress.models.model import Model
@@ -142,6 +143,8 @@ def reshaped(model: Model, shape: Shape) -> Model:
 
     Raises: InputError where no module can be built so.
     """
+    if model.image is not None:
+        return resized_images(replace(model, weights=None), shape.edits)
     raw = {**model.raw_config, **deepcopy(shape.config)}
     config = type(model.config).from_dict(raw) if model.config is not None else None
     made = replace(model, config=config, raw_config=raw, weights=None, edits=shape.edits, origin=shape.origin)
@@ -149,6 +152,22 @@ def reshaped(model: Model, shape: Shape) -> Model:
     former = former_names(model.structure.blocks_path, model.origins, shape.origin)
     layers = {name: _typed(spec, model.structure.layers.get(former(name))) for name, spec in structure.layers.items()}
     return replace(made, structure=replace(structure, layers=layers))
+
+
+def resized_images(model: Model, edits: tuple[Edit, ...]) -> Model:
+    """An image classifier with edits, none of which takes a module away.
+
+    Raises: InputError for edits that do not fit its module.
+    """
+    if not edits:
+        return model
+    if not isinstance(model.image, ImageModule) or any(edit.kind != "resized" for edit in edits):
+        raise InputError(f"structure.json edits {model.source} in a way that only blocks of a language model can be.")
+    if any(min(edit.shape, default=0) < 1 for edit in edits):
+        raise InputError(f"structure.json resizes modules of {model.source} to nothing. Copy the artifact again.")
+    replace(model, edits=edits).skeleton()  # refuses what is not there or cannot be resized
+    image, structure = resized(model.image, model.structure, {edit.path: edit.shape for edit in edits})
+    return replace(model, image=image, structure=structure, edits=edits)
 
 
 def _typed(spec: LayerSpec, before: LayerSpec | None) -> LayerSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class ImageModule(OfImages):
     """What is known of an image classifier besides its weights.
 
     shape: (channels, h, w) of an image; classes: logits per image; folded: normalisations that are part of their
-    convolution; multiplications: per image, in all layers.
+    convolution; multiplications: per image, in all layers; places: of each layer's output, per image, by user.
     """
 
     factory: Factory
@@ -42,6 +42,7 @@ class ImageModule(OfImages):
     preprocess: Preprocess
     folded: tuple[Pair, ...]
     multiplications: int
+    places: Mapping[str, int] = field(compare=False)
 
     @property
     def outputs(self) -> tuple[tuple[str, int], ...]:
@@ -117,13 +118,15 @@ def open_images(reference: str, sha256: str = "") -> Opened[ImageModule]:
     state = {name: _as_stored(name, tensor, stored, folded) for name, tensor in module.state_dict().items()}
     structure = _structure(module, calls, output, state)
     channels, height, width = (int(size) for size in images.shape[1:])
+    places = _places(calls, structure, images.shape[0])
     image = ImageModule(
         factory,
         (channels, height, width),
         int(expected.shape[1]),
         factory.preprocess(channels),
         tuple(folded),
-        _multiplications(calls, structure, images.shape[0]),
+        _multiplications(structure, places),
+        places,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     notes = _notes(module, structure, folded, change)
@@ -219,11 +222,41 @@ def _spec(name: str, module: nn.Module, state: Mapping[str, Tensor]) -> LayerSpe
     )
 
 
-def _multiplications(calls: Sequence[ModuleCall], structure: Structure, batch: int) -> int:
+def _places(calls: Sequence[ModuleCall], structure: Structure, batch: int) -> dict[str, int]:
+    """Per image: how often each user of a layer computes all of the layer's outputs."""
+    rows = {user: spec.shape[0] for spec in structure.layers.values() for user in spec.users}
+    found: Counter[str] = Counter()
+    for call in calls:
+        if call.name in rows:
+            found[call.name] += int(call.output.numel()) // (batch * rows[call.name])
+    return dict(found)
+
+
+def _multiplications(structure: Structure, places: Mapping[str, int]) -> int:
     """Per image: each output of a layer takes as many as its weight has columns."""
-    columns = {user: spec.shape[1] for spec in structure.layers.values() for user in spec.users}
-    products = [int(call.output.numel()) * columns[call.name] for call in calls if call.name in columns]
-    return sum(products) // batch
+    return sum(prod(spec.shape) * places[user] for spec in structure.layers.values() for user in spec.users)
+
+
+def resized(
+    image: ImageModule, structure: Structure, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[ImageModule, Structure]:
+    """A classifier some of whose modules have weights of other shapes, by path, as the module stores them."""
+    layers = {name: _resized(spec, shapes.get(name)) for name, spec in structure.layers.items()}
+    structure = replace(structure, layers=layers)
+    return replace(image, multiplications=_multiplications(structure, image.places)), structure
+
+
+def _resized(spec: LayerSpec, shape: tuple[int, ...] | None) -> LayerSpec:
+    if shape is None:
+        return spec
+    rows, *kernel = shape
+    is_conv = spec.kernel is not None
+    return replace(
+        spec,
+        shape=(rows, prod(kernel)),
+        kernel=(kernel[0], kernel[1], kernel[2]) if is_conv else None,
+        groups=rows if spec.groups > 1 else 1,  # only depthwise convolutions are resized (compress/models/edits.py)
+    )
 
 
 def _notes(module: nn.Module, structure: Structure, folded: Sequence[Pair], change: float) -> tuple[str, ...]:

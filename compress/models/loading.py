@@ -12,7 +12,7 @@ from torch import nn
 from compress.errors import CompressError, InputError, UnsupportedError
 from compress.layer import LayerKind, LayerSpec
 from compress.models import skeleton
-from compress.models.edits import Edit, apply_edits
+from compress.models.edits import Edit, apply_edits, resized_images
 from compress.models.folder import first_line, locate, parse_config, read_config
 from compress.models.image_model import ImageModule, open_images
 from compress.models.image_source import ImageSource, Opened
@@ -85,15 +85,15 @@ def _task_of(image: ImageSource) -> Task:
     return Task.CLASSIFIER if image.labelled else Task.ARRAYS
 
 
-def reopen(kept: Mapping[str, Any], folder: Path) -> Model:
+def reopen(kept: Mapping[str, Any], folder: Path, edits: tuple[Edit, ...] = ()) -> Model:
     """The model of images whose weights a store holds: from the file that made it, or from the graph beside them.
 
     An artifact must not run code that its user never named, so the file must still be where it was, outside of the
-    artifact, and unchanged. Args: kept: what `ImageSource.keep` gave; folder: the store.
+    artifact, and unchanged. Args: kept: what `ImageSource.keep` gave; folder: the store; edits: of its module tree.
     Raises: InputError.
     """
     if "graph" in kept:
-        return _reopened_graph(kept, folder)
+        return resized_images(_reopened_graph(kept, folder), edits)
     try:
         path, name, sha256 = Path(kept["file"]), str(kept["callable"]), str(kept["sha256"])
         folded = [tuple(pair) for pair in kept["folded"]]
@@ -110,7 +110,7 @@ def reopen(kept: Mapping[str, Any], folder: Path) -> Model:
     assert isinstance(found.image, ImageModule)
     if [*found.image.folded] != folded:
         raise InputError(f"{folder}: {path}:{name} makes another module than it did: other BatchNorms can be folded.")
-    return replace(found, path=folder)
+    return resized_images(replace(found, path=folder), edits)
 
 
 def _reopened_graph(kept: Mapping[str, Any], folder: Path) -> Model:
