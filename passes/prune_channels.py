@@ -21,7 +21,8 @@ from compress.maths.coupled_channels import Reading, removal_order, solve
 from compress.models.edits import Edit, Shape
 from compress.models.model import Model
 from compress.records import LayerResult
-from compress.wiring import channel_data, narrowing
+from compress.wiring import channel_data
+from compress.wiring import channel_narrowing as narrowing
 from compress.wiring.channel_narrowing import Gone
 from compress.wiring.channel_plan import Wish, filled, planned
 from compress.wiring.channels import Group
