@@ -1,7 +1,7 @@
 """Depth pruning of a small language model: what one to four blocks less cost and save.
 
     python benchmarks/depth.py ASSETS/pycoder
-    python benchmarks/depth.py ASSETS/pycoder --suffix "heal(steps=400)" --no-speed --out results/depth_heal.json
+    python benchmarks/depth.py ASSETS/pycoder --suffix "heal(tokens=2000000)" --no-speed --out results/depth_heal.json
 
 Quality: KL to the original and perplexity on windows of a text that is disjoint from the calibration text, for blocks
 chosen by greedy KL, by cosine, as a run of neighbours by cosine, and simply the last ones. Bar: at each count greedy KL
