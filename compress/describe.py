@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
+from compress.errors import UsageError
 from compress.hwprofiles import Figure, Profile
 from compress.hwprofiles.schema import FormatSupport
 from compress.report.format import clean
@@ -69,8 +70,8 @@ def _needs(cls: type[Pass]) -> str:
     if any(field.is_required() for field in cls.model_fields.values()):
         return "no data"
     fields = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
-    switched = {name: cls.build({name: not default}) for name, default in fields.items()}
-    more = [f"{name}={str(not fields[name]).lower()}" for name, item in switched.items() if item.needs_data]
+    switched = {name: _built(cls, {name: not default}) for name, default in fields.items()}
+    more = [f"{name}={str(not fields[name]).lower()}" for name, item in switched.items() if item and item.needs_data]
     return f"no data, with {' or '.join(more)} calibration data" if more else "no data"
 
 
@@ -85,7 +86,20 @@ def example_of(cls: type[Pass]) -> str:
             return ""
         values[name] = field.examples[0] if field.examples else field.get_default(call_default_factory=True)
     given = {name: value for name, value in values.items() if value is not None}
-    return str(cls.build(given))
+    if (whole := _built(cls, given)) is not None:
+        return str(whole)
+    shown: dict[str, Any] = {}
+    for name, value in given.items():  # some settings go with a value of another only
+        shown |= {name: value} if _built(cls, {**shown, name: value}) else {}
+    return str(cls.build(shown))
+
+
+def _built(cls: type[Pass], settings: Mapping[str, Any]) -> Pass | None:
+    """The pass, None where these settings do not go together."""
+    try:
+        return cls.build(settings)
+    except UsageError:
+        return None
 
 
 def describe_profile(profile: Profile) -> str:

@@ -50,7 +50,7 @@ class PruneChannels(ReshapePass):
     name: ClassVar[str] = "prune_channels"
 
     share: Share = 0.5
-    shares: dict[str, Share] = Field(default_factory=dict)
+    shares: dict[str, Share] = Field({})
     multiple: int = Field(default=8, ge=1)
     by: Literal["l1", "l2", "activation", "output"] = "output"
     refit: Literal["all", "weights", "bias", "none"] = "all"

@@ -321,7 +321,7 @@ def layer(**changes: Any) -> Callable[[Path], object]:
         ),
         (edited(lambda found: found["layers"].pop(Q)), f"has no tensor {Q}.weight"),
         (layer(format="trellis(bits=2)"), "native.json is malformed .*trellis"),
-        (layer(format="int4(group=32)"), "no kernel for int4"),
+        (layer(format="int4(group=32)"), "nothing reads int4"),
         (layer(format="codebook(vector=5)"), "cannot hold 64 x 64"),
         (layer(format="codebook(vector=4, entries=16, stages=3)"), r"q_proj.weight.codes is torch.uint8 \(64, 16\)"),
         (layer(format=3), "native.json is malformed"),

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -48,9 +48,11 @@ class TorchSession:
         return self._through_cache(ids) if self.caches else self._at_once(ids)
 
     @property
-    def plain(self) -> Plain:
+    def plain(self) -> Self | Plain:
         """The model without what its cache loses."""
-        return Plain(self.name, self._at_once, tuple(getattr(self, "notes", ())))
+        if not self.caches:
+            return self
+        return Plain(self.name, self._at_once, getattr(self, "level", "ran"), tuple(getattr(self, "notes", ())))
 
     @contextlib.contextmanager
     def _own_attention(self) -> Iterator[None]:
@@ -153,6 +155,7 @@ class Plain:
 
     name: str
     logits: Callable[[Ids], NDArray[np.float32]]
+    level: str
     notes: tuple[str, ...]
 
 
