@@ -3,7 +3,7 @@
     python benchmarks/width.py ASSETS/pycoder [--after "heal(steps=200)"] [--budget 20] [--out FILE]
 
 Every row is `prune_width` with some settings, calibrated on the same windows and judged on the same others; the paired
-difference of its KL is against the default settings at the same width. Shapes are exported in float32 for ONNX Runtime
+difference of its KL is against the default settings at the same width. Shapes are exported as they are for ONNX Runtime
 and timed in shuffled rounds against the model as it was, all in one run: its seconds as a multiple of theirs (above 1:
 the narrow one is faster), with a 95 % interval. --after: passes that follow each, such as one that trains what is left.
 """
