@@ -80,11 +80,6 @@ class GradualMagnitude(Pruning, ModelPass):
                     f"{self.name}: overrides of '{pattern}' set {other[0]}, which is the same for all layers, since "
                     "they are trained together. Only sparsity and pattern may be a layer's own."
                 )
-        if self.allocate != "uniform":
-            raise UsageError(
-                f"{self.name}: allocate={self.allocate} is of passes that prune at once. Leave it out; overrides give "
-                "layers a sparsity of their own."
-            )
         if self.loss == "labels" and self.temperature != 1:
             raise UsageError(
                 f"{self.name}: temperature={self.temperature:g} is of loss=distill: labels have none. Leave it out."
