@@ -11,8 +11,9 @@ import torch
 from pydantic import Field, model_validator
 
 from compress.engine.layer_stats import LayerStats, Stat
-from compress.engine.layerpass import FormatField, LayerPass
+from compress.engine.layerpass import LayerPass
 from compress.engine.part import Part
+from compress.engine.quantizing import FormatField
 from compress.errors import UsageError
 from compress.formats.base import ActivationFormat, Params
 from compress.formats.int_grid import IntGrid

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from compress.engine.blockpass import Block, BlockPass, Changed
 from compress.engine.layer_stats import LayerStats, Stat
-from compress.engine.layerpass import Quantizing
 from compress.engine.part import Part
+from compress.engine.quantizing import Quantizing
 from compress.formats.base import Format, Params
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.maths.hessian import weighted_error

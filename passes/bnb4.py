@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from compress.engine.layer_stats import LayerStats
-from compress.engine.layerpass import FormatField, QuantPass
+from compress.engine.quantizing import FormatField, QuantPass
 from compress.errors import UsageError
 from compress.formats.base import Params
 from compress.formats.lookup import FIXED, Lookup

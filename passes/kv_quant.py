@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from compress.engine.kv_pass import KvPass
-from compress.engine.layerpass import FormatField
+from compress.engine.quantizing import FormatField
 from compress.formats.int_grid import IntGrid
 from compress.kv.spec import Axis, KvSpec
 

@@ -10,8 +10,9 @@ from pydantic import model_validator
 from torch import Tensor
 
 from compress.engine.layer_stats import LayerStats
-from compress.engine.layerpass import FormatField, LayerPass
+from compress.engine.layerpass import LayerPass
 from compress.engine.part import Part
+from compress.engine.quantizing import FormatField
 from compress.errors import UsageError
 from compress.formats.sparse import TWO_OF_FOUR, Sparse, crowded
 from compress.layer import Layer, LayerSpec

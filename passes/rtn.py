@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from compress.engine.layer_stats import LayerStats
-from compress.engine.layerpass import QuantPass
+from compress.engine.quantizing import QuantPass
 from compress.layer import Layer
 
 

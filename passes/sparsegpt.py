@@ -12,9 +12,9 @@ from torch import Tensor
 from compress import solve
 from compress.engine.blockpass import Block, BlockPass, Changed
 from compress.engine.layer_stats import LayerStats, Stat
-from compress.engine.layerpass import FormatField
 from compress.engine.part import Part
 from compress.engine.prune_pass import REACHED, UNREACHED, Pruning
+from compress.engine.quantizing import FormatField
 from compress.engine.storing import stored_as
 from compress.errors import UsageError
 from compress.formats.base import Format, Params, QuantTensor, Rounder

@@ -13,7 +13,7 @@ from compress import solve_trellis
 from compress.engine.blockpass import Block, BlockQuantPass, Changed
 from compress.engine.in_turn import Systems, check_mismatch, crossed, refuse_fixed
 from compress.engine.layer_stats import LayerStats, Stat
-from compress.engine.layerpass import FormatField
+from compress.engine.quantizing import FormatField
 from compress.errors import UsageError
 from compress.formats.base import Format
 from compress.formats.trellis import Trellis as Form

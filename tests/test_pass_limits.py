@@ -8,7 +8,7 @@ import torch
 
 import compress
 from compress.describe import describe_pass
-from compress.engine.layerpass import Quantizing
+from compress.engine.quantizing import Quantizing
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.formats.int_grid import IntGrid
 from compress.inputs.datasets import Calibration

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress.engine.layerpass import QuantPass
+from compress.engine.quantizing import QuantPass
 from compress.errors import UsageError
 from compress.pipeline import Pipeline
 from compress.spec import Call, parse_call, parse_pipeline

@@ -20,8 +20,8 @@ import torch
 
 import compress
 from compress import hwprofiles
-from compress.engine.layerpass import Quantizing
 from compress.engine.part import Part
+from compress.engine.quantizing import Quantizing
 from compress.errors import CompressError
 from compress.export import TARGETS, find
 from compress.formats import NAMES

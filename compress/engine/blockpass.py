@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.engine.layer_stats import LayerStats
-from compress.engine.layerpass import Pass, Quantizing
+from compress.engine.layerpass import Pass
+from compress.engine.quantizing import Quantizing
 from compress.layer import Layer
 
 

@@ -17,7 +17,8 @@ from compress.engine.codebook_pieces import bias_of, set_apart, stored_weight
 from compress.engine.codebook_tasks import Task, held, notes_of, shared_notes, tasks_of
 from compress.engine.in_turn import check_guided, check_mismatch, crossed, refuse_fixed
 from compress.engine.layer_stats import Stat
-from compress.engine.layerpass import FormatField, Pass
+from compress.engine.layerpass import Pass
+from compress.engine.quantizing import FormatField
 from compress.errors import UsageError
 from compress.formats.base import Format
 from compress.formats.codebook import Codebook

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from compress.engine.layerpass import Pass, Quantizing
+from compress.engine.layerpass import Pass
+from compress.engine.quantizing import Quantizing
 from compress.errors import InputError, UsageError
 from compress.layer import Layer
 
