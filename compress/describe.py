@@ -69,14 +69,26 @@ def _needs(cls: type[Pass]) -> str:
         return f"{', '.join(sorted(cls.needs))}, so calibration data"
     if any(field.is_required() for field in cls.model_fields.values()):
         return "no data"
+    usual = cls.build({})
+    if usual.needs_data:
+        return f"{', '.join(sorted(usual.wants - {Stat.SHARING}))}, so calibration data"
     fields = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
     switched = {name: _built(cls, {name: not default}) for name, default in fields.items()}
     more = [f"{name}={str(not fields[name]).lower()}" for name, item in switched.items() if item and item.needs_data]
     return f"no data, with {' or '.join(more)} calibration data" if more else "no data"
 
 
+def _built(cls: type[Pass], settings: Mapping[str, Any]) -> Pass | None:
+    """The pass with some settings; None where these cannot be without others."""
+    try:
+        return cls.build(settings)
+    except UsageError:
+        return None
+
+
 def example_of(cls: type[Pass]) -> str:
-    """The pass with its own settings spelled out, as `--passes` takes it; empty where one has no value to show."""
+    """The pass with its own settings spelled out, as `--passes` takes it; empty where one has no value to show. A
+    default that may not be given beside the others is left out: `rank` of heal, say, which is of another mode."""
     shared = _shared_settings()
     values = {}
     for name, field in cls.model_fields.items():
@@ -92,14 +104,6 @@ def example_of(cls: type[Pass]) -> str:
     for name, value in given.items():  # some settings go with a value of another only
         shown |= {name: value} if _built(cls, {**shown, name: value}) else {}
     return str(cls.build(shown))
-
-
-def _built(cls: type[Pass], settings: Mapping[str, Any]) -> Pass | None:
-    """The pass, None where these settings do not go together."""
-    try:
-        return cls.build(settings)
-    except UsageError:
-        return None
 
 
 def describe_profile(profile: Profile) -> str:

@@ -39,8 +39,8 @@ class GradualMagnitude(Pruning, ModelPass):
     one the masks stay as they are and training goes on. It trains on what statistics leave of the calibration data, or
     on these where nothing is left; the iterate of least loss on eighth parts held out, eight batches at most, is kept,
     of those at the final sparsity. What is trained: the weights of the layers that the pass is for, and the norms and
-    biases of the whole model. It is in memory with gradients and two moments, and beside the original where the loss
-    is taken against that.
+    biases of the whole model. It is in memory with gradients and two moments, and with the original besides by
+    `loss=distill`.
 
     Settings: `sparsity` and `pattern` as in `magnitude` (in overrides too; `N:M` goes from M weights kept of every M
     down to N); `loss` `distill`, the divergence of the outputs from the original's (an encoder's squared error), or
