@@ -47,17 +47,22 @@ def scratch_folder(prefix: str = "compress-") -> Iterator[Path]:
         yield Path(name)
 
 
+def beside(path: Path) -> Path:
+    """Where `whole_file` writes a file meanwhile; a kill leaves it there."""
+    return path.with_name(path.name + ".tmp")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file: beside it, then synced and renamed, so that it is complete or absent."""
-    beside = path.with_name(path.name + ".tmp")
+    place = beside(path)
     try:
         with naming(path):
-            yield beside
-            sync_file(beside)
-            beside.replace(path)
+            yield place
+            sync_file(place)
+            place.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)  # on a full disk it takes the room that a next try needs
+        place.unlink(missing_ok=True)  # on a full disk it takes the room that a next try needs
         raise
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import compress
 from compress.engine.journal import Journal
-from compress.errors import InputError, Interrupted, UsageError
+from compress.errors import InputError, UsageError
 from compress.inputs.batches import Batches
 from compress.inputs.datasets import Calibration, calibrate
 from compress.inputs.images import Images
@@ -315,10 +315,10 @@ def test_a_killed_run_goes_on_within_its_training_to_the_same_bytes(
         def tick(self, text: str, done: int, count: int) -> None:
             seen.extend([done] if text == "Pruning steps" else [])
             if len(seen) == killed + 1:
-                raise Interrupted("killed")
+                raise MemoryError("killed")
 
     folder, journal = tmp_path / "killed", tmp_path / "journal"
-    with pytest.raises(Interrupted):
+    with pytest.raises(MemoryError):
         pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
     result = pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
     assert seen[killed + 1] == killed and result.model.digest == whole and not (folder / STATE).exists()

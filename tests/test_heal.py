@@ -23,7 +23,6 @@ from compress.passes.heal import STATE
 from compress.pipeline import Pipeline, Result
 from compress.progress import Progress
 from compress.quality.evaluate import stream_logits
-from compress.training import checkpoint
 from compress.training.objective import divergence, hidden_error
 from compress.training.plain import FullWeight, LowRank
 
@@ -200,26 +199,29 @@ def test_the_losses_are_what_they_are_by_hand() -> None:
     assert float(hidden_error([wanted, wanted], [found, wanted])) == pytest.approx(sum(shares) / 6 / 2)
 
 
-def test_a_killed_run_goes_on_within_healing_to_the_same_bytes(
-    model: Model, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_the_user_stops_loses_no_step_and_ends_in_the_same_bytes(
+    model: Model, calibration: Calibration, tmp_path: Path
 ) -> None:
     pipeline = Pipeline.parse(f"{PRUNED}, heal(tokens=12000)")
     whole = pipeline.run(model, calibration, folder=tmp_path / "whole").model.digest
-    monkeypatch.setattr(checkpoint, "MINUTES", 0.0)
     seen: list[int] = []
 
-    class Killed(Progress):
+    class Stopped(Progress):
         def tick(self, text: str, done: int, count: int) -> None:
             seen.extend([done] if text == "Healing steps" else [])
             if len(seen) == 4 and done == 3:
-                raise Interrupted("killed")
+                raise Interrupted("stopped")
 
-    folder, journal = tmp_path / "killed", tmp_path / "journal"
+    folder, journal = tmp_path / "stopped", tmp_path / "journal"
     with pytest.raises(Interrupted):
-        pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
+        pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Stopped(quiet=True))
     assert (folder / STATE).is_file() and seen[-1] == 3
-    result = pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
-    assert seen[4] == 3 and result.model.digest == whole and not (folder / STATE).exists()
+    (folder / f"{STATE}.tmp").write_bytes(b"what a kill leaves of a write")
+    result = pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Stopped(quiet=True))
+    assert seen[4] == 3 and result.model.digest == whole
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
 
 
 def test_batches_are_shuffled_windows_or_images_each_once() -> None:

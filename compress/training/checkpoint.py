@@ -1,11 +1,13 @@
-"""The state of a training, kept every few minutes: a run that is killed goes on from there, to the same bytes."""
+"""The state of a training, kept every few minutes and where the user stops it: the run goes on from there, to the same
+bytes."""
 
 from __future__ import annotations
 
 import math
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.files import whole_file
+from compress.errors import Interrupted
+from compress.files import beside, whole_file
 
 MINUTES = 5.0
-"""Between two writes; a kill loses at most that."""
+"""Between two writes; a kill loses at most that, Ctrl-C nothing."""
 
 
 @dataclass
@@ -65,7 +68,8 @@ class Saved:
         if not self.path.is_file():
             return False
         try:
-            found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            # mapped, so that beside what it is copied into it takes no memory
+            found: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError):  # of another version, or a damaged disk: begun anew
             return False
         if found.get("key") != self.key:
@@ -78,10 +82,21 @@ class Saved:
         descent.load_state_dict(found["descent"])
         return True
 
+    @contextmanager
+    def when_stopped(self, state: Sequence[Tensor], at: Position, descent: torch.optim.Optimizer) -> Iterator[None]:
+        """Write them where what is within is stopped by the user."""
+        try:
+            yield
+        except Interrupted:
+            self._write(state, at, descent)
+            raise
+
     def keep(self, state: Sequence[Tensor], at: Position, descent: torch.optim.Optimizer) -> None:
         """Write them, if it is time. Raises: OSError for a full disk and the like."""
-        if time.monotonic() - self._last < 60 * self.minutes:
-            return
+        if time.monotonic() - self._last >= 60 * self.minutes:
+            self._write(state, at, descent)
+
+    def _write(self, state: Sequence[Tensor], at: Position, descent: torch.optim.Optimizer) -> None:
         content = {
             "key": self.key,
             "position": vars(at),
@@ -89,10 +104,11 @@ class Saved:
             "descent": descent.state_dict(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path) as beside:
-            torch.save(content, beside)
+        with whole_file(self.path) as place:
+            torch.save(content, place)
         self._last = time.monotonic()
 
     def remove(self) -> None:
-        """Once the training has been taken over."""
+        """Once the training has been taken over, with what a kill left of a write."""
         self.path.unlink(missing_ok=True)
+        beside(self.path).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,7 +105,7 @@ def fit(
     schedule: Schedule = "linear",
     betas: tuple[float, float] = (0.9, 0.95),
     seed: int = 0,
-    tell: Callable[[int, int], None] | None = None,
+    tell: Callable[[int, int], None] = lambda done, steps: None,
     saved: Saved | None = None,
     ready: Callable[[], object] | None = None,
 ) -> Outcome:
@@ -112,7 +113,7 @@ def fit(
 
     optimizer: `adam` (Kingma & Ba 2015), or `sign`, plain sign descent (AutoRound, arXiv 2309.05516). schedule: of the
     learning rate, to zero at the last step. Batches are drawn in seeded epochs. tell: called before each step with the
-    steps done and those allowed, may raise. saved: where the state is kept every few minutes, and taken up from.
+    steps done and those allowed, may raise. saved: where the state is kept, and taken up from.
     ready: called before the first look, at `budget.first` or where time is up before it: makes of what is trained what
     it is to be.
     Raises: InputError when the loss is not finite.
@@ -130,7 +131,7 @@ def fit(
     for tensor in leaves:
         tensor.requires_grad_(True)
     while at.step < budget.steps:
-        if tell is not None:
+        with nullcontext() if saved is None else saved.when_stopped(state, at, descent):
             tell(at.step, budget.steps)
         if at.step and at.step == budget.first:
             at.begin(state, _held_out(loss, held, ready))
