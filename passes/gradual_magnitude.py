@@ -13,19 +13,18 @@ from torch.nn.functional import cross_entropy
 from compress.engine.layer_stats import Stat
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.prune_pass import Pruning
+from compress.engine.student import Student
 from compress.errors import UsageError
 from compress.inputs.batches import Batches
 from compress.layer import Layer
 from compress.models.model import Model, Task
-from compress.passes.tune import Student
 from compress.training import distill
-from compress.training.checkpoint import Saved
+from compress.training.checkpoint import STATE, Saved
 from compress.training.gradual import Masks
 from compress.training.masked import GradualSchedule, Masked
 from compress.training.objective import divergence, outputs
 from compress.training.parts import Trained
 
-STATE = "training.pt"
 _OF_LAYERS = frozenset({"sparsity", "pattern"})
 """Settings that may be a layer's own."""
 
@@ -38,8 +37,8 @@ class GradualMagnitude(Pruning, ModelPass):
     its value aside, takes no gradient, and comes back where others have become smaller at a later raise; after the last
     one the masks stay as they are and training goes on. It trains on what statistics leave of the calibration data, or
     on these where nothing is left; the iterate of least loss on eighth parts held out, eight batches at most, is kept,
-    of those at the final sparsity. What is trained: the weights of the layers that the pass is for, and the norms and
-    biases of the whole model. It is in memory with gradients and two moments, and with the original besides by
+    of those at the final sparsity. What is trained: the weights and biases of the layers that the pass is for, and
+    the norms of the whole model. It is in memory with gradients and two moments, and with the original besides by
     `loss=distill`.
 
     Settings: `sparsity` and `pattern` as in `magnitude` (in overrides too; `N:M` goes from M weights kept of every M
@@ -119,7 +118,7 @@ class GradualMagnitude(Pruning, ModelPass):
 
     def apply(self, stage: Stage) -> None:
         assert stage.calibration is not None
-        batches = Batches(stage.calibration.rest or stage.calibration.windows, self.seed)
+        batches = Batches.to_train_on(stage.calibration, self.seed)
         student = _Student(stage)
         loss = self._loss(stage, student, batches)
         train, held = distill.split(len(batches), most=distill.MOST_HELD)
@@ -142,7 +141,8 @@ class GradualMagnitude(Pruning, ModelPass):
                 saved=saved,
                 ready=student.masks.finish,
             )
-        student.write(stage, self._told(outcome, last))
+        count = outcome.steps * self.batch * batches.mean_rows(train)
+        student.write(stage, f"{self._told(outcome, last)}; trained on {batches.told(count)}")
         saved.remove()
 
     def _loss(self, stage: Stage, student: _Student, batches: Batches) -> distill.Loss:

@@ -14,13 +14,15 @@ from torch import Tensor
 from compress.engine.layer_stats import Stat
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.part import Part
+from compress.engine.student import Student
 from compress.errors import UsageError
 from compress.inputs.batches import Batches
 from compress.layer import Layer, LayerSpec
+from compress.models.model import Model
 from compress.training import distill
-from compress.training.checkpoint import Saved
+from compress.training.checkpoint import STATE, Saved
 from compress.training.objective import divergence, hidden_error, outputs, watched
-from compress.training.parts import Continuous, Trained, vectors_of
+from compress.training.parts import Trained
 from compress.training.plain import FullWeight, LowRank
 
 TOKENS, IMAGES = 1_000_000, 50_000
@@ -28,7 +30,6 @@ TOKENS, IMAGES = 1_000_000, 50_000
 RATES = {"full": 0.02, "lora": 0.03}
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises."""
-STATE = "training.pt"
 
 
 class Heal(ModelPass):
@@ -91,14 +92,18 @@ class Heal(ModelPass):
     def trained_rows(self, images: bool) -> int:
         return self.tokens or (IMAGES if images else TOKENS)
 
+    def check(self, model: Model) -> None:
+        if self.hidden and model.image is not None:
+            raise UsageError("heal: hidden compares what blocks put out, and an image model has no like blocks.")
+
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return spec
 
     def apply(self, stage: Stage) -> None:
         assert stage.calibration is not None
-        batches = Batches(stage.calibration.rest or stage.calibration.windows, self.seed)
+        batches = Batches.to_train_on(stage.calibration, self.seed)
         train, held = distill.split(len(batches), most=distill.MOST_HELD)
-        each = self.batch * max(1, sum(batches.rows(at) for at in train) // len(train))
+        each = self.batch * batches.mean_rows(train)
         steps = max(1, round(self.trained_rows(stage.model.task.takes_rows) / each))
         budget = distill.Budget(steps, self.batch, self.minutes, warmup=int(WARMUP * steps))
         patient, saved = _Patient(stage, self), Saved(stage.folder / STATE, str(self))
@@ -121,26 +126,20 @@ class Heal(ModelPass):
             before, exact = (outcome.before, outcome.after) if plain else (before, judged(held))
             patient.round(stage)
             after = judged(held)
-        text = _what(stage, batches, outcome.steps * each)
+        text = f"healed on {batches.told(outcome.steps * each)}"
         patient.write(stage, f"{text}: {_gain(before, after, exact)}; {outcome.describe(with_loss=not plain)}")
         saved.remove()
 
 
-class _Patient:
-    """The model in memory, with what is trained in place of what is stored."""
+class _Patient(Student):
+    """With plain weights that are trained."""
 
     def __init__(self, stage: Stage, item: Heal) -> None:
-        model = stage.model
-        self.module = stage.whole().to(stage.device)
-        layers = {name: layer for s in model.structure.segments for name, layer in model.layers(s).items()}
-        chosen = {name: layers[name] for name in stage.chosen}
-        names = [name for segment in model.structure.segments for name in model.structure.plain[segment]]
         beside: frozenset[Trained] = frozenset(part for part in item.parts if part != "weights")
-        self.parts = Continuous(self.module, chosen, vectors_of(self.module, names), beside)
-        self.parts.biases = {name: bias.to(stage.device) for name, bias in self.parts.biases.items()}
+        super().__init__(stage, beside, stage.device)
         generator = torch.Generator().manual_seed(item.seed)
         self.weights: dict[str, FullWeight | LowRank] = {}
-        for name, layer in chosen.items() if "weights" in item.parts else ():
+        for name, layer in self.parts.layers.items() if "weights" in item.parts else ():
             mask = layer.float_weight() != 0 if name in stage.pruned else None
             full = item.mode == "full"
             self.weights[name] = (
@@ -154,12 +153,7 @@ class _Patient:
             raise UsageError(f"heal: the model has nothing of {', '.join(item.parts)} to train. Name other parts.")
 
     def groups(self, lr: float) -> list[distill.Group]:
-        return [*self.parts.groups(lr), *(weight.group(lr) for weight in self.weights.values())]
-
-    def outputs(self, batch: Tensor) -> Tensor:
-        """The model's output, with gradients."""
-        self.parts.lend_weights()
-        return outputs(self.module, batch)
+        return [*super().groups(lr), *(weight.group(lr) for weight in self.weights.values())]
 
     def round(self, stage: Stage) -> None:
         """All that was trained becomes what it will be stored as."""
@@ -225,21 +219,14 @@ def _hidden_weight(stage: Stage, item: Heal) -> float:
     """Of the squared error of what blocks put out. Raises: UsageError where it was asked for and cannot be taken."""
     first, now = stage.original, stage.model
     if first.image is not None:
-        reason = "an image model has no like blocks"
-    else:
-        ours, theirs = (int(each.config.get_text_config().hidden_size) for each in (now, first))
-        reason = "" if ours == theirs else f"the model's are {ours} wide and those of the original {theirs}"
-    if item.hidden and reason:
-        raise UsageError(f"heal: hidden compares what blocks put out, and {reason}. Leave it out.")
-    return (0.0 if reason else 1.0) if item.hidden is None else item.hidden
-
-
-def _what(stage: Stage, batches: Batches, count: int) -> str:
-    """On how much of what."""
-    assert stage.calibration is not None
-    unit = "tokens" if not stage.model.task.takes_rows else "images"
-    where = "of data that calibration left over" if stage.calibration.rest else "of the calibration data"
-    return f"healed on {count:,} {unit} {where} ({batches.total:,} there are)"
+        return 0.0
+    ours, theirs = (int(each.config.get_text_config().hidden_size) for each in (now, first))
+    if item.hidden and ours != theirs:
+        raise UsageError(
+            f"heal: hidden compares what blocks put out, and the model's are {ours} wide and those of the original "
+            f"{theirs}. Leave it out."
+        )
+    return float(ours == theirs) if item.hidden is None else item.hidden
 
 
 def _gain(before: float, after: float, exact: float) -> str:

@@ -7,8 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from compress.engine.modelpass import Stage
+from compress.engine.student import Student
 from compress.errors import UsageError
-from compress.passes.tune import Student, Tune
+from compress.passes.tune import Tune
 from compress.training import distill
 from compress.training.code_step import Codes, CodeStep
 from compress.training.parts import Trained

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from compress.engine.layer_stats import Stat
 from compress.engine.modelpass import ModelPass, Stage
 from compress.engine.part import Part
+from compress.engine.student import Student
 from compress.errors import UsageError
 from compress.layer import LayerSpec
 from compress.training import distill
 from compress.training.objective import divergence, outputs
-from compress.training.parts import Continuous, Trained, vectors_of
+from compress.training.parts import Trained
 
 
 class Tune(ModelPass):
@@ -87,42 +86,3 @@ class Tune(ModelPass):
                 tell=lambda done, steps: stage.progress.tick("Tuning steps", done, steps),
             )
         one.write(stage, f"{self.done} with the whole model: {outcome.describe()}{one.told()}")
-
-
-class Student:
-    """The compressed model in memory, with what is trained in place of what is stored."""
-
-    def __init__(self, stage: Stage, parts: frozenset[Trained]) -> None:
-        model = stage.model
-        self.module = stage.whole()
-        layers = {name: layer for s in model.structure.segments for name, layer in model.layers(s).items()}
-        chosen = {name: layers[name] for name in stage.chosen}
-        names = [name for segment in model.structure.segments for name in model.structure.plain[segment]]
-        self.parts = Continuous(self.module, chosen, vectors_of(self.module, names), parts)
-
-    def groups(self, lr: float) -> list[distill.Group]:
-        """What is trained; see `Continuous.groups`."""
-        return self.parts.groups(lr)
-
-    def outputs(self, batch: Tensor) -> Tensor:
-        """The model's output, with gradients."""
-        self.parts.lend_weights()
-        return outputs(self.module, batch)
-
-    def told(self) -> str:
-        """What more the report's notes say of all layers."""
-        return ""
-
-    def write(self, stage: Stage, note: str) -> None:
-        """All segments of the tuned model."""
-        model, parts = stage.model, self.parts
-        for segment in model.structure.segments:
-            plain = model.plain(segment)
-            layers = {
-                name: replace(parts.layer(layer), notes=parts.notes(name, note)) if name in stage.chosen else layer
-                for name, layer in model.layers(segment).items()
-            }
-            untrained = (set(layers) & set(stage.chosen)) - parts.trained
-            skipped = dict.fromkeys(untrained, "nothing of what is trained is in it")
-            norms = {name: parts.vectors.get(name, tensor) for name, tensor in plain.items()}
-            stage.write(segment, layers, norms, skipped=skipped)

@@ -20,10 +20,10 @@ from compress.inputs.windows import Windows
 from compress.maths.masks import Pattern
 from compress.models.model import Model
 from compress.models.placing import whole_module
-from compress.passes.gradual_magnitude import STATE
 from compress.pipeline import Pipeline, Result
 from compress.progress import Progress
 from compress.training import checkpoint
+from compress.training.checkpoint import STATE
 from compress.training.distill import Budget, Group, fit
 from compress.training.gradual import GradualSchedule, Masks, prune
 from compress.training.masked import Masked
@@ -355,6 +355,7 @@ def test_next_tokens_are_the_labels_of_a_text(model: Model, calibration: Calibra
     result = Pipeline.parse("gradual_magnitude(loss=labels, steps=4, end=2, every=1)").run(model, calibration)
     note = next(row.notes[1] for row in result.passes[0].layers if row.changed)
     assert float(note.split("loss ")[1].split(" ")[0]) > 1  # nats per token of a model that was never trained
+    assert "tokens of the calibration data" in note  # of which nothing was left over
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from compress.inputs.windows import Windows
 from compress.layer import Layer, LayerKind
 from compress.models.model import Model, Task
 from compress.models.user_module import Preprocess
-from compress.passes.heal import STATE
 from compress.pipeline import Pipeline, Result
 from compress.progress import Progress
 from compress.quality.evaluate import stream_logits
+from compress.training.checkpoint import STATE
 from compress.training.objective import divergence, hidden_error
 from compress.training.plain import FullWeight, LowRank
 
@@ -161,7 +161,7 @@ def test_an_image_classifier_is_healed_on_images_without_their_labels(cnn: str, 
     assert divergence(Task.IMAGE, exact, second) < 0.9 * divergence(Task.IMAGE, exact, first)
     assert "healed on 640 images of data that calibration left over (48 there are)" in str(made)
     with pytest.raises(UsageError, match="an image model has no like blocks"):
-        Pipeline.parse("heal(hidden=1, tokens=32)").run(source, calibration)
+        Pipeline.parse("heal(hidden=1, tokens=32)").resolve(source)
 
 
 def test_the_update_of_low_rank_is_what_is_folded(model: Model) -> None:

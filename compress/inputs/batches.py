@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from compress.inputs.datasets import Samples
+from compress.inputs.datasets import Calibration, Samples
 from compress.inputs.images import BATCH, Images
 
 
@@ -26,6 +28,21 @@ class Batches:
             order = torch.randperm(len(samples.ids), generator=generator)
             self.windows = list(torch.split(samples.ids[order], first))
 
+        self.left_over = False
+
+    @classmethod
+    def to_train_on(cls, calibration: Calibration, seed: int) -> Batches:
+        """What statistics left of the data; where nothing is left, what they were taken over."""
+        made = cls(calibration.rest or calibration.windows, seed)
+        made.left_over = calibration.rest is not None
+        return made
+
+    def told(self, count: int) -> str:
+        """For a report: '20,480 tokens of data that calibration left over (1,000 there are)'. count: trained on."""
+        unit = "tokens" if self.images is None else "images"
+        where = "of data that calibration left over" if self.left_over else "of the calibration data"
+        return f"{count:,} {unit} {where} ({self.total:,} there are)"
+
     def __len__(self) -> int:
         return len(self.windows) if self.images is None else -(-len(self.images) // BATCH)
 
@@ -42,6 +59,10 @@ class Batches:
         if self.images is None:
             return self.windows[place].numel()
         return min(BATCH, len(self.images) - place * BATCH)
+
+    def mean_rows(self, places: Sequence[int]) -> int:
+        """Tokens, or images, of one of some batches on average, at least 1."""
+        return max(1, sum(map(self.rows, places)) // len(places))
 
     @property
     def total(self) -> int:

@@ -18,6 +18,8 @@ from torch import Tensor
 from compress.errors import Interrupted
 from compress.files import beside, whole_file
 
+STATE = "training.pt"
+"""The file in the folder of a stage."""
 MINUTES = 5.0
 """Between two writes; a kill loses at most that, Ctrl-C nothing."""
 
