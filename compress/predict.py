@@ -12,9 +12,7 @@ from compress import defaults
 from compress.engine.codebook_pass import CodebookPass
 from compress.engine.layerpass import Pass
 from compress.engine.modelpass import ModelPass
-from compress.formats.codebook import Codebook
-from compress.formats.int_grid import IntGrid
-from compress.formats.trellis import Trellis
+from compress.engine.training_cost import float_bytes, inner_shapes, saved_bytes, trained_tokens, training_bytes
 from compress.hwprofiles import Profile
 from compress.inputs.images import BATCH
 from compress.inputs.windows import BATCH_TOKENS
@@ -22,7 +20,6 @@ from compress.layer import LayerKind, LayerSpec
 from compress.models.image_source import ImageSource
 from compress.models.model import Model, Task
 from compress.recipe import Recipe
-from compress.training.distill import MOST_HELD
 
 # Fitted: resident memory of the process with its libraries loaded, a graph captured and its sessions timed.
 BASE_MEMORY = 1_150_000_000
@@ -33,11 +30,6 @@ QUALITY_IMAGES = 1000
 """Assumed where no number is given: how many the data hold is not known before they are read."""
 LOADED_MEMORY = 450_000_000
 """Fitted: resident memory of the process with its libraries loaded, before anything is captured."""
-LINEAR_COPIES, LOGIT_COPIES = 1.25, 6
-"""Fitted: tensors kept for a backward pass, per input and output of a linear layer and per logit."""
-CHECK_STEPS, HELD_OUT = 25, 0.125
-"""Of compress/training/distill.py: steps between two looks at the held-out loss, and the share of batches that is held
-out."""
 STORE_HEADER_BYTES = 450
 """Fitted: header of a store's file per layer."""
 
@@ -65,6 +57,7 @@ class Sizes:
     trained_tokens: int = 0  # passes of one token through all blocks, forward or back, that training takes
     headed_tokens: int = 0  # of them, those that also run through what comes after the blocks
     between: int = 0  # stores of earlier stages, and the weights that errors are taken against
+    saved: int = 0  # of the state of a training, on disk
 
     @classmethod
     def of(
@@ -88,6 +81,7 @@ class Sizes:
         columns = max((item.row_groups for item in guided), default=0) * len(inner)  # of the saliencies
         doors = len(blocks) * hidden if guided else 0
         window = min(calibration.samples, max(1, BATCH_TOKENS // calibration.length)) * calibration.length
+        values = sum(map(sum, inner_shapes(specs)))
         logits = int(config.vocab_size) if model.task is Task.CAUSAL_LM else hidden
         return cls(
             source=model.source_bytes,
@@ -105,10 +99,11 @@ class Sizes:
             window=recipe.quality.length,
             backward=tokens * 4 * (doors + columns),
             backward_tokens=tokens * len({item.row_groups for item in guided}),
-            training=_training(specs, passes, window, sum(map(sum, _inner(specs))), logits, _float_bytes(model)),
-            trained_tokens=_trained_tokens(passes, window, tokens, len(model.structure.blocks), images=False),
+            training=training_bytes(specs, passes, window, values, logits, float_bytes(model)),
+            trained_tokens=trained_tokens(passes, window, tokens, len(model.structure.blocks), images=False),
             headed_tokens=int(tokens * sum(item.trials(len(model.structure.blocks))[1] for item in passes)),
             between=_between(passes, model.source_bytes, sum(per_segment.values())),
+            saved=saved_bytes(specs, passes),
         )
 
 
@@ -138,9 +133,10 @@ def _image_sizes(
         hidden_bytes=0,
         vocabulary=image.classes,
         window=BATCH,
-        training=_training(specs, passes, min(images, BATCH), values, image.classes, weights),
-        trained_tokens=_trained_tokens(passes, min(images, BATCH), images, images=True),
+        training=training_bytes(specs, passes, min(images, BATCH), values, image.classes, weights),
+        trained_tokens=trained_tokens(passes, min(images, BATCH), images, images=True),
         between=_between(passes, source, weights),
+        saved=saved_bytes(specs, passes),
     )
 
 
@@ -165,62 +161,6 @@ def _guided(specs: Iterable[LayerSpec], passes: Sequence[Pass]) -> int:
         copies = 4 if isinstance(item, CodebookPass) else 1
         held.append(layers(widths.values() or (0,)) * item.row_groups * copies)
     return max(held, default=0)
-
-
-def _inner(specs: Iterable[LayerSpec]) -> list[tuple[int, int]]:
-    """Shapes of the layers inside the blocks."""
-    return [spec.shape for spec in specs if spec.segment >= 0]
-
-
-def _float_bytes(model: Model) -> int:
-    """Of all layers of a model in float32."""
-    return 4 * sum(spec.shape[0] * spec.shape[1] for spec in model.structure.layers.values())
-
-
-def _training(
-    specs: Sequence[LayerSpec], passes: Sequence[Pass], tokens: int, values: int, logits: int, source: int
-) -> int:
-    """Bytes of the hungriest pass that has the whole model in memory, or trains: both models where it has the whole of
-    them, copies of what it trains, and what one batch keeps for its way back.
-
-    Args: tokens: of a batch; values: inputs and outputs of all layers inside the blocks, per token; logits: per token;
-    source: bytes of the original's layers in float32.
-    """
-    whole = sum(spec.shape[0] * spec.shape[1] * 4 for spec in specs)
-    grids: dict[int, int] = {}
-    for spec in specs:
-        if spec.segment >= 0 and isinstance(spec.format, IntGrid | Codebook | Trellis):
-            grids[spec.segment] = grids.get(spec.segment, 0) + spec.shape[0] * spec.shape[1] * 4
-    found = [0]
-    for item in passes:
-        if item.held_models and not item.training:
-            found.append(int(item.held_models * source + 4 * tokens * LOGIT_COPIES * logits))
-        elif item.training:
-            kept = LINEAR_COPIES * values + LOGIT_COPIES * logits
-            trained = 4 * sum(map(prod, _inner(specs))) if item.renews else sum(grids.values())
-            found.append(int(source + whole + item.trained_copies * trained + 4 * tokens * kept))
-        elif item.trained_batches:
-            kept = LINEAR_COPIES * values / max(1, len({spec.segment for spec in specs if spec.segment >= 0}))
-            found.append(int(item.trained_copies * max(grids.values(), default=0) + 4 * tokens * kept))
-    return max(found)
-
-
-def _trained_tokens(passes: Sequence[Pass], tokens: int, calibration: int, blocks: int = 0, *, images: bool) -> int:
-    """Forward and backward passes of tokens through all blocks: back counts twice, and the original runs too where a
-    pass has the whole of both models; in between, held-out batches. Those that try models out run forward only.
-
-    Args: tokens, or images: of a batch; calibration: of all its batches.
-    """
-    total = 0.0
-    for item in passes:
-        total += item.trials(blocks)[0] * calibration
-        models = 2 if item.training else 1
-        rows = item.trained_rows(images) or item.trained_batches * tokens
-        held = MOST_HELD * tokens if item.trained_rows(images) else HELD_OUT * calibration
-        if rows:
-            checks = 2 + rows // max(1, tokens) // CHECK_STEPS
-            total += (2 + models) * rows + checks * models * held
-    return int(total)
 
 
 def _between(passes: Sequence[Pass], source: int, weights: int) -> int:
@@ -280,8 +220,8 @@ def peak_memory(sizes: Sizes, artifact: int) -> int:
 
 def disk_bytes(sizes: Sizes, specs: Iterable[LayerSpec], model: Model, artifact: int) -> int:
     """Largest use of the output's disk: the store, and then the artifact and the baseline, or what passes need before:
-    spilled activations and earlier stages."""
-    passes = sizes.activations + sizes.backward + sizes.between
+    spilled activations, earlier stages, and the state of a training twice while it is written anew."""
+    passes = sizes.activations + sizes.backward + sizes.between + 2 * sizes.saved
     return model_bytes(specs, model) + artifact + sizes.source + passes
 
 

@@ -96,6 +96,11 @@ class GradualMagnitude(Pruning, ModelPass):
         return 9.5
 
     @property
+    def saved_copies(self) -> float:
+        """The weights, their values aside and their masks in bytes, all these of the best iterate, and two moments."""
+        return 6.5
+
+    @property
     def trained_batches(self) -> int:
         return self.steps * self.batch
 

@@ -89,6 +89,11 @@ class Heal(ModelPass):
             return 0.0
         return 6.0 if self.mode == "full" else 3.0
 
+    @property
+    def saved_copies(self) -> float:
+        """The weights, those of the best iterate and Adam's two moments; updates of low rank are next to nothing."""
+        return 4.0 if self.trained_copies and self.mode == "full" else 0.1
+
     def trained_rows(self, images: bool) -> int:
         return self.tokens or (IMAGES if images else TOKENS)
 

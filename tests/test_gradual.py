@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import compress
 from compress.engine.journal import Journal
+from compress.engine.training_cost import saved_bytes
 from compress.errors import InputError, UsageError
 from compress.inputs.batches import Batches
 from compress.inputs.datasets import Calibration, calibrate
@@ -320,6 +321,8 @@ def test_a_killed_run_goes_on_within_its_training_to_the_same_bytes(
     folder, journal = tmp_path / "killed", tmp_path / "journal"
     with pytest.raises(MemoryError):
         pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
+    predicted = saved_bytes(model.structure.layers.values(), pipeline.passes)
+    assert predicted == pytest.approx((folder / STATE).stat().st_size, rel=0.05)
     result = pipeline.run(model, calibration, folder=folder, journal=Journal(journal), progress=Killed(quiet=True))
     assert seen[killed + 1] == killed and result.model.digest == whole and not (folder / STATE).exists()
 

@@ -98,3 +98,14 @@ def test_stages_need_disk_for_what_they_hand_on(large: Model) -> None:
         found(large, text).predicted_disk_bytes for text in ("rtn(bits=4)", "rtn(bits=4), tune", "rotate, rtn(bits=4)")
     )
     assert one < two < turned
+
+
+def test_the_state_of_a_training_needs_disk_twice_while_it_is_written_anew(large: Model) -> None:
+    weights = 4 * sum(spec.shape[0] * spec.shape[1] for spec in large.structure.layers.values() if spec.segment >= 0)
+    whole, few = (found(large, f"magnitude, heal(mode={mode})").predicted_disk_bytes for mode in ("full", "lora"))
+    assert whole - few == pytest.approx(2 * 3.9 * weights)
+
+
+def test_a_walk_before_the_walk_takes_time(large: Model) -> None:
+    first, second = (found(large, f"wanda({each})").predicted_seconds for each in ("", "allocate=owl"))
+    assert first < second

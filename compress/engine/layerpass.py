@@ -131,6 +131,12 @@ class Pass(BaseModel, ABC):
         return 0.0
 
     @property
+    def saved_copies(self) -> float:
+        """How many float32 copies of the plain weights that it trains it keeps in a file, so that a killed run goes on
+        from there."""
+        return 0.0
+
+    @property
     def trained_batches(self) -> int:
         """Calibration batches that it runs forward and back through what it treats; 0 where it does not train."""
         return 0
