@@ -22,7 +22,7 @@ from compress.engine import output_grids, sparsity, store
 from compress.engine.applying import left
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
-from compress.engine.kv_pass import filled
+from compress.engine.kv_pass import cached_blocks, check_filled
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.reshape import Section, lay
@@ -92,8 +92,10 @@ class Pipeline:
                     "differentiated. Passes that take it layer by layer work: "
                     f"{', '.join(name for name in PASSES if find(name).opaque)}."
                 )
-        filled(self.passes, 1)
-        return lay(self.passes, model)
+        found = lay(self.passes, model)
+        if any(item.caches for item in self.passes):
+            check_filled(self.passes, len(cached_blocks(model)))
+        return found
 
     def check_dtype(self, model: Model, dtype: torch.dtype | None) -> None:
         """Raises: UsageError where blocks may not compute in a calibration's type."""

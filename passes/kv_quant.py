@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 
 from compress.engine.kv_pass import KvPass
 from compress.engine.quantizing import FormatField
+from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.kv.spec import Axis, KvSpec
+from compress.models.model import Model
 
 
 class KvQuant(KvPass):
@@ -20,7 +22,8 @@ class KvQuant(KvPass):
     (Liu et al. 2024, arXiv 2402.02750), since keys have channels that stand out.
 
     Settings: `keys`, `values` formats, null for float; `keys_by` token or channel; `residual` newest tokens that stay
-    in float; `float_layers` layers whose cache stays in float, by number (the first one is often worth it).
+    in float; `float_layers` layers whose cache stays in float, by number from 0, in the model that the pass meets (the
+    first one is often worth it).
     """
 
     name: ClassVar[str] = "kv_quant"
@@ -34,11 +37,25 @@ class KvQuant(KvPass):
 
     @model_validator(mode="after")
     def _check_store(self) -> Self:
-        self.fill(KvSpec(), -1)
+        if self.keys is None and self.values is None:
+            raise UsageError(
+                f"{self.name}: keys=null and values=null leave all in float. Give a format, or leave it out."
+            )
+        self._filled(KvSpec())
         return self
 
+    def check(self, model: Model) -> None:
+        super().check(model)
+        count = len(model.attentions)
+        unknown = next((layer for layer in self.float_layers if not 0 <= layer < count), None)
+        if unknown is not None:
+            raise UsageError(
+                f"{self.name}: float_layers names layer {unknown}; the model that it meets has caches 0 to {count - 1}."
+            )
+
     def fill(self, spec: KvSpec, layer: int) -> KvSpec:
-        if layer in self.float_layers:
-            return spec
+        return spec if layer in self.float_layers else self._filled(spec)
+
+    def _filled(self, spec: KvSpec) -> KvSpec:
         keys, values = ("" if form is None else str(form) for form in (self.keys, self.values))
         return replace(spec, keys=keys, values=values, keys_by=self.keys_by, residual=self.residual)

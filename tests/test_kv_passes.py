@@ -40,6 +40,17 @@ def test_the_store_says_how_each_layer_is_cached(model: Model, tmp_path: Path) -
     assert rows[1].format == "int8(token) keys, int8(token) values, 64 tokens by key_norm"
 
 
+@pytest.mark.parametrize("dropped", ["blocks=[1]", "blocks=[1], what=attention"])
+def test_a_cache_goes_with_its_block_when_others_leave(dropped: str, model: Model, tmp_path: Path) -> None:
+    recipe = f"kv_quant(float_layers=[2]), drop_blocks({dropped}), kv_evict(budget=64, by=key_norm)"
+    result = Pipeline.parse(recipe).run(model, folder=tmp_path / "model")
+    evicting = {"scorer": "key_norm", "budget": 64}
+    quantized = {"keys": "int8(token)", "values": "int8(token)", **evicting}
+    assert [spec.as_data() for spec in result.model.kv] == [quantized, evicting]
+    assert store.open_store(tmp_path / "model").kv == result.model.kv
+    assert [row.format for row in result.passes[0].layers][2] == "float keys, float values"
+
+
 def test_weights_are_as_without_it(model: Model) -> None:
     rtn = Rtn(bits=8, group_size=32)
     with_cache, alone = Pipeline(rtn, KvEvict(budget=64)).run(model), Pipeline(rtn).run(model)
@@ -59,6 +70,10 @@ def test_a_runtime_with_a_cache_of_its_own_refuses(model: Model, tmp_path: Path)
         ("kv_evict(budget=64), kv_evict(budget=96)", "both say what is dropped"),
         ("kv_quant, kv_quant(keys=int4(group=8))", "both say what is stored"),
         ("kv_quant(targets=[*])", "takes no targets"),
+        ("kv_quant(keys=null, values=null)", "leave all in float"),
+        ("kv_quant(float_layers=[0, 3])", "names layer 3; the model that it meets has caches 0 to 2"),
+        ("drop_blocks(blocks=[0]), kv_quant(float_layers=[2])", "has caches 0 to 1"),
+        ("rtn, kv_quant(residual=32, float_layers=[0]), kv_evict", "single ones cannot be dropped"),
         ("kv_evict(budget=20)", "leaves nothing to choose"),
         ("kv_evict(budget=64, by=tova, decay=0.9)", "are of by=h2o"),
         ("kv_quant(keys=int8(tensor))", "come one by one"),

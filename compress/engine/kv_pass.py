@@ -59,8 +59,8 @@ class KvPass(Pass, ABC):
         """What the cache of a layer becomes. Raises: UsageError."""
 
 
-def filled(passes: Sequence[Pass], count: int) -> tuple[KvSpec, ...]:
-    """The caches of a model with so many cached layers; none where no pass is about them. Raises: UsageError."""
+def check_filled(passes: Sequence[Pass], count: int) -> None:
+    """Raises: UsageError for what cannot be of a model with so many cached layers."""
     ours = [item for item in passes if isinstance(item, KvPass)]
     parts: dict[str, str] = {}
     for item in ours:
@@ -69,16 +69,35 @@ def filled(passes: Sequence[Pass], count: int) -> tuple[KvSpec, ...]:
                 f"{parts[item.fills_cache]} and {item} both say {item.fills_cache} of the cache. Leave one of them out."
             )
         parts[item.fills_cache] = str(item)
-    specs = [KvSpec() for _ in range(count if ours else 0)]
-    for item in ours:
-        specs = [item.fill(spec, layer) for layer, spec in enumerate(specs)]
-    return tuple(specs)
+    for layer in range(count):
+        spec = KvSpec()
+        for item in ours:
+            spec = item.fill(spec, layer)
+
+
+def refilled(item: KvPass, caches: Sequence[KvSpec], model: Model) -> tuple[KvSpec, ...]:
+    """The caches of a model after a pass. caches: before it, none where no pass was about them. Raises: UsageError."""
+    before = caches or [KvSpec()] * len(cached_blocks(model))
+    return tuple(item.fill(spec, layer) for layer, spec in enumerate(before))
+
+
+def cached_blocks(model: Model) -> list[int]:
+    """The places of the blocks that have a cache, in the order of the cache."""
+    gone = {edit.path.rpartition(".")[0] for edit in model.edits if edit.kind == "no attention"}
+    return [place for place, block in enumerate(model.structure.blocks) if block not in gone]
+
+
+def carried(model: Model, made: Model) -> tuple[KvSpec, ...]:
+    """The caches of a model of another shape, each as that of the block was."""
+    if not model.kv:
+        return ()
+    known = dict(zip((model.origins[place] for place in cached_blocks(model)), model.kv, strict=True))
+    return tuple(known[made.origins[place]] for place in cached_blocks(made))
 
 
 def rows(item: KvPass, model: Model, caches: Sequence[KvSpec]) -> list[LayerResult]:
     """What a pass did, for the report: one row per cached layer. caches: after it."""
-    gone = {edit.path.rpartition(".")[0] for edit in model.edits if edit.kind == "no attention"}
-    names = [f"{block}.cache" for block in model.structure.blocks if block not in gone]
+    names = [f"{model.structure.blocks[place]}.cache" for place in cached_blocks(model)]
     return [
         LayerResult(layer=name, users=(), pass_text=str(item), changed=True, format=spec.told())
         for name, spec in zip(names, caches, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.engine import store
 from compress.engine.journal import Journal, Steps
-from compress.engine.kv_pass import KvPass, filled, rows
+from compress.engine.kv_pass import KvPass, carried, refilled, rows
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.modelpass import ModelPass, Stage
@@ -170,13 +170,15 @@ class Stages:
             walk = Walk(chosen, model, self.resolution, calibration, folder, steps, self.device, sources)
             results = walk.run(self.progress)
         done = [str(item) for item in self.passes[: places[-1] + 1]]
+        caches = model.kv
         if made is not None:
+            caches = carried(model, made)
             model = replace(model, structure=made.structure, edits=made.edits, origin=made.origin)
-        so_far = self.passes[: places[-1] + 1]
-        caches = filled(so_far, len(model.attentions)) if any(each.caches for each in so_far) else ()
         for place in places:
             each = self.passes[place]
-            results += [(place, row) for row in rows(each, model, caches)] if isinstance(each, KvPass) else []
+            if isinstance(each, KvPass):
+                caches = refilled(each, caches, model)
+                results += [(place, row) for row in rows(each, model, caches)]
         store.write_structure(folder, replace(model, kv=caches), done, self.original.digest, config)
         return results
 
