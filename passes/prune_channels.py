@@ -65,6 +65,10 @@ class PruneChannels(ReshapePass):
         return frozenset({Stat.HESSIAN}) if needs_data else frozenset()
 
     @property
+    def held_models(self) -> float:
+        return 2.0  # as it was, and narrowed
+
+    @property
     def wish(self) -> Wish:
         """What is asked for, beside which channels."""
         return Wish(str(self), self.name, self.share, self.shares, self.multiple, self.keep, self.only, self.residual)

@@ -1,4 +1,4 @@
-"""prune_width: fewer channels in feed-forwards, fewer groups of heads in attentions, as many in each block."""
+"""prune_width: narrower feed-forwards, fewer groups of heads, a narrower residual stream, alike in each block."""
 
 from __future__ import annotations
 
@@ -67,6 +67,12 @@ class PruneWidth(ReshapePass):
                 raise UsageError(
                     f"{self.name}: {share} says how much goes and {size} how much stays. Keep one of them."
                 )
+        sizes = {"ffn_size", "kv_groups", "kv_heads", "hidden_size"} & self.model_fields_set
+        if self.multiple is not None and self.ffn is None and self.hidden is None and sizes:
+            raise UsageError(
+                f"{self.name}: multiple={self.multiple} rounds what a share leaves (ffn, hidden), and none is given "
+                "here. Leave it out."
+            )
         return self
 
     @property

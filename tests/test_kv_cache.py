@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from compress.errors import UnsupportedError, UsageError
 from compress.kv import scorers
-from compress.kv.cache import KvCache
+from compress.kv.cache import KvCache, KvLayer
 from compress.kv.spec import KvSpec, row_format
 from compress.kv.stores import ChannelStore, RowStore, decode, encode
 
@@ -333,3 +333,29 @@ def test_without_its_own_attention_it_says_so(model: Any, ids: Tensor) -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(UsageError, match="does not use"):
         through(model, cache, ids, 24)
+
+
+@pytest.mark.parametrize("scorer", ["position", "key_norm", "h2o", "tova"])
+def test_all_that_is_held_is_where_the_model_is(scorer: Any) -> None:
+    layer = KvLayer(KvSpec(scorer=scorer, budget=8, sinks=1, recent=2))
+    for count in (6, 7):
+        keys = torch.zeros(2, 2, count, 4, device="meta")
+        found, _ = layer.update(keys, keys)
+        asked = layer.asked(None)
+        seen = layer.visible(asked)
+        probabilities = torch.zeros(2, 4, count, found.shape[2], device="meta")
+        layer.commit(asked, probabilities if layer.spec.reads else None)
+        held = (found, seen, layer.score, layer.position, layer.valid, layer.count)
+        assert {tensor.device.type for tensor in held} == {"meta"}
+    assert layer.stores[0].slots == 8
+
+
+def test_rows_of_a_batch_leave_the_number_of_tokens_as_it_is() -> None:
+    store = ChannelStore(row_format("int4(group=4, float_zero)"), 8)  # type: ignore[arg-type]
+    store.append(torch.randn(3, 2, 12, 8, generator=torch.Generator().manual_seed(0)))
+    before = store.read()
+    store.rows(torch.tensor([2, 0]))
+    found = store.read()
+    assert found is not None and before is not None and torch.equal(found, before[[2, 0]])
+    store.append(torch.zeros(2, 2, 1, 8))
+    assert store.slots == 13 and store.older.slots == 8

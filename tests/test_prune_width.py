@@ -266,6 +266,7 @@ def test_an_encoder_is_narrowed_too(model_of: Callable[[str], Model]) -> None:
         ("hidden_size=33", "hidden_size=32 can become 1 to 32, not 33"),
         ("hidden=0.5, hidden_size=8", "hidden says how much goes"),
         ("targets=[x]", "takes no targets"),
+        ("ffn_size=32, multiple=8", "multiple=8 rounds what a share leaves"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text: str, sentence: str, model_of: Callable[[str], Model]) -> None:

@@ -114,6 +114,8 @@ class Stages:
         prefixes = [f"stage-{number}/" for number in range(len(groups) - 1)] + [""]
         number = next((place for place, each in enumerate(prefixes) if each + DONE not in self.journal), None)
         where, count = f"Resuming {self.journal.path.parent}", len(self.original.structure.blocks)
+        for prefix in prefixes[:number]:
+            count = len((self.journal.get(prefix + SHAPE) or {}).get("origin", ())) or count
         if number is None:
             self.progress.note(f"{where}: all passes are done")
             return

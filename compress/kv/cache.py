@@ -50,10 +50,11 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads = key_states.shape[:2]
-        self.score = torch.zeros(batch, heads, 0)
-        self.position = torch.zeros(batch, heads, 0, dtype=torch.int64)
-        self.valid = torch.zeros(batch, heads, 0, dtype=torch.bool)
-        self.count = torch.zeros(batch, dtype=torch.int64)
+        device = key_states.device
+        self.score = torch.zeros(batch, heads, 0, device=device)
+        self.position = torch.zeros(batch, heads, 0, dtype=torch.int64, device=device)
+        self.valid = torch.zeros(batch, heads, 0, dtype=torch.bool, device=device)
+        self.count = torch.zeros(batch, dtype=torch.int64, device=device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -79,13 +80,13 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.pending is not None
         batch, _, count, _ = self.pending[0].shape
         if mask is None:
-            return torch.ones(batch, count, dtype=torch.bool)
+            return torch.ones(batch, count, dtype=torch.bool, device=self.count.device)
         return mask[:, -count:]
 
     def visible(self, asked: Tensor) -> Tensor:
         """Which slots and new tokens each new token sees, (batch, heads, n, slots + n) bool."""
         count = asked.shape[1]
-        causal = torch.ones(count, count, dtype=torch.bool).tril() & asked[:, None, None]
+        causal = torch.ones(count, count, dtype=torch.bool, device=asked.device).tril() & asked[:, None, None]
         batch, heads, slots = self.valid.shape
         old = self.valid[:, :, None].expand(batch, heads, count, slots)
         return torch.cat([old, causal.expand(batch, heads, count, count)], 3)
@@ -137,7 +138,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
             store.replace(victim, states)
             return
         store.append(states)
-        every = torch.arange(last).expand(*victim.shape[:2], last)
+        every = torch.arange(last, device=victim.device).expand(*victim.shape[:2], last)
         store.keep(torch.where(every == victim, last, every))
 
     def _compact(self) -> None:

@@ -22,7 +22,7 @@ def written(spec: KvSpec, keys: Tensor, positions: Tensor) -> Tensor:
         return -norms
     if spec.scorer == "position":
         return positions[:, None].expand(keys.shape[:3]).float()
-    return torch.zeros(keys.shape[:3])
+    return torch.zeros(keys.shape[:3], device=keys.device)
 
 
 def read(spec: KvSpec, scores: Tensor, probabilities: Tensor, asked: Tensor) -> Tensor:

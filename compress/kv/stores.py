@@ -75,7 +75,9 @@ class _Slots(Store):
             self.held[name].scatter_(2, _wide(index, tensor), tensor)
 
     def rows(self, index: Tensor) -> None:
+        slots = self.slots
         self._each(lambda held: held.index_select(0, index))
+        self.slots = slots  # rows are of the batch, and not all stores have a token per place
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +128,7 @@ def encode(form: Format, states: Tensor) -> dict[str, Tensor]:
     """(…, n, size) float → the format's tensors, (…, n, bytes of a row or parameters)."""
     flat = states.reshape(-1, states.shape[-1]).float()
     params = form.fit(flat)
-    codes, _ = form.quantize(flat, params, torch.arange(flat.shape[1]))
+    codes, _ = form.quantize(flat, params, torch.arange(flat.shape[1], device=flat.device))
     packed = form.pack(codes, params, (flat.shape[0], flat.shape[1]))
     return {name: tensor.reshape(*states.shape[:-1], -1) for name, tensor in packed.tensors.items()}
 

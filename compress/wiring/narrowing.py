@@ -76,6 +76,7 @@ class Narrowing:
         self.made = stage.reshape(shape_of(stage.model, families))
         self.stream = self._stream()
         self.hidden = self._hidden(next((one for one in families if one.key == KEY and one.axes), None))
+        self.variants: dict[str, int] = {}
         self.groups = [self._groups(index) for index in range(len(self.model.structure.blocks))]
 
     def _stream(self) -> BlockStream | None:
@@ -118,7 +119,7 @@ class Narrowing:
     def run(self) -> None:
         """All segments."""
         outer = Part(self.model.layers(OUTER), self.model.plain(OUTER))
-        twins, variants = self._laid_out(outer)
+        twins = self._laid_out(outer)
         if self.stream is not None:
             self.stream.start(outer.layers)
         count = len(self.groups)
@@ -126,7 +127,7 @@ class Narrowing:
             self.stage.progress.tick("Narrowing blocks", index, count)
             started = time.perf_counter()
             done = self._block(index)
-            narrow = done.narrow(variants)
+            narrow = done.narrow(self.variants)
             pair = self._pair(index, done.wide(), narrow)
             if not twins.agree(index, *pair):
                 raise self._refusal(index)
@@ -144,8 +145,8 @@ class Narrowing:
         self.stage.put(OUTER, left.layers, left.plain)
         self._report(_Done(dict(outer.layers), {}), left, 0.0)
 
-    def _laid_out(self, outer: Part) -> tuple[Twins, dict[str, int]]:
-        """The models side by side, and how each width is laid out, tried on the first block with some of its units.
+    def _laid_out(self, outer: Part) -> Twins:
+        """The models side by side; how each width is laid out is tried on the first block with some of its units.
 
         Raises: UnsupportedError where the first block puts out something else however it is cut.
         """
@@ -162,7 +163,8 @@ class Narrowing:
             if twins is None:
                 twins = self._twins(outer, pair)
             if twins.agree(0, *pair):
-                return twins, variants
+                self.variants = variants
+                return twins
         raise self._refusal(0)
 
     def _twins(self, outer: Part, first: tuple[Part, Part]) -> Twins:
@@ -246,7 +248,7 @@ class Narrowing:
         for name in group.makers:
             if name in done.layers:
                 rows = done.layers[name].float_weight()
-                weights += torch.split(rows, list(family.parts(len(rows), 0)))
+                weights += torch.split(rows, list(family.parts(len(rows), self.variants[family.key])))
         return sum((each.square().reshape(family.units, -1).sum(1) for each in weights), torch.zeros(1)).sqrt()
 
     def _cut(self, done: _Done, group: Group, kept: Tensor, hessian: Tensor | None) -> None:
