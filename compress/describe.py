@@ -40,6 +40,9 @@ def pass_settings(cls: type[Pass]) -> dict[str, dict[str, Any]]:
     shared = _shared_settings()
     fields: dict[str, dict[str, Any]] = schema.get("properties", {})
     ordered = sorted(fields, key=lambda name: name in shared)
+    for name, field in cls.model_fields.items():
+        if field.default_factory is not None:  # of which a schema says nothing
+            fields[name] = {**fields[name], "default": field.get_default(call_default_factory=True)}
     return {name: _setting(fields[name], schema.get("$defs", {})) for name in ordered}
 
 
