@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from compress.engine.allocating import Allocating
 from compress.engine.layer_stats import LayerStats
 from compress.engine.layerpass import LayerPass
-from compress.engine.prune_pass import Pruning
 from compress.layer import Layer
 
 
-class Magnitude(Pruning, LayerPass):
+class Magnitude(Allocating, LayerPass):
     """Set the weights of smallest magnitude to zero (Han et al. 2015, arXiv 1506.02626). Needs no data.
 
     Settings: `sparsity` the share that becomes zero; `pattern` among which weights: `layer` (all of the weight), `row`

@@ -6,14 +6,15 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from compress.engine.allocating import Allocating
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.layerpass import LayerPass
-from compress.engine.prune_pass import REACHED, Pruning, input_norms
+from compress.engine.prune_pass import REACHED, input_norms
 from compress.layer import Layer, LayerKind
 from compress.maths.masks import relative_importance
 
 
-class Ria(Pruning, LayerPass):
+class Ria(Allocating, LayerPass):
     """Relative importance and activations (Zhang et al. 2024, "Plug-and-Play: an efficient post-training pruning method
     for large language models", ICLR): a weight scores (|w_ij| / Σ_i |w_ij| + |w_ij| / Σ_j |w_ij|) · ‖x_j‖^a.
     The paper's permutation of input channels for N:M is left out: no runtime undoes it for free.

@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress import solve
+from compress.engine.allocating import Allocating
 from compress.engine.blockpass import Block, BlockPass, Changed
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.part import Part
-from compress.engine.prune_pass import REACHED, UNREACHED, Pruning
+from compress.engine.prune_pass import REACHED, UNREACHED
 from compress.engine.quantizing import FormatField
 from compress.engine.storing import stored_as
 from compress.errors import UsageError
@@ -24,7 +25,7 @@ from compress.maths.hessian import damped, inverse_factor
 from compress.solve import System
 
 
-class SparseGpt(Pruning, BlockPass):
+class SparseGpt(Allocating, BlockPass):
     """SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): which weights become zero is decided column by column,
     as they then are, and the columns after them absorb the error. Other than in the paper, the count is kept over the
     whole weight rather than in every run of columns (`maths.pruning.prune`), weak columns come first (for N:M strong

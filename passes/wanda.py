@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from compress.engine.allocating import Allocating
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.layerpass import LayerPass
-from compress.engine.prune_pass import REACHED, Pruning, input_norms
+from compress.engine.prune_pass import REACHED, input_norms
 from compress.layer import Layer, LayerKind
 
 
-class Wanda(Pruning, LayerPass):
+class Wanda(Allocating, LayerPass):
     """Wanda (Sun et al. 2023, arXiv 2306.11695, eq. 1): a weight scores |w_ij| · ‖x_j‖, compared within its output row;
     what is left stays as it is.
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import compress
 from compress.engine import survey
+from compress.engine.allocating import Allocating
 from compress.engine.journal import Journal
-from compress.engine.prune_pass import Pruning
 from compress.engine.walk import Walk
 from compress.errors import UsageError
 from compress.inputs.datasets import Calibration, calibrate
@@ -87,7 +87,7 @@ def test_the_whole_model_loses_what_was_asked_and_no_layer_is_farther_away_than_
 ) -> None:
     result = Pipeline.parse(text).run(model, calibration)
     found, item = zeros(result), result.pipeline.passes[0]
-    assert isinstance(item, Pruning)
+    assert isinstance(item, Allocating)
     unit = 96 if item.pattern in ("row", "8x8") else 1  # the largest step of a layer's count
     pruned, whole = (sum(each[place] for each in found.values()) for place in (0, 1))
     assert abs(pruned - 0.6 * whole) <= unit / 2
@@ -212,7 +212,7 @@ def test_an_image_model_and_a_head_can_be_surveyed(
         ("wanda(sparsity=0.95, allocate=owl)", "could prune 87 to 103 %.*Set owl_lambda below 0.05"),
         ("wanda(owl_m=3)", "owl_m does nothing without allocate=owl"),
         ("wanda(allocate=evenly)", "uniform"),
-        ("gradual_magnitude(allocate=owl)", "has the whole model at once"),
+        ("gradual_magnitude(allocate=owl)", "unknown setting.*allocate"),
         ("magnitude(sparsity=0.05, pattern=32x32, allocate=owl, owl_lambda=0.04)", "rounds to nothing"),
         ("magnitude(allocate=owl)", "needs calibration data"),
     ],

@@ -369,7 +369,6 @@ def test_next_tokens_are_the_labels_of_a_text(model: Model, calibration: Calibra
         ("gradual_magnitude(start=0.6)", "0 <= start < final < 1"),
         ("gradual_magnitude(pattern=2:4, sparsity=0.7)", "contradict each other"),
         ('gradual_magnitude(overrides={"*.up_proj": {lr: 0.1}})', "same for all layers"),
-        ("gradual_magnitude(allocate=owl)", "a sparsity of their own in overrides"),
         ("gradual_magnitude(loss=labels, temperature=2)", "labels have none"),
         ("gradual_magnitude, magnitude", "both set the weight values"),
         ("gradual_magnitude, hqq", "would not keep at zero"),

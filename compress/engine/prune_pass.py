@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.engine.blockpass import BlockPass
 from compress.engine.layer_stats import LayerStats
-from compress.engine.layerpass import LayerPass, Pass
+from compress.engine.layerpass import Pass
 from compress.engine.part import Part
 from compress.errors import InputError, UsageError
 from compress.formats.base import QuantTensor
 from compress.layer import Layer, LayerKind, LayerSpec, Zeros
-from compress.maths import allocation, products
+from compress.maths import products
 from compress.maths.masks import Pattern
 
 UNREACHED = "no calibration token reached it: pruned as if its inputs were alike"
@@ -26,12 +24,7 @@ UNREACHED = "no calibration token reached it: pruned as if its inputs were alike
 
 class Pruning(Pass, ABC):
     """Settings of passes that set weights to zero: `sparsity` the share that becomes zero, `pattern` which (see
-    `Pattern`). Weights stay plain tensors; passes that give them a format later keep the zeros (`Layer.mask`).
-
-    `allocate`: `uniform` the same share of every layer; `owl` less where there are more outliers (OWL, Yin et al. 2024,
-    arXiv 2310.05175), which are weights whose |w| · ‖x‖ exceeds `owl_m` times the mean, counted over each block or, by
-    `owl_per`, each layer, in one more run through the model. No layer's share is farther than `owl_lambda` from
-    `sparsity`, which their mean hits exactly; layers with a sparsity of their own are shared out among themselves."""
+    `Pattern`). Weights stay plain tensors; passes that give them a format later keep the zeros (`Layer.mask`)."""
 
     part: ClassVar[Part] = Part.VALUES
     before: ClassVar[frozenset[Part]] = frozenset({Part.WEIGHT})
@@ -41,10 +34,6 @@ class Pruning(Pass, ABC):
 
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     pattern: str = "layer"
-    allocate: Literal["uniform", "owl"] = "uniform"
-    owl_m: float = Field(default=5.0, gt=0)
-    owl_lambda: float = Field(default=0.08, gt=0, lt=1)
-    owl_per: Literal["block", "layer"] = "block"
 
     @model_validator(mode="after")
     def _check_pattern(self) -> Self:
@@ -56,85 +45,10 @@ class Pruning(Pass, ABC):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_allocation(self) -> Self:
-        if self.allocate == "uniform":
-            given = sorted({"owl_m", "owl_lambda", "owl_per"} & self.model_fields_set)
-            if given and "allocate" not in self.model_fields_set:
-                raise UsageError(f"{self.name}: {given[0]} does nothing without allocate=owl. Give both, or neither.")
-            return self
-        if not isinstance(self, LayerPass | BlockPass):
-            raise UsageError(
-                f"{self.name}: allocate=owl shares sparsity out before the first layer is pruned, and {self.name} has "
-                "the whole model at once. Leave allocate out, and give layers a sparsity of their own in overrides."
-            )
-        if self.parsed().fixed is not None:
-            raise UsageError(
-                f"{self.name}: pattern={self.pattern} prunes as much of every layer, which allocate=owl would change. "
-                "Choose another pattern, or allocate=uniform."
-            )
-        if not 0 < self.sparsity - self.owl_lambda < self.sparsity + self.owl_lambda < 1:
-            raise UsageError(
-                f"{self.name}: sparsity={self.sparsity:g} with owl_lambda={self.owl_lambda:g} could prune "
-                f"{100 * (self.sparsity - self.owl_lambda):g} to {100 * (self.sparsity + self.owl_lambda):g} % of a "
-                f"layer. Set owl_lambda below {min(self.sparsity, 1 - self.sparsity):g}."
-            )
-        return self
-
     @property
-    def allots(self) -> bool:
-        return "owl" in (self.allocate, *(each.get("allocate") for each in self.overrides.values()))
-
-    @property
-    def needs_data(self) -> bool:
-        return super().needs_data or self.allots
-
-    def trials(self, blocks: int) -> tuple[float, float]:
-        """A walk before the walk goes through each block twice, as one for statistics does."""
-        return (2.0, 0.0) if self.allots and self.wants else (0.0, 0.0)
-
-    def gauge(
-        self, layers: Mapping[str, Layer], chosen: Mapping[str, Pass], stats: Mapping[str, LayerStats]
-    ) -> dict[str, float]:
-        """Shares of outliers. Layers that no token reached have none, unless nothing in the segment has inputs."""
-        together: dict[tuple[float, str], list[str]] = {}
-        for name, one in chosen.items():
-            assert isinstance(one, Pruning)
-            known = name in stats or not stats
-            if one.allocate == "owl" and known:
-                alone = name if one.owl_per == "layer" else ""
-                together.setdefault((one.owl_m, alone), []).append(name)
-
-        def shares(names: Sequence[str], times: float) -> dict[str, float]:
-            def scores() -> Iterator[Tensor]:
-                for name in names:
-                    norms, _ = input_norms(layers[name], stats.get(name, LayerStats()))
-                    yield layers[name].float_weight().abs() * norms
-
-            return dict.fromkeys(names, allocation.outlier_share(scores, times))
-
-        found: dict[str, float] = {}
-        for (times, _), names in together.items():
-            found |= shares(names, times)
-        return found
-
-    def allot(self, chosen: Mapping[str, tuple[Pass, LayerSpec]], gauged: Mapping[str, float]) -> dict[str, Pass]:
-        together: dict[object, list[tuple[str, Pruning, LayerSpec]]] = {}
-        for name, (one, spec) in chosen.items():
-            assert isinstance(one, Pruning)
-            if one.allocate == "owl":
-                key = one.sparsity, one.owl_m, one.owl_lambda, one.owl_per
-                together.setdefault(key, []).append((name, one, spec))
-        settled: dict[str, Pass] = {}
-        for group in together.values():
-            first, sizes = group[0][1], [spec.shape[0] * spec.shape[1] for _, _, spec in group]
-            outliers = [gauged.get(name) for name, _, _ in group]
-            wanted = allocation.spread(first.sparsity, outliers, sizes, first.owl_lambda)
-            units = [one.parsed().rivals(spec.shape) for _, one, spec in group]
-            counts = allocation.whole_counts(wanted, units, sizes)
-            for (name, one, _), count, number in zip(group, counts, units, strict=True):
-                settled[name] = one.model_copy(update={"sparsity": count / number})
-        return settled
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest share that a layer may lose."""
+        return self.sparsity, self.sparsity
 
     def parsed(self) -> Pattern:
         try:
@@ -151,8 +65,8 @@ class Pruning(Pass, ABC):
                 f"{self.name}: layer {spec.name}: {error} Choose another pattern, or leave it out "
                 f"(ignore=[{spec.name}])."
             ) from error
-        rivals, away = pattern.rivals(spec.shape), self.owl_lambda if self.allocate == "owl" else 0.0
-        for sparsity in {self.sparsity - away, self.sparsity + away}:
+        rivals = pattern.rivals(spec.shape)
+        for sparsity in self.bounds:
             kept = pattern.kept(spec.shape, sparsity)
             if kept in (0, rivals):
                 raise UsageError(
@@ -189,8 +103,7 @@ class Pruning(Pass, ABC):
             f"{100 * zeros:.4g} % of the weights are zero ({self.pattern}), stored and computed like others; "
             "pack_sparse leaves them out of what is stored, which makes nothing faster"
         )
-        shared = (f"allocate=owl: {100 * self.sparsity:.4g} % of it to be pruned",) if self.allocate == "owl" else ()
-        return replace(layer, weight=stored, notes=(note, *shared, *notes))
+        return replace(layer, weight=stored, notes=(note, *notes))
 
 
 def input_norms(layer: Layer, stats: LayerStats) -> tuple[Tensor, tuple[str, ...]]:

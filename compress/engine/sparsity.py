@@ -38,8 +38,7 @@ def _layer(model: Model, name: str, item: Pass) -> LayerSparsity:
         return found
     pattern = item.parsed()
     asked = pattern.fixed or item.sparsity
-    least = asked
-    if item.allocate == "owl":  # by how much a layer may have less, whole units counted
-        least = max(asked - item.owl_lambda - 1 / pattern.rivals((weight.shape[0], weight.shape[1])), 0.0)
-    changes = {"pattern": str(pattern), "asked": asked, "met": pattern.held(weight, least)}
+    least, most = item.bounds
+    unit = 1 / pattern.rivals((weight.shape[0], weight.shape[1])) if most > least else 0.0  # what rounding may take
+    changes = {"pattern": str(pattern), "asked": asked, "met": pattern.held(weight, max(least - unit, 0.0))}
     return found.model_copy(update=changes)
