@@ -65,6 +65,12 @@ class PruneExperts(ReshapePass):
     def check(self, model: Model) -> None:
         if not any(spec.kind is LayerKind.EXPERT for spec in model.structure.layers.values()):
             raise UnsupportedError(f"{self.name}: {model.name} has no mixture of experts.")
+        mixtures: dict[int, set[str]] = {}
+        for name, spec in model.structure.layers.items():
+            if spec.kind is LayerKind.EXPERT:
+                mixtures.setdefault(spec.segment, set()).add(experts.owner(name)[0])
+        if two := next((sorted(paths) for paths in mixtures.values() if len(paths) > 1), []):
+            raise UnsupportedError(f"{self.name}: {two[0]} and {two[1]} are two mixtures in one block.")
         if (number(model, "n_group") or 1) > 1:
             raise UnsupportedError(
                 f"{self.name}: the router of {model.name} chooses among groups of experts first (n_group="
@@ -169,6 +175,17 @@ def merged(weights: Mapping[int, Tensor], kept: Tensor, tokens: Tensor) -> tuple
     }, went
 
 
+def averaged(values: Tensor, went: Mapping[int, int], tokens: Tensor) -> Tensor:
+    """What `merged` does to the weights, done to their biases (experts, n). went: where each that goes went."""
+    result = values.clone()
+    for near in set(went.values()):
+        members = [near, *(expert for expert, other in went.items() if other == near)]
+        if total := float(tokens[members].sum()):
+            share = tokens[members].to(values.device)[:, None] / total
+            result[near] = (values[members].double() * share).sum(0).to(values.dtype)
+    return result
+
+
 class _Dropping:
     """One run of the pass, block by block."""
 
@@ -192,7 +209,7 @@ class _Dropping:
     def run(self) -> None:
         """All segments."""
         outer, count = self.model.layers(OUTER), len(self.model.structure.blocks)
-        first = self._cut(0, self.model.layers(0), torch.arange(self.left))
+        first = self._cut(0, self.model.layers(0), self.model.plain(0), torch.arange(self.left))
         self.reader.layers, self.reader.tensors = outer | first[0], self.reader.tensors | first[1]
         self.wide.start(outer)
         self.narrow.start(outer)
@@ -206,9 +223,7 @@ class _Dropping:
     def _block(self, index: int) -> None:
         started = time.perf_counter()
         layers, plain = self.model.layers(index), self.model.plain(index)
-        [path, *others] = sorted({experts.owner(n)[0] for n, x in layers.items() if x.kind is LayerKind.EXPERT}) or [""]
-        if others:
-            raise UnsupportedError(f"{self.item.name}: {path} and {others[0]} are two mixtures in one block.")
+        path = next((experts.owner(name)[0] for name, x in layers.items() if x.kind is LayerKind.EXPERT), "")
         kept, notes = torch.arange(self.left), dict[int, str]()
         if path and self.left < self.count:
             self.wide.load(index, layers, plain)
@@ -219,8 +234,8 @@ class _Dropping:
             kept = most_important(getattr(use, self.item.by), self.left)
             notes = self._notes(use, kept)
             if self.item.merge:
-                layers = self._merge(path, layers, kept, use.frequency, notes)
-        cut, tensors = self._cut(index, layers, kept)
+                layers, plain = self._merge(path, layers, plain, kept, use.frequency, notes)
+        cut, tensors = self._cut(index, layers, plain, kept)
         self.stage.put(index, cut, tensors)
         self.narrow.load(index, cut, tensors)
         self.narrow.advance(index)
@@ -234,9 +249,15 @@ class _Dropping:
                      "choices went to it" for one in gone}  # fmt: skip
 
     def _merge(
-        self, path: str, layers: Mapping[str, Layer], kept: Tensor, tokens: Tensor, notes: dict[int, str]
-    ) -> dict[str, Layer]:
-        """The experts that stay, each with those that went into it."""
+        self,
+        path: str,
+        layers: Mapping[str, Layer],
+        plain: Mapping[str, Tensor],
+        kept: Tensor,
+        tokens: Tensor,
+        notes: dict[int, str],
+    ) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+        """The experts that stay, each with those that went into it; their biases are plain tensors."""
         names = {name: experts.owner(name) for name, layer in layers.items() if layer.kind is LayerKind.EXPERT}
         keys = sorted({key for _, key, _ in names.values()})
         rows = {
@@ -254,9 +275,12 @@ class _Dropping:
                     changed[layer.name] = layer.with_weight(part.reshape(layer.shape).to(layer.weight.dtype))
         for expert, near in went.items():
             notes[expert] = notes[expert].replace("dropped", f"merged into expert {near}")
-        return changed
+        biases = [name for name in plain if name.startswith(f"{path}.") and self.axes[name] == [0]]
+        return changed, {**plain, **{name: averaged(plain[name], went, tokens) for name in biases}}
 
-    def _cut(self, index: int, layers: Mapping[str, Layer], kept: Tensor) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    def _cut(
+        self, index: int, layers: Mapping[str, Layer], plain: Mapping[str, Tensor], kept: Tensor
+    ) -> tuple[dict[str, Layer], dict[str, Tensor]]:
         """What is left of a block with experts (n,) int64, by its new names."""
         cut: dict[str, Layer] = {}
         for spec in self.made.structure.segment_layers(index):
@@ -266,8 +290,8 @@ class _Dropping:
                 name = f"{path}.{key}.{int(kept[place])}"
             layer = cut_layer(layers[name], rows=kept) if self.axes[spec.name] == [0] else layers[name]
             cut[spec.name] = replace(layer, name=spec.name, users=spec.users)
-        tensors = self.model.plain(index)
-        for name, tensor in tensors.items():
+        tensors = dict(plain)
+        for name, tensor in plain.items():
             for axis in self.axes[name]:
                 tensors[name] = tensor = tensor.index_select(axis, kept)
         return cut, tensors

@@ -136,6 +136,23 @@ def test_an_expert_is_merged_into_the_nearest_by_its_tokens() -> None:
     assert torch.equal(found[1], weights[1])
 
 
+def test_biases_are_merged_with_the_weights(folder_of: Callable[[str], Path]) -> None:
+    model = compress.load(folder_of("gpt-oss"))
+    result = ran(model, "drop=1, merge=true")
+    for block, dropped in gone(result).items():
+        [away], path = dropped, f"model.layers.{block}.mlp.experts"
+        near = next(int(row.notes[0].split("expert ")[1].split(",")[0]) for row in result.passes[0].layers
+                    if row.layer.startswith(path))  # fmt: skip
+        left = near - (away < near)
+        for key in ("gate_up_proj", "down_proj"):
+            before, after = ({**each.plain(block)}[f"{path}.{key}_bias"] for each in (model, result.model))
+            weights = [each.layer(each.structure.layers[f"{path}.{key}.{place}"]).float_weight()
+                       for each, place in ((model, near), (model, away), (result.model, left))]  # fmt: skip
+            share = float(((weights[2] - weights[0]) / (weights[1] - weights[0])).median())
+            assert 0 < share < 1
+            torch.testing.assert_close(after[left], torch.lerp(before[near], before[away], share), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
