@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, GPTJConfig
 
 import compress
 from compress.engine import store
@@ -90,6 +90,13 @@ def test_a_model_that_generates_nothing_has_no_cache(save_random: Callable[..., 
     bert = save_random("bert-uncached", config, "AutoModel")
     with pytest.raises(UnsupportedError, match="generates nothing"):
         Pipeline(KvEvict(budget=64)).run(compress.load(bert))
+
+
+def test_a_model_that_attends_by_code_of_its_own_is_refused_before_any_work(save_random: Callable[..., Path]) -> None:
+    settings = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 32}
+    model = compress.load(save_random("gptj-cached", GPTJConfig(**settings, bos_token_id=1, eos_token_id=2)))
+    with pytest.raises(UnsupportedError, match=r"^kv_evict: GPTJForCausalLM has an attention of its own"):
+        Pipeline(KvEvict(budget=64)).lay(model)
 
 
 def test_text_parses_back(model: Model) -> None:

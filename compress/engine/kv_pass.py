@@ -14,6 +14,7 @@ from pydantic import model_validator
 from compress.engine.layerpass import Pass
 from compress.engine.part import Part
 from compress.errors import UnsupportedError, UsageError
+from compress.kv.cache import require_plain
 from compress.kv.spec import KvSpec
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
@@ -47,12 +48,10 @@ class KvPass(Pass, ABC):
     def check(self, model: Model) -> None:
         if model.task is not Task.CAUSAL_LM:
             raise UnsupportedError(f"{self.name}: a model of task {model.task} generates nothing, so it has no cache.")
-        kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UnsupportedError(
-                f"{self.name}: {model.source} has attention of other kinds ({', '.join(sorted(kinds))}), whose caches "
-                "cannot be compressed yet. Leave the pass out."
-            )
+        try:
+            require_plain(model.skeleton())
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.name}: {error} Leave the pass out.") from error
 
     @abstractmethod
     def fill(self, spec: KvSpec, layer: int) -> KvSpec:

@@ -243,16 +243,23 @@ def use_attention(model: nn.Module) -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    config: Any = model.config
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or not model._can_set_attn_implementation():  # type: ignore[operator]
-        raise UnsupportedError(
-            f"{type(model).__name__} has attention of another kind ({', '.join(sorted(kinds))}), whose cache cannot be "
-            "compressed. Supported: full attention through transformers' interface (Llama, Qwen, Mistral)."
-        )
+    require_plain(model)
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
     model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raises: UnsupportedError for a model, with or without weights, whose attention cannot be exchanged for ours."""
+    config: Any = model.config
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    other = ", ".join(sorted(kinds)) if kinds != {"full_attention"} else ""
+    if other or not model._can_set_attn_implementation():  # type: ignore[operator]
+        what = f"attention of another kind ({other})" if other else "an attention of its own"
+        raise UnsupportedError(
+            f"{type(model).__name__} has {what}, whose cache cannot be compressed. Supported: full attention through "
+            "transformers' interface (Llama, Qwen, Mistral)."
+        )
 
 
 def _mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
