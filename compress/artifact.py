@@ -172,7 +172,7 @@ def export(
     model, facts = _of(result)
     specs = model.structure.layers
     require_graphs(exporter, model, machine)
-    require_caches(exporter, ["its KvSpec"] if model.kv else [], machine)
+    require_caches(exporter, model.kv, machine)
     check_storable(specs, machine)
     require_tools(exporter, machine)
     space = Workspace(Path(out), overwrite)

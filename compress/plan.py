@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from compress.engine.applying import describe
+from compress.engine.kv_pass import filled
 from compress.engine.matching import Resolution
 from compress.engine.reshape import ReshapePass
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
@@ -49,10 +51,12 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     pipeline.check_dtype(model, getattr(torch, recipe.calibration.dtype))
     sections = pipeline.lay(model)
     resolution, shaped = sections[-1].resolution, sections[-1].model
+    if any(item.caches for item in pipeline.passes):
+        shaped = replace(shaped, kv=filled(pipeline.passes, len(shaped.attentions)))
     specs = planned(resolution)
     target = find_target(profile.target)
     require_graphs(target, shaped, profile)
-    require_caches(target, [item.name for item in pipeline.passes if item.caches], profile)
+    require_caches(target, shaped.kv, profile)
     choices = plan_layers(target, specs, profile)
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data, pipeline.passes)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from compress.hwprofiles import KernelSpeed, Profile, Runtime
+    from compress.kv.spec import KvSpec
     from compress.layer import LayerSpec
     from compress.models.model import Model
     from compress.records import Bounds, Kernel
@@ -201,7 +202,7 @@ class Target(Protocol):
     those of a shape that config.json does not tell (`Model.edits`), `predict_deployed_bytes`, as
     `predict_bytes` of what the machine needs where that is not the whole folder, `predict_parts`, its bytes by
     the name of each form of the model that it holds, `plan_together(specs)`, the refusals
-    (by layer) of what it does not take side by side,
+    (by layer) of what it does not take side by side, `takes_caches(specs, profile)`, the refusal of `KvSpec`s or none,
     `profile_operators(folder, threads, bind)`, what the runtime's profiler tells (compress.speed.operators),
     `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,
     `misfit(folder)`, why a folder does not run on this machine, `ON_GPU`, whether its sessions compute on one,
@@ -311,14 +312,18 @@ def require_graphs(target: Target, model: Model, profile: Profile) -> None:
         )
 
 
-def require_caches(target: Target, passes: Iterable[str], profile: Profile) -> None:
-    """Raises: UnsupportedError for a model whose cache is compressed where the target's runtime keeps its own
-    (`CACHES`). passes: those that say so."""
-    told = ", ".join(passes)
-    if told and not getattr(target, "CACHES", False):
-        raise UnsupportedError(
-            f"{told}: the runtime of target {profile.target} keeps its own cache, which cannot be compressed yet. Add "
-            "--target native, which runs the model in torch with such a cache, or leave the pass out."
+def require_caches(target: Target, specs: Sequence[KvSpec], profile: Profile) -> None:
+    """By the target's `takes_caches`; without it its runtime keeps a cache of its own. Raises: UsageError or
+    UnsupportedError for a model whose cache is compressed as the target does not take it."""
+    if not specs:
+        return
+    takes: Callable[..., Refusal | None] | None = getattr(target, "takes_caches", None)
+    own = Refusal("its runtime keeps a cache of its own, which cannot be compressed yet", usage=False)
+    refusal = takes(specs, profile) if takes is not None else own
+    if refusal is not None:
+        raise (UsageError if refusal.usage else UnsupportedError)(
+            f"Target {profile.target} does not take the cache that kv_quant and kv_evict describe: {refusal.reason}. "
+            "Add --target native, which runs the model in torch with such a cache, or leave the pass out."
         )
 
 

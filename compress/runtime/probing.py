@@ -16,6 +16,9 @@ import numpy as np
 from compress.memory import peak_memory
 from compress.target import Session
 
+LONG = 2048
+"""Tokens of the sequence by which the size of a cache is told."""
+
 
 class Probed(Session, Protocol):
     """A session that knows how long it took to load, and the shape (channels, h, w) of an image if it takes images."""

@@ -16,10 +16,9 @@ from compress.kv.cache import KvCache, use_attention
 from compress.kv.spec import KvSpec
 from compress.models.folder import positions
 from compress.runtime.greedy import greedy
+from compress.runtime.probing import LONG
 
 Ids = NDArray[np.int64]
-LONG = 2048
-"""Tokens of the sequence by which the size of a cache is told."""
 
 
 class TorchSession:
@@ -67,8 +66,8 @@ class TorchSession:
             use_attention(self.model)
 
     def cache_use(self) -> tuple[int, int]:
-        """Tokens of a sequence as long as the model reads, at most `LONG`, and bytes that are held of its keys and
-        values once it was read."""
+        """Tokens of a sequence as long as the model reads, at most `probing.LONG`, and bytes that are held of its keys
+        and values once it was read."""
         tokens = min(LONG, positions(self.model.config.get_text_config()))
         with using_threads(self.threads):
             found = self.read(torch.zeros((1, tokens), dtype=torch.int64), self.fresh_cache(), logits_to_keep=1)

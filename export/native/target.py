@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from compress.export.native.runtime import Session
 from compress.formats.base import QuantTensor
 from compress.formats.codebook import Codebook
 from compress.hwprofiles import Profile
+from compress.kv.spec import KvSpec
 from compress.layer import Layer, LayerSpec
 from compress.models.model import Model
 from compress.records import Bounds
@@ -39,8 +40,6 @@ RUNTIME = rules.RUNTIME
 FOLDER = "native"
 HONOURS = rules.HONOURS
 TAKES_EDITS = True
-CACHES = True
-"""Sessions cache keys and values as `KvSpec`s say."""
 CONFIG = "config.json"
 STEPS = 32
 """Tokens that are read one by one to compare."""
@@ -49,6 +48,10 @@ STEPS = 32
 def require_tools(profile: Profile) -> None:
     """Raises: UsageError for a profile that does not name the runtime."""
     granted(rules.runtime_of(profile), "native", profile)
+
+
+def takes_caches(specs: Sequence[KvSpec], profile: Profile) -> None:
+    """Sessions cache keys and values as any `KvSpec` says."""
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:

@@ -52,7 +52,8 @@ def write(model: Model, folder: Path, shared: bool) -> None:
     for path in model.side_files():
         shutil.copyfile(path, folder / path.name)
     _rename_tokenizer_class(folder / "tokenizer_config.json")
-    if model.task is Task.CAUSAL_LM:
+    (folder / GENAI).unlink(missing_ok=True)
+    if model.task is Task.CAUSAL_LM and not model.kv:  # genai has no such state, and would keep all tokens
         text = json.dumps(genai_config(model, shared), indent=2) + "\n"
         (folder / GENAI).write_text(text, encoding="utf8")
 

@@ -1,4 +1,4 @@
-"""The two graphs of a folder against each other: the portable one and the one with GroupQueryAttention."""
+"""The two graphs of a folder against each other: the portable one, and that with GroupQueryAttention or with slots."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.export.onnx.runtime import PORTABLE, SHARED, Session
+from compress.export.onnx.runtime import PORTABLE, SHARED, SLOTS, Session
+from compress.export.onnx.slot_session import SlotSession
 from compress.target import Session as AnySession
 
 TOKENS, PROMPT = 32, 16
+ROWS = 4
+"""Of tokens, of which slots are compared."""
 
 
 def compare_graphs(
@@ -24,6 +27,8 @@ def compare_graphs(
     logits; room: positions that the model has. Nothing is compared where the folder has one graph.
     """
     assert isinstance(session, Session) and isinstance(exact, Session)
+    if isinstance(session, SlotSession):
+        return _compare_slots(SlotSession(session.folder, session.threads, exact=True), exact, ids, limit)
     if not session.is_decoder or not (session.folder / SHARED).is_file():
         return True, ()
     name = PORTABLE if session.shares_cache else SHARED
@@ -39,6 +44,22 @@ def compare_graphs(
     margin = _margin(other, [*prompt, *first[:where]], (first[where], second[where]))
     note = f"greedy tokens part at {where}, margin {margin:.2g} of the largest logit"
     return apart <= limit and margin <= 2 * limit, (f"{told}{limit:g})", note)
+
+
+def _compare_slots(
+    slots: SlotSession, plain: Session, ids: NDArray[np.int64], limit: float
+) -> tuple[bool, tuple[str, ...]]:
+    """As far as nothing is dropped or rounded: while slots are free, where they hold floats; else the tokens of one
+    call, which attend to each other before they are stored."""
+    rows = ids[:ROWS, : slots.chunk if slots.rounds else slots.room]
+    half = rows.shape[1] if slots.rounds else -(-rows.shape[1] // 2)
+    cache, found = slots.cache(len(rows), 0), []
+    for start, stop in ((0, half), *((at, at + 1) for at in range(half, rows.shape[1]))):
+        found.append(cache.run(rows[:, start:stop], np.ones((len(rows), stop), np.int64)))
+    expected = plain.logits(rows)
+    apart = float(np.abs(np.concatenate(found, 1) - expected).max() / (np.abs(expected).max() or 1.0))
+    told = f"{SLOTS} and {PORTABLE}, before anything is dropped: largest relative difference {apart:.2g}"
+    return apart <= limit, (f"{told} on {rows.size} positions (bound {limit:g})",)
 
 
 def _apart(first: Session, second: Session, ids: NDArray[np.int64]) -> float:

@@ -3,6 +3,7 @@ measures memory (`python -m compress.export.onnx.runtime FOLDER`) measures the r
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,9 @@ from compress.runtime import probing
 from compress.runtime.greedy import greedy
 
 Ids = NDArray[np.int64]
-PORTABLE, SHARED = "model.onnx", "model_gqa.onnx"
-"""The two graphs of a folder. The second has GroupQueryAttention, whose cache may be one buffer; not all models can."""
+PORTABLE, SHARED, SLOTS = "model.onnx", "model_gqa.onnx", "model_slots.onnx"
+"""The graphs of a folder. The second has GroupQueryAttention, whose cache may be one buffer; not all models can. The
+third is there instead where the model's cache drops tokens (slots.py)."""
 REASON = "compress.no_shared_cache"
 """Metadata of the portable graph: why there is no other."""
 WIDE = "compress.float32"
@@ -134,6 +136,11 @@ class Session:
         """An empty cache for rows of about `length` tokens in all."""
         return Shared(self, batch, length) if self.shares_cache else Concatenated(self)
 
+    def cache_use(self) -> tuple[int, int]:
+        """Tokens of a sequence as long as the model reads, at most `LONG`, and bytes of its keys and values."""
+        tokens = min(probing.LONG, _positions(self.folder))
+        return tokens, tokens * np.dtype(self.cache_type).itemsize * sum(a * b for a, b in self.cache_shapes.values())
+
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
         """One timed call: ids (batch, length) after `past` cached tokens, all outputs computed."""
         if self.interface is not None and self.interface.batch not in (0, len(ids)):
@@ -148,6 +155,12 @@ class Session:
         cache = Shared(self, len(ids), past + ids.shape[1])
         cache.bind(ids, feeds["attention_mask"])
         return cache.again
+
+
+def _positions(folder: Path) -> int:
+    """Tokens of the longest sequence, by config.json; many where it sets no limit."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    return int((config.get("text_config") or config).get("max_position_embeddings") or probing.LONG)
 
 
 def _load(ort: Any, content: str | bytes, options: Any, placed: providers.Providers, path: Path) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from compress.export.onnx import (
     half,
     providers,
     qdq_edges,
+    slots,
     transforms,
 )
 from compress.export.onnx.capture import PARAMETER, cache_shapes, capture_graph
@@ -31,11 +32,14 @@ from compress.export.onnx.lowering import Choice, Source, by_user, choose, lower
 from compress.export.onnx.pattern import put_all_for
 from compress.export.onnx.profiler import profile_operators
 from compress.export.onnx.runner import Runner
-from compress.export.onnx.runtime import REASON, SHARED, Session, preferred
+from compress.export.onnx.runtime import REASON, SHARED, SLOTS, Session, preferred
 from compress.export.onnx.shared_runner import SharedRunner
+from compress.export.onnx.slot_runner import SlotRunner
+from compress.export.onnx.slot_session import SlotSession
 from compress.export.tensorrt import shapes
 from compress.honours import combined
 from compress.hwprofiles import Profile, Runtime
+from compress.kv.spec import KvSpec
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
 from compress.runtime import probing
@@ -52,11 +56,15 @@ Attend = Callable[[GraphBuilder, ir.Node, ir.Value, ir.Value], list[ir.Value]]
 
 # the interface of compress.target
 __all__ = ["FOLDER", "RUNTIME", "TAKES_EDITS", "TAKES_GRAPHS", "capture", "compare_graphs", "plan_layer"]
-__all__ += ["predict_bytes", "probe_command", "profile_operators", "runner", "session", "timed_here", "write"]
+__all__ += ["predict_bytes", "probe_command", "profile_operators", "runner", "session", "takes_caches", "timed_here"]
+__all__ += ["write"]
 
 
 def session(folder: Path, threads: int, exact: bool = False) -> Session:
-    """A written folder in ONNX Runtime, the graph that decodes faster where it has two; exact: see `Session`."""
+    """A written folder in ONNX Runtime, the graph that decodes faster where it has two; exact: see `Session`, then
+    without what a cache that drops tokens loses."""
+    if (folder / SLOTS).is_file():
+        return Session(folder, threads, exact=True) if exact else SlotSession(folder, threads)
     return Session(folder, threads, exact=exact, graph=preferred(folder))
 
 
@@ -67,12 +75,20 @@ def timed_here(profile: Profile) -> bool:
 
 def runner(session: Session, folder: Path) -> Runner:
     """Batches through a session."""
+    if isinstance(session, SlotSession):
+        return SlotRunner(session, folder)
     return SharedRunner(session, folder) if session.shares_cache else Runner(session, folder)
 
 
 def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
     """Runs `runtime.probe` in a process of its own."""
-    return probing.command("compress.export.onnx.runtime", folder, threads, prompt, tokens)
+    module = "slot_session" if (folder / SLOTS).is_file() else "runtime"
+    return probing.command(f"compress.export.onnx.{module}", folder, threads, prompt, tokens)
+
+
+def takes_caches(specs: Sequence[KvSpec], profile: Profile) -> Refusal | None:
+    """Why caches cannot be exported; None where they can."""
+    return slots.refusal(specs, profile.runtime(RUNTIME))
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
@@ -101,7 +117,9 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     side = model.side_bytes + CONFIG_BYTES
     layers = len(choices)
     graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
-    if model.task is Task.CAUSAL_LM and cache_shapes(model)[0][1] % grouped_query.STEP == 0:
+    if model.kv:
+        graphs += SLOTS_BASE_BYTES + layers * SHARED_LAYER_BYTES + len(model.kv) * SLOTS_CACHE_BYTES + nodes
+    elif model.task is Task.CAUSAL_LM and cache_shapes(model)[0][1] % grouped_query.STEP == 0:
         rotary = angles.predict_bytes(model.config, model.longest) // (2 if half.wanted(runtime) else 1)
         graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + nodes + rotary
     return weights + model.plain_bytes + side + graphs
@@ -114,6 +132,9 @@ GRAPH_LAYER_BYTES = 1_900
 # and of model_gqa.onnx
 SHARED_BASE_BYTES = 8_000
 SHARED_LAYER_BYTES = 1_200
+# and of model_slots.onnx, by layers and by caches
+SLOTS_BASE_BYTES = 8_000
+SLOTS_CACHE_BYTES = 20_000
 # The same of image classifiers (the test's own CNN, resnet20 and resnet44): nodes of a layer, and what decoding adds.
 IMAGE_BYTES = 800
 IMAGE_LAYER_BYTES = 720
@@ -134,29 +155,41 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     document = onnx.load_from_string(graph or capture(model, profile))
     sources = by_user(sources_of(model, choices))
     folder.mkdir(parents=True, exist_ok=True)
-    reason = grouped_query.refusal(ir.from_proto(document).graph, runtime) if model.task is Task.CAUSAL_LM else ""
-    portable = _document(document, sources, model, runtime, fusions.attend(runtime))
+    drops = bool(model.kv)
+    decodes = model.task is Task.CAUSAL_LM and not drops
+    reason = grouped_query.refusal(ir.from_proto(document).graph, runtime) if decodes else ""
+    portable = _document(ir.from_proto(document), sources, model, runtime, fusions.attend(runtime))
     if reason:
         portable.metadata_props[REASON] = reason
     ir.save(portable, folder / GRAPH, external_data=DATA)
-    (folder / SHARED).unlink(missing_ok=True)
-    shared = model.task is Task.CAUSAL_LM and not reason
+    for name in (SHARED, SLOTS):
+        (folder / name).unlink(missing_ok=True)
+    shared = decodes and not reason
     if shared:
         attend = partial(grouped_query.attention, positions=model.longest)
-        second = _document(document, sources, model, runtime, attend)
-        grouped_query.refer(second, ir.load(folder / GRAPH), DATA)
-        ir.save(second, folder / SHARED)
+        _beside(_document(ir.from_proto(document), sources, model, runtime, attend), folder / SHARED)
+    if drops:
+        lowering, opened = slots.Slots(model.kv), ir.from_proto(document)
+        lowering.open(opened.graph)
+        slotted = _document(opened, sources, model, runtime, lowering)
+        lowering.close(slotted)
+        _beside(slotted, folder / SLOTS)
     files.write(model, folder, shared)
     ranges = {} if runtime.provider == providers.CPU else shapes.ranges(model, profile)
     providers.write(folder, profile.id, runtime.provider, ranges)
     return Lowered.of(folder, choices, specs, experts.bounds(choices, specs))
 
 
+def _beside(document: ir.Model, path: Path) -> None:
+    """Save another graph of the same weights, which stay in the first one's file."""
+    grouped_query.refer(document, ir.load(path.with_name(GRAPH)), DATA)
+    ir.save(document, path)
+
+
 def _document(
-    document: onnx.ModelProto, sources: Mapping[str, Source], model: Model, runtime: Runtime, attend: Attend
+    lowered: ir.Model, sources: Mapping[str, Source], model: Model, runtime: Runtime, attend: Attend
 ) -> ir.Model:
     """The captured graph, every placeholder lowered. attend: how an attention with or without a cache is."""
-    lowered = ir.from_proto(document)
     lower(lowered, sources, model, attend)
     fusions.fuse(lowered, runtime)
     if half.wanted(runtime):

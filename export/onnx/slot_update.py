@@ -1,0 +1,179 @@
+"""The state of a layer's slots after a call: scores, which new tokens go where, and what is written.
+
+The best new token takes the place of the worst slot if it is the better of the two, the second best that of the second
+worst, and so on: what is left are the best C of all, as sorting them together would give, and nothing else moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from compress.export.onnx.attention import dim
+from compress.export.onnx.graph import GraphBuilder
+from compress.export.onnx.slot_tokens import BOOL, DOUBLE, FLOAT, INT, Tokens
+from compress.kv.spec import KvSpec
+
+INT8, HALF = ir.DataType.INT8, ir.DataType.FLOAT16
+END = 2**63 - 1
+LATER, LEAST = 2.0**-51, 2.0**-300
+"""By position, of equal scores the newer is made the higher: float64 has 29 bits more than a float32 score. The first
+is a share of the score, which below position 2^26 never reaches the next float32; the second is for scores of 0."""
+TINY = float(np.finfo(np.float16).tiny)
+"""The smallest scale, as the formats have it (compress/maths/grid.py)."""
+
+
+class Choice(NamedTuple):
+    """Which new tokens are kept and where, (batch, kv heads, m) each, m the smaller of new tokens and slots.
+
+    token: among the new ones; wins: whether it is kept; place: its slot, the last one where it is not.
+    """
+
+    token: ir.Value
+    wins: ir.Value
+    place: ir.Value
+
+
+class Update:
+    """Of one layer."""
+
+    def __init__(self, graph: GraphBuilder, spec: KvSpec, state: Mapping[str, ir.Value], tokens: Tokens) -> None:
+        self._graph, self._spec, self._state, self._tokens = graph, spec, state, tokens
+
+    def after(self, key: ir.Value, value: ir.Value, weights: ir.Value, out: ir.Value) -> dict[str, ir.Value]:
+        """The state after. key, value (batch, kv heads, n, size); weights (batch, kv heads, groups · n, slots + n);
+        out (batch, kv heads, groups · n, size), what the attention puts out."""
+        state, scores, fresh = self._state, *self._scores(key, weights)
+        choice = self._choose(scores, fresh, dim(key, 1), out)
+        after = {}
+        for name, states in (("key", key), ("value", value)):
+            picked, width = self._take(states, choice, dim(states, 3)), dim(states, 3)
+            if f"{name}_scale" in state:
+                picked, scales = self._encode(picked)
+                after[f"{name}_scale"] = self._put(state[f"{name}_scale"], choice, scales)
+            after[name] = self._put(state[name], choice, picked, width)
+        after["position"] = self._put(state["position"], choice, self._positions(choice, dim(key, 1)))
+        if scores is not None and fresh is not None:
+            after["score"] = self._put(scores, choice, self._take(fresh, choice))
+        return after
+
+    def _scores(self, key: ir.Value, weights: ir.Value) -> tuple[ir.Value | None, ir.Value | None]:
+        """Of slots (batch, kv heads, slots) and of new tokens (batch, kv heads, n), as compress/kv/scorers.py has them;
+        None where they are the positions."""
+        graph, spec = self._graph, self._spec
+        if spec.scorer == "position":
+            return None, None
+        if spec.scorer == "key_norm":
+            norms = graph.node("ReduceL2", [key, graph.constant([3])], {"keepdims": 0})
+            return self._state["score"], graph.node("Neg", [norms])
+        sums = graph.node("MatMul", [self._tokens.weights(spec.decay), weights])
+        held, fresh = cut(graph, graph.node("Squeeze", [sums, graph.constant([2])]), spec.budget + 1, axis=2)
+        before = self._state["score"]
+        if spec.decay < 1:
+            before = graph.node("Mul", [before, self._tokens.fade(spec.decay)])
+        return graph.node("Add", [before, held]), fresh
+
+    def _choose(self, scores: ir.Value | None, fresh: ir.Value | None, heads: int, out: ir.Value) -> Choice:
+        """Heads whose output is no number keep nothing: so whatever is written waits for the attention, which reads the
+        same buffers."""
+        graph, slots = self._graph, self._spec.budget
+        position = graph.node("Cast", [self._state["position"]], {"to": DOUBLE.value}, dtype=DOUBLE)
+        position = cut(graph, position, slots, axis=2, dtype=DOUBLE)[0]
+        old = self._rank(None if scores is None else cut(graph, scores, slots, axis=2)[0], position)
+        new = self._spread(self._rank(fresh, self._tokens.exact), heads, DOUBLE)
+        count = graph.node("Min", [self._tokens.length, graph.constant([slots])], dtype=INT)
+        worst, slot = self._top(old, count, largest=0)
+        best, token = self._top(new, count, largest=1)
+        one = graph.constant([0, 0]), graph.constant([1, 1]), graph.constant([2, 3])
+        first = graph.node("Squeeze", [graph.node("Slice", [out, *one]), graph.constant([3])])
+        is_number = graph.node("Not", [graph.node("IsNaN", [first], dtype=BOOL)], dtype=BOOL)
+        better = graph.node("GreaterOrEqual", [best, worst], dtype=BOOL)
+        wins = graph.node("And", [better, is_number], dtype=BOOL)
+        return Choice(token, wins, graph.node("Where", [wins, slot, graph.constant(slots)], dtype=INT))
+
+    def _rank(self, score: ir.Value | None, position: ir.Value) -> ir.Value:
+        """float64, higher ones stay: −inf where nothing is, inf for what always stays (`scorers.ranked`)."""
+        graph, spec = self._graph, self._spec
+        rank = position if score is None else graph.node("Cast", [score], {"to": DOUBLE.value}, dtype=DOUBLE)
+        if spec.by_age:
+            age = self._exact("Sub", self._tokens.newest, self._exact("Sub", position, 1.0))
+            rank = self._exact("Div", rank, self._exact("Max", age, 1.0))
+        if score is not None:
+            share = self._exact("Mul", graph.node("Abs", [rank], dtype=DOUBLE), self._exact("Mul", position, LATER))
+            rank = self._exact("Add", self._exact("Add", rank, share), self._exact("Mul", position, LEAST))
+        first = graph.node("Less", [position, graph.constant(spec.sinks, np.float64)], dtype=BOOL)
+        edge = self._exact("Sub", self._tokens.newest, float(spec.recent))
+        newest = graph.node("Greater", [position, edge], dtype=BOOL)
+        rank = self._where(graph.node("Or", [first, newest], dtype=BOOL), np.inf, rank)
+        return self._where(graph.node("Less", [position, graph.constant(0.0, np.float64)], dtype=BOOL), -np.inf, rank)
+
+    def _exact(self, operator: str, first: ir.Value, second: ir.Value | float) -> ir.Value:
+        if isinstance(second, float):
+            second = self._graph.constant(second, np.float64)
+        return self._graph.node(operator, [first, second], dtype=DOUBLE)
+
+    def _where(self, chosen: ir.Value, value: float, rest: ir.Value) -> ir.Value:
+        return self._graph.node("Where", [chosen, self._graph.constant(value, np.float64), rest], dtype=DOUBLE)
+
+    def _top(self, ranks: ir.Value, count: ir.Value, largest: int) -> tuple[ir.Value, ir.Value]:
+        """The highest or lowest so many, in order, and where they are."""
+        found = self._graph.node("TopK", [ranks, count], {"axis": -1, "largest": largest}, outputs=2, dtype=DOUBLE)
+        where = self._graph.nodes[-1].outputs[1]
+        where.type = ir.TensorType(INT)
+        return found, where
+
+    def _spread(self, values: ir.Value, heads: int, dtype: ir.DataType) -> ir.Value:
+        """(batch, 1 or kv heads, n) → (batch, kv heads, n)."""
+        return self._graph.node("Expand", [values, self._graph.constant([1, heads, 1])], dtype=dtype)
+
+    def _positions(self, choice: Choice, heads: int) -> ir.Value:
+        """Of what is written: −1 where it is not kept."""
+        graph = self._graph
+        taken = self._take(self._spread(self._tokens.positions, heads, INT), choice, dtype=INT)
+        taken = graph.node("Where", [choice.wins, taken, graph.constant(-1)], dtype=INT)
+        return graph.node("Cast", [taken], {"to": ir.DataType.INT32.value}, dtype=ir.DataType.INT32)
+
+    def _take(self, values: ir.Value, choice: Choice, width: int = 0, dtype: ir.DataType = FLOAT) -> ir.Value:
+        """Of new tokens (batch, kv heads, n[, width]) those of the choice."""
+        return self._graph.node("GatherElements", [values, self._wide(choice.token, width)], {"axis": 2}, dtype=dtype)
+
+    def _put(self, held: ir.Value, choice: Choice, values: ir.Value, width: int = 0) -> ir.Value:
+        """What is held, with the chosen values in their slots."""
+        inputs = [held, self._wide(choice.place, width), values]
+        return self._graph.node("ScatterElements", inputs, {"axis": 2}, dtype=held.dtype)
+
+    def _wide(self, index: ir.Value, width: int) -> ir.Value:
+        """(batch, kv heads, m) → (batch, kv heads, m[, width])."""
+        if not width:
+            return index
+        apart = self._graph.node("Unsqueeze", [index, self._graph.constant([3])], dtype=INT)
+        return self._graph.node("Expand", [apart, self._graph.constant([1, 1, 1, width])], dtype=INT)
+
+    def _encode(self, states: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(batch, kv heads, m, size) → int8 codes, those of int8(token) less 128, and scales (batch, kv heads, m)
+        float16."""
+        graph = self._graph
+        peak = graph.node("ReduceMax", [graph.node("Abs", [states]), graph.constant([3])])
+        wide = graph.node("Div", [graph.node("Mul", [peak, self._number(2.0)]), self._number(255.0)])
+        scale = graph.node("Cast", [graph.node("Max", [wide, self._number(TINY)])], {"to": HALF.value}, dtype=HALF)
+        steps = graph.node("Div", [states, graph.node("Cast", [scale], {"to": FLOAT.value})])
+        codes = graph.node("Round", [graph.node("Add", [steps, self._number(128.0)])])
+        inside = graph.node("Clip", [codes, self._number(0.0), self._number(255.0)])
+        codes = graph.node("Cast", [graph.node("Sub", [inside, self._number(128.0)])], {"to": INT8.value}, dtype=INT8)
+        return codes, graph.node("Squeeze", [scale, graph.constant([3])], dtype=HALF)
+
+    def _number(self, value: float) -> ir.Value:
+        return self._graph.constant(value, np.float32)
+
+
+def cut(
+    graph: GraphBuilder, values: ir.Value, count: int, axis: int = 3, dtype: ir.DataType = FLOAT
+) -> tuple[ir.Value, ir.Value]:
+    """The first so many along an axis, and the rest."""
+    ends = [graph.constant([each]) for each in (0, count, END)]
+    along = graph.constant([axis])
+    first = graph.node("Slice", [values, ends[0], ends[1], along], dtype=dtype)
+    return first, graph.node("Slice", [values, ends[1], ends[2], along], dtype=dtype)

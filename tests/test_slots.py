@@ -1,0 +1,275 @@
+"""The slot graph drops the tokens that the torch cache drops, and computes what that computes."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compress
+from compress import hwprofiles, recipe
+from compress.errors import UnsupportedError, UsageError
+from compress.export.onnx import graphs, slots, target
+from compress.export.onnx.graph import GraphBuilder
+from compress.export.onnx.runtime import PORTABLE, SHARED, SLOTS, Session
+from compress.export.onnx.slot_session import SlotSession
+from compress.export.onnx.slot_tokens import Tokens
+from compress.export.onnx.slot_update import Update
+from compress.kv.cache import KvCache
+from compress.kv.spec import KvSpec
+from compress.models.model import Model
+from compress.passes import KvEvict, KvQuant
+from compress.pipeline import Pipeline
+from compress.plan import make_plan
+
+PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
+SMALL: dict[str, Any] = {"budget": 16, "sinks": 2, "recent": 4, "chunk": 8}
+INT8 = {"keys": "int8(token)", "values": "int8(token)"}
+SCORERS: list[dict[str, Any]] = [
+    {"scorer": "position"},
+    {"scorer": "key_norm"},
+    {"scorer": "h2o"},
+    {"scorer": "h2o", "decay": 0.9},
+    {"scorer": "h2o", "by_age": True},
+]
+LENGTH = 104
+Write = Callable[..., SlotSession]
+
+
+@pytest.fixture(scope="module")
+def model(two_blocks: Path) -> Model:
+    return compress.load(two_blocks)
+
+
+@pytest.fixture(scope="module")
+def in_torch(two_blocks: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(two_blocks, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    """No token twice: two keys of one token have one norm but for rounding, and either may go."""
+    return np.random.default_rng(0).permutation(np.arange(256))[: 2 * LENGTH].reshape(2, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def write(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Write:
+    graph = target.capture(model, PROFILE)
+
+    def made(*specs: KvSpec) -> SlotSession:
+        caches = specs if len(specs) == 2 else specs * 2
+        folder = tmp_path_factory.mktemp("slots")
+        target.write(replace(model, kv=caches), PROFILE, folder, graph)
+        session = target.session(folder, 1)
+        assert isinstance(session, SlotSession)
+        return session
+
+    return made
+
+
+@torch.no_grad()
+def compared(session: SlotSession, model: Any, specs: tuple[KvSpec, ...], ids: np.ndarray) -> float:
+    """Both read a prompt in pieces, and the rest token by token. Every slot set must be the same. Returns: the largest
+    difference of logits, as a share of the largest logit."""
+    cache, torch_cache, widest = session.cache(len(ids), 0), KvCache.attach(model, specs), 0.0
+    pieces = [(at, at + session.chunk) for at in range(0, 24, session.chunk)]
+    for start, stop in [*pieces, *((at, at + 1) for at in range(pieces[-1][1], ids.shape[1]))]:
+        found = cache.run(ids[:, start:stop], np.ones((len(ids), stop), np.int64))
+        expected = model(
+            torch.from_numpy(ids[:, start:stop]), past_key_values=torch_cache, use_cache=True
+        ).logits.numpy()
+        widest = max(widest, float(np.abs(found - expected).max() / np.abs(expected).max()))
+        for layer, held in enumerate(torch_cache.layers):
+            positions = np.sort(cache.held(layer, "position"), -1)
+            np.testing.assert_array_equal(positions[..., -held.position.shape[2] :], np.sort(held.position.numpy(), -1))
+    return widest
+
+
+@pytest.mark.parametrize("settings", SCORERS, ids=str)
+def test_floats_are_dropped_and_read_as_in_torch(
+    settings: dict[str, Any], write: Write, in_torch: Any, ids: np.ndarray
+) -> None:
+    specs = (KvSpec(**SMALL, **settings), KvSpec(**{**SMALL, "budget": 11, "chunk": 12}, **settings))
+    assert compared(write(*specs), in_torch, specs, ids) < 1e-4
+
+
+@pytest.mark.parametrize("settings", [{"scorer": "key_norm"}, {"scorer": "h2o"}], ids=str)
+def test_codes_are_those_of_the_torch_cache(
+    settings: dict[str, Any], write: Write, in_torch: Any, ids: np.ndarray
+) -> None:
+    """A value between two codes may become either, which later tokens feel; the slots are the same all the same."""
+    specs = (KvSpec(**SMALL, **settings, **INT8), KvSpec(**SMALL, **settings, keys="int8(token)"))
+    session = write(*specs)
+    assert compared(session, in_torch, specs, ids) < 2e-2
+    cache, torch_cache = session.cache(2, 0), KvCache.attach(in_torch, specs)
+    cache.run(ids[:, :8], np.ones((2, 8), np.int64))
+    with torch.no_grad():
+        in_torch(torch.from_numpy(ids[:, :8]), past_key_values=torch_cache, use_cache=True)
+    places = np.argsort(cache.held(0, "position"), -1)[..., -8:]
+    for name, store in zip(("key", "value"), torch_cache.layers[0].stores, strict=True):
+        codes = np.take_along_axis(cache.held(0, name), places[..., None], 2).astype(int) + 128
+        apart = np.abs(codes - store.held["codes"].numpy())  # type: ignore[attr-defined]
+        assert apart.max() <= 1 and apart.mean() < 1e-3
+        scales = np.take_along_axis(cache.held(0, f"{name}_scale"), places, 2)
+        np.testing.assert_allclose(scales, store.held["scale"][..., 0].numpy(), rtol=1e-3)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("settings", SCORERS[1:4], ids=str)
+def test_padded_rows_and_rows_that_have_ended_change_no_other(
+    settings: dict[str, Any], write: Write, ids: np.ndarray
+) -> None:
+    session = write(KvSpec(**SMALL, **settings))
+    runner = target.runner(session, session.folder)
+    prompts = [ids[0, :24], ids[1, :16]]  # pieces of 8 begin at the same tokens, alone and padded
+    padded = np.stack([prompts[0], np.concatenate([np.zeros(8, np.int64), prompts[1]])])
+    mask = np.stack([np.ones(24, np.int64), np.repeat([0, 1], [8, 16])])
+    rows = [runner.start(padded, mask)]
+    rows += [runner.step(ids[:, 40 + at], np.array([True, at < 5])) for at in range(20)]
+    for row, prompt in enumerate(prompts):
+        alone = [runner.start(prompt[None], np.ones((1, len(prompt)), np.int64))]
+        alone += [runner.step(ids[row : row + 1, 40 + at], np.array([True])) for at in range(20 if row == 0 else 5)]
+        for found, expected in zip(rows, alone, strict=False):
+            np.testing.assert_allclose(found[row], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_memory_is_that_of_the_slots_however_long_the_text(write: Write, model: Model) -> None:
+    session = write(KvSpec(**SMALL, scorer="h2o", **INT8))
+    tokens, held = session.cache_use()
+    per_slot = 2 * (16 + 2) + 4 + 4  # keys and values of one head in bytes with scales, position, score
+    assert (tokens, held) == (model.longest, 2 * 2 * 17 * per_slot)
+    cache = session.cache(1, 0)
+    before = [buffer.data_ptr() for buffer in cache._buffers.values()]
+    cache.run(np.arange(100)[None], np.ones((1, 100), np.int64))
+    assert [buffer.data_ptr() for buffer in cache._buffers.values()] == before
+    plain = target.session(session.folder, 1, exact=True)
+    assert plain.cache_use() == (tokens, 2 * 2 * 2 * 16 * 4 * tokens)
+
+
+def test_quality_is_of_tokens_that_come_one_by_one_and_plain_logits_are_the_models(
+    write: Write, ids: np.ndarray
+) -> None:
+    session = write(KvSpec(**SMALL, scorer="key_norm"))
+    plain = session.plain.logits(ids)
+    lossy = session.logits(ids)
+    np.testing.assert_allclose(lossy[:, :16], plain[:, :16], rtol=1e-3, atol=1e-3)
+    assert np.abs(lossy[:, -1] - plain[:, -1]).max() > 1e-2
+
+
+def test_the_graph_refers_to_the_weights_of_the_portable_one(write: Write) -> None:
+    folder = write(KvSpec(**SMALL, scorer="h2o")).folder
+    assert not (folder / SHARED).exists() and not (folder / f"{SLOTS}_data").exists()
+    assert not (folder / "genai_config.json").exists()  # which would run the model with a cache that keeps all
+    onnx.checker.check_model(str(folder / SLOTS))
+    document = onnx.load(str(folder / SLOTS), load_external_data=False)
+    held = [one for one in document.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
+    assert {entry.value for one in held for entry in one.external_data if entry.key == "location"} == {target.DATA}
+    assert max(one.ByteSize() for one in document.graph.initializer if one not in held) < 512
+    facts = {entry.key: entry.value for entry in document.metadata_props}
+    assert json.loads(facts["compress.slots"])["specs"][0]["scorer"] == "h2o"
+
+
+def test_a_folder_written_without_caches_has_no_slots(write: Write, model: Model) -> None:
+    folder = write(KvSpec(**SMALL, scorer="h2o")).folder
+    target.write(model, PROFILE, folder, target.capture(model, PROFILE))
+    assert not (folder / SLOTS).exists() and (folder / SHARED).exists() and (folder / "genai_config.json").exists()
+    assert type(target.session(folder, 1)) is Session
+
+
+@pytest.mark.parametrize("store", [{}, INT8], ids=str)
+def test_the_plan_knows_the_size(store: dict[str, Any], write: Write, model: Model) -> None:
+    spec = KvSpec(**SMALL, scorer="h2o", **store)
+    size = sum(path.stat().st_size for path in write(spec).folder.iterdir())
+    made = replace(model, kv=(spec, spec))
+    assert target.predict_bytes(model.structure.layers.values(), made, PROFILE) == pytest.approx(size, rel=0.05)
+
+
+def test_of_equal_scores_the_older_goes_and_no_others_change_order() -> None:
+    """Against sorting by score, then by position, in whole numbers; scores that are next to each other stay apart."""
+    random = np.random.default_rng(0)
+    base = np.concatenate([random.normal(size=60), [0.0] * 20, np.repeat(random.normal(size=10) * 1e-30, 2)])
+    scores = base.astype(np.float32)
+    scores = np.concatenate([scores, np.nextafter(scores, np.float32(np.inf)), -scores])
+    positions = random.permutation(2**26)[: len(scores)]
+    spec = KvSpec(scorer="key_norm", budget=100, sinks=0, recent=1)
+    ranks = ranked(spec, scores, positions, 2**26 + 5)
+    assert sorted(range(len(scores)), key=lambda at: (scores[at], positions[at])) == np.argsort(ranks).tolist()
+
+
+def test_first_and_newest_tokens_come_before_all_others_and_empty_slots_after() -> None:
+    spec = KvSpec(scorer="h2o", budget=10, sinks=2, recent=3)
+    positions = np.array([-1, 0, 1, 2, 7, 8, 9, -1])
+    ranks = ranked(spec, np.zeros(8, np.float32), positions, 9)
+    assert np.isposinf(ranks).tolist() == [False, True, True, False, True, True, True, False]
+    assert np.isneginf(ranks).tolist() == [True, *[False] * 6, True]
+
+
+def ranked(spec: KvSpec, scores: np.ndarray, positions: np.ndarray, newest: int) -> np.ndarray:
+    """Through the nodes that the slot graph has."""
+    inputs = [
+        ir.Value(name="scores", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 1, "slots"])),
+        ir.Value(name="positions", type=ir.TensorType(ir.DataType.DOUBLE), shape=ir.Shape([1, 1, "slots"])),
+        ir.Value(name="given", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1, "n"])),
+    ]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 21}, name="rank")
+    builder = GraphBuilder(graph)
+    out = Update(builder, spec, {}, Tokens(builder, inputs[2], 1))._rank(inputs[0], inputs[1])
+    graph.extend(builder.nodes)
+    graph.outputs.append(out)
+    made = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    feeds = {
+        "scores": scores[None, None],
+        "positions": positions[None, None].astype(float),
+        "given": np.array([[newest]]),
+    }
+    return onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"]).run(None, feeds)[0][0, 0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        (KvSpec(keys="int8(token)"), "fixed number of slots; add kv_evict"),
+        (KvSpec(**SMALL, scorer="tova"), "scorer tova is not in the slot graph"),
+        (KvSpec(**SMALL, scorer="h2o", values="int4(group=8)"), "int4(group=8) is not stored"),
+        (KvSpec(**SMALL, scorer="h2o", keys="int8(token, asymmetric)"), "asymmetric) is not stored"),
+    ],
+)
+def test_what_slots_do_not_hold_is_refused_by_name(spec: KvSpec, told: str) -> None:
+    refusal = target.takes_caches((KvSpec(**SMALL, scorer="h2o"), spec), PROFILE)
+    assert refusal is not None and refusal.usage and told in refusal.reason
+
+
+def test_refusals_come_before_any_work(model: Model) -> None:
+    with pytest.raises(UsageError, match=r"tova.*--target native"):
+        make_plan(model, recipe.of_passes("kv_evict(budget=64, by=tova)"), PROFILE)
+    with pytest.raises(UnsupportedError, match="keeps a cache of its own"):
+        make_plan(model, recipe.of_passes("kv_evict(budget=64)"), PROFILE.model_copy(update={"target": "openvino"}))
+    gpu = slots.refusal((KvSpec(**SMALL, scorer="h2o"),), hwprofiles.load("nvidia-l4").runtime("onnxruntime"))
+    assert gpu is not None and not gpu.usage
+
+
+def test_an_artifact_with_slots_is_verified_and_generates(model: Model, tmp_path: Path) -> None:
+    result = Pipeline(KvQuant(), KvEvict(budget=24, by="h2o", sinks=2, recent=4, chunk=16)).run(model)
+    artifact = compress.export(result, profile=PROFILE, out=tmp_path / "out")
+    found = compress.verify(artifact.folder)
+    assert found.agrees and any(SLOTS in note and PORTABLE in note for note in found.notes)
+    engine = compress.load(artifact.folder)
+    first = engine.generate([[1, 2, 3], [5] * 40], max_new_tokens=40)
+    assert [len(row.tokens) for row in first.rows] == [40, 40]
+    assert engine.placement.file.endswith(SLOTS)
+    again = engine.generate([[1, 2, 3], [5] * 40], max_new_tokens=40)
+    assert [row.tokens for row in first.rows] == [row.tokens for row in again.rows]
+
+
+def test_floats_are_compared_with_the_portable_graph_while_slots_are_free(write: Write, ids: np.ndarray) -> None:
+    session = write(KvSpec(**SMALL, scorer="h2o"))
+    exact = target.session(session.folder, 1, exact=True)
+    assert graphs.compare_graphs(session, exact, ids, 1e-4, 128)[0]
+    assert not graphs.compare_graphs(session, exact, ids, 0.0, 128)[0]
