@@ -8,7 +8,8 @@ from typing import Any
 
 from compress.errors import ResourceError, UnsupportedError
 from compress.export.onnx import providers
-from compress.export.onnx.runtime import Session, load_onnxruntime, preferred
+from compress.export.onnx.runtime import load_onnxruntime
+from compress.export.onnx.slot_session import deployed
 from compress.files import read_json, scratch_folder
 from compress.speed.operators import WARM_CALLS, Bind, Counted, Profiled, repeat
 
@@ -23,7 +24,7 @@ def profile_operators(folder: Path, threads: int, bind: Bind) -> Profiled:
     InputError where the graph does not load.
     """
     with scratch_folder("compress-profile-") as scratch:
-        session = Session(folder, threads, graph=preferred(folder), profile_to=scratch / "run")
+        session = deployed(folder, threads, scratch / "run")
         placed = session.session.get_providers()[0]
         if placed != providers.CPU:
             session.session.end_profiling()

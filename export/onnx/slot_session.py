@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.export.onnx.cache import Floats, Ids
-from compress.export.onnx.runtime import PORTABLE, SLOTS, Session
+from compress.export.onnx.runtime import PORTABLE, SLOTS, Session, preferred
 from compress.runtime import probing
 from compress.runtime.greedy import greedy
 
@@ -32,8 +32,8 @@ class SlotSession(Session):
     tokens before one is dropped; rounds: whether any are stored as codes.
     """
 
-    def __init__(self, folder: Path, threads: int, *, exact: bool = False) -> None:
-        super().__init__(folder, threads, exact=exact, graph=SLOTS)
+    def __init__(self, folder: Path, threads: int, *, exact: bool = False, profile_to: Path | None = None) -> None:
+        super().__init__(folder, threads, exact=exact, graph=SLOTS, profile_to=profile_to)
         self.chunk = int(json.loads(self.session.get_modelmeta().custom_metadata_map[FACTS])["chunk"])
         self.state: dict[str, tuple[Any, tuple[int, ...]]] = {}
         for item in self.session.get_inputs():
@@ -80,6 +80,13 @@ class SlotSession(Session):
     def cache_use(self) -> tuple[int, int]:
         """See `Session`."""
         return super().cache_use()[0], self.cache(1, 0).nbytes
+
+
+def deployed(folder: Path, threads: int, profile_to: Path | None = None) -> Session:
+    """The graph that is used and measured here: the one with slots where there is one."""
+    if (folder / SLOTS).is_file():
+        return SlotSession(folder, threads, profile_to=profile_to)
+    return Session(folder, threads, graph=preferred(folder), profile_to=profile_to)
 
 
 class Slots:

@@ -35,7 +35,7 @@ from compress.export.onnx.runner import Runner
 from compress.export.onnx.runtime import REASON, SHARED, SLOTS, Session, preferred
 from compress.export.onnx.shared_runner import SharedRunner
 from compress.export.onnx.slot_runner import SlotRunner
-from compress.export.onnx.slot_session import SlotSession
+from compress.export.onnx.slot_session import SlotSession, deployed
 from compress.export.tensorrt import shapes
 from compress.honours import combined
 from compress.hwprofiles import Profile, Runtime
@@ -63,9 +63,9 @@ __all__ += ["write"]
 def session(folder: Path, threads: int, exact: bool = False) -> Session:
     """A written folder in ONNX Runtime, the graph that decodes faster where it has two; exact: see `Session`, then
     without what a cache that drops tokens loses."""
-    if (folder / SLOTS).is_file():
-        return Session(folder, threads, exact=True) if exact else SlotSession(folder, threads)
-    return Session(folder, threads, exact=exact, graph=preferred(folder))
+    if not exact:
+        return deployed(folder, threads)
+    return Session(folder, threads, exact=True, graph=preferred(folder))
 
 
 def timed_here(profile: Profile) -> bool:
