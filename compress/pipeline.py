@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from compress.engine import output_grids, sparsity, store
 from compress.engine.applying import left
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
-from compress.engine.kv_pass import cached_blocks, check_filled
+from compress.engine.kv_pass import KvPass, cached_blocks, carried, check_filled, refilled
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.reshape import Section, lay
@@ -31,6 +31,7 @@ from compress.engine.shared_stages import SharedStages
 from compress.engine.stages import Stages
 from compress.errors import UnsupportedError, UsageError
 from compress.inputs.datasets import Calibration, calibrate
+from compress.kv.spec import KvSpec
 from compress.layer import LayerSpec
 from compress.models.model import Model
 from compress.passes import PASSES, find
@@ -166,6 +167,18 @@ class Pipeline:
         ]
         seconds = sum(result.seconds or 0.0 for result in done)
         return PassResult(pass_text=text, matches=resolution.matches[number], layers=(*done, *skipped), seconds=seconds)
+
+
+def planned_caches(passes: Sequence[Pass], sections: Sequence[Section]) -> tuple[KvSpec, ...]:
+    """How each layer's cache will be kept; empty where no pass is about it."""
+    caches: tuple[KvSpec, ...] = ()
+    for number, part in enumerate(sections):
+        if number:
+            caches = carried(replace(sections[number - 1].model, kv=caches), part.model)
+        for place in part.places:
+            item = passes[place]
+            caches = refilled(item, caches, part.model) if isinstance(item, KvPass) else caches
+    return caches
 
 
 def planned(resolution: Resolution) -> dict[str, LayerSpec]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from compress.engine.applying import describe
-from compress.engine.kv_pass import filled
 from compress.engine.matching import Resolution
 from compress.engine.reshape import ReshapePass
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
@@ -20,7 +19,7 @@ from compress.hwprofiles import Profile, ProfileError
 from compress.layer import LayerKind, LayerSpec
 from compress.memory import allowed_memory
 from compress.models.model import Model, Task
-from compress.pipeline import Pipeline, planned
+from compress.pipeline import Pipeline, planned, planned_caches
 from compress.predict import (
     Sizes,
     artifact_bytes,
@@ -50,9 +49,8 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     pipeline = pipeline or Pipeline.parse(recipe.passes)
     pipeline.check_dtype(model, getattr(torch, recipe.calibration.dtype))
     sections = pipeline.lay(model)
-    resolution, shaped = sections[-1].resolution, sections[-1].model
-    if any(item.caches for item in pipeline.passes):
-        shaped = replace(shaped, kv=filled(pipeline.passes, len(shaped.attentions)))
+    resolution = sections[-1].resolution
+    shaped = replace(sections[-1].model, kv=planned_caches(pipeline.passes, sections))
     specs = planned(resolution)
     target = find_target(profile.target)
     require_graphs(target, shaped, profile)

@@ -15,7 +15,7 @@ from compress.errors import InputError, UnsupportedError, UsageError
 from compress.kv.spec import KvSpec
 from compress.models.model import Model
 from compress.passes import KvEvict, KvQuant, Rtn, find
-from compress.pipeline import Pipeline
+from compress.pipeline import Pipeline, planned_caches
 from compress.report.speed_rows import footprint_table
 from compress.report.verdict import verdict_sentence
 from helpers.reports import speed_of
@@ -164,3 +164,16 @@ def test_the_verdict_and_the_footprint_tell_the_bytes_of_the_cache() -> None:
     assert "the cache of 512 tokens 15.6x smaller (42 kB from 655 kB)" in sentence
     assert "cache" not in verdict_sentence(source_bytes=10, artifact_bytes=10, speed=speed)
     assert footprint_table(told).columns[-1] == "cache" and "cache" not in footprint_table(speed).columns
+
+
+def test_the_plan_keeps_the_caches_of_the_blocks_that_are_left(model: Model) -> None:
+    for text, count in (
+        ("kv_quant(float_layers=[0]), drop_blocks(blocks=[1])", 2),
+        ("drop_blocks(blocks=[1]), kv_quant", 2),
+    ):
+        pipeline = Pipeline.parse(text)
+        planned = planned_caches(pipeline.passes, pipeline.lay(model))
+        assert planned == pipeline.run(model).model.kv
+        assert len(planned) == 2
+    pipeline = Pipeline.parse("rtn(format=int8(group=32))")
+    assert planned_caches(pipeline.passes, pipeline.lay(model)) == ()
