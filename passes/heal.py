@@ -100,6 +100,8 @@ class Heal(ModelPass):
     def check(self, model: Model) -> None:
         if self.hidden and model.image is not None:
             raise UsageError("heal: hidden compares what blocks put out, and an image model has no like blocks.")
+        if self.parts == ("biases",) and not any(spec.has_bias for spec in model.structure.layers.values()):
+            raise UsageError("heal: parts=[biases], and no layer of the model has one. Name other parts.")
 
     def plan(self, spec: LayerSpec) -> LayerSpec:
         return spec

@@ -134,6 +134,8 @@ def test_outliers_are_so_many_that_the_others_make_whole_groups_of_whole_vectors
     assert count(form_of("codebook(vector=8, outliers=0.01)"), 256) == 8
     assert count(form_of("codebook(vector=8, out, outliers=0.01)"), 256) == 3
     assert count(form_of("codebook(vector=8, out, groups=4, outliers=0.01)"), 256) == 4
+    with pytest.raises(UsageError, match=r"outliers, rounded up .* are all 64. Give a smaller share"):
+        form_of("codebook(vector=8, outliers=0.9999)").run(64)
     assert count(form_of("codebook(vector=8)"), 256) == 0
     assert not form_of("codebook(vector=8, outliers=0.99)").fits(16)
 

@@ -237,6 +237,11 @@ def test_batches_are_shuffled_windows_or_images_each_once() -> None:
     assert torch.cat([images[place] for place in range(3)]).flatten().sort().values.tolist() == list(range(70))
 
 
+def test_what_the_model_has_not_is_refused_before_the_work(model: Model) -> None:
+    with pytest.raises(UsageError, match="no layer of the model has one"):
+        Pipeline.parse("heal(parts=[biases])").resolve(model)
+
+
 def test_settings_that_contradict_each_other_are_refused() -> None:
     for text, match in {
         "heal(rank=4)": "rank=4 is of mode=lora",

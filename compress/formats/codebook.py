@@ -157,6 +157,7 @@ class Codebook(Format):
 
     def run(self, columns: int) -> int:
         """Input columns of one group. Raises: UsageError where they do not fit."""
+        codebook_columns.require_others(self, columns)
         if not self.fits(columns):
             raise UsageError(
                 f"{self}: {columns} input columns cannot be cut into {self.groups} groups of whole vectors. Choose "

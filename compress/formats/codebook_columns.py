@@ -104,6 +104,15 @@ def outlier_count(form: Codebook, columns: int) -> int:
     return min(count, columns)
 
 
+def require_others(form: Codebook, columns: int) -> None:
+    """Raises: UsageError where all input columns would be outliers."""
+    if outlier_count(form, columns) == columns:
+        raise UsageError(
+            f"{form}: outliers, rounded up until the other input columns make whole groups of whole vectors, are all "
+            f"{columns}. Give a smaller share, or another vector or number of groups."
+        )
+
+
 def ordered(form: Codebook, importance: Tensor) -> Tensor:
     """(in,) int64: outlier columns first, those of the largest `importance` (in,); the others by it too where the
     format is permuted, else as they stand."""
