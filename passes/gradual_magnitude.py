@@ -175,7 +175,7 @@ class GradualMagnitude(Pruning, ModelPass):
         if outcome.steps <= last:
             return (
                 f"time was up at step {outcome.steps}, before the last raise at {last}: the rest was pruned at once, "
-                f"and not trained; held-out loss {outcome.after:.3g}"
+                f"and not trained; {outcome.on} loss {outcome.after:.3g}"
             )
         return f"pruned in {self.schedule().raises} raises up to step {last}: {outcome.describe()}"
 

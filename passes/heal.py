@@ -133,8 +133,8 @@ class Heal(ModelPass):
             before, exact = (outcome.before, outcome.after) if plain else (before, judged(held))
             patient.round(stage)
             after = judged(held)
-        text = f"healed on {batches.told(outcome.steps * each)}"
-        patient.write(stage, f"{text}: {_gain(before, after, exact)}; {outcome.describe(with_loss=not plain)}")
+        text = f"healed on {batches.told(outcome.steps * each)}: {outcome.on} {_gain(before, after, exact)}"
+        patient.write(stage, f"{text}; {outcome.describe(with_loss=not plain)}")
         saved.remove()
 
 
@@ -237,7 +237,7 @@ def _hidden_weight(stage: Stage, item: Heal) -> float:
 
 
 def _gain(before: float, after: float, exact: float) -> str:
-    """The divergence on held-out batches, at the start, and of what is stored."""
+    """The divergence at the start, and of what is stored."""
     share = f", {100 * (1 - after / before):.0f} % regained" if before > 0 else ""
     rounded = f" ({exact:.3g} before it was rounded to the types it is stored in)" if after > 1.01 * exact else ""
-    return f"held-out divergence from the original {before:.3g} → {after:.3g}{rounded}{share}"
+    return f"divergence from the original {before:.3g} → {after:.3g}{rounded}{share}"

@@ -237,6 +237,14 @@ def test_batches_are_shuffled_windows_or_images_each_once() -> None:
     assert torch.cat([images[place] for place in range(3)]).flatten().sort().values.tolist() == list(range(70))
 
 
+def test_a_single_batch_is_not_told_as_held_out(model: Model) -> None:
+    one = Windows(torch.arange(64)[None], (0,), "one", "one")
+    result = Pipeline.parse("magnitude, heal(tokens=64)").run(model, Calibration(one, 0, "one"))
+    note = next(row.notes[0] for row in result.passes[1].layers if row.changed)
+    assert "held-out" not in note and "training divergence from the original" in note
+    assert "nothing could be held out of a single batch" in note
+
+
 def test_what_the_model_has_not_is_refused_before_the_work(model: Model) -> None:
     with pytest.raises(UsageError, match="no layer of the model has one"):
         Pipeline.parse("heal(parts=[biases])").resolve(model)

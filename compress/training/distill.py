@@ -60,19 +60,27 @@ class Budget:
 @dataclass(frozen=True)
 class Outcome:
     """before, after: mean held-out loss at the start (`Budget.first`) and of the iterate that was kept; best: its step;
-    steps: taken; stopped: `steps`, `minutes` or `patience`."""
+    steps: taken; stopped: `steps`, `minutes` or `patience`; held: whether these batches were really held out, which a
+    single one is not."""
 
     before: float
     after: float
     best: int
     steps: int
     stopped: Literal["steps", "minutes", "patience"]
+    held: bool = True
+
+    @property
+    def on(self) -> str:
+        """What it was judged on: 'held-out', or 'training', where there was nothing else."""
+        return "held-out" if self.held else "training"
 
     def describe(self, with_loss: bool = True) -> str:
         """For a report: 'held-out loss 0.012 → 0.008, step 150 of 200'."""
         why = "" if self.stopped == "steps" else f", stopped by {self.stopped}"
-        loss = f"held-out loss {self.before:.3g} → {self.after:.3g}, " if with_loss else ""
-        return f"{loss}step {self.best} of {self.steps}{why}"
+        loss = f"{self.on} loss {self.before:.3g} → {self.after:.3g}, " if with_loss else ""
+        only = "" if self.held else "; nothing could be held out of a single batch"
+        return f"{loss}step {self.best} of {self.steps}{why}{only}"
 
 
 MOST_HELD = 8
@@ -152,7 +160,7 @@ def fit(
         if saved is not None:
             saved.keep(state, at, descent)
     _put_back(state, at.kept)
-    return Outcome(at.before, at.best, at.best_step, at.step, stopped)
+    return Outcome(at.before, at.best, at.best_step, at.step, stopped, held=set(train).isdisjoint(held))
 
 
 def _put_back(state: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
