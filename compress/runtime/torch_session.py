@@ -36,6 +36,7 @@ class TorchSession:
     def __init__(self, model: Any, threads: int, caches: tuple[KvSpec, ...] = ()) -> None:
         self.model, self.threads, self.caches = model, threads, caches
         self.is_decoder = model.get_output_embeddings() is not None
+        self._attention = str(model.config._attn_implementation)
 
     @property
     def provider(self) -> str:
@@ -59,7 +60,7 @@ class TorchSession:
         if not self.caches:
             yield
             return
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(self._attention)
         try:
             yield
         finally:
