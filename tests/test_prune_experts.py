@@ -15,9 +15,9 @@ import transformers
 import compress
 from compress.errors import UnsupportedError, UsageError
 from compress.export.checkpoint.target import COMPRESSED_TENSORS
+from compress.maths.merging import averaged, merged
 from compress.models import placing
 from compress.models.model import Model
-from compress.passes.prune_experts import merged
 from compress.pipeline import Pipeline, Result
 from helpers.checkpoints import PROFILE
 from helpers.models import SIZES, calibration, tokens
@@ -132,8 +132,11 @@ def test_an_expert_is_merged_into_the_nearest_by_its_tokens() -> None:
     assert went == {2: 1}
     torch.testing.assert_close(found[1], torch.tensor([0.025, 1.5]))
     assert torch.equal(found[0], weights[0])
+    biases = averaged(torch.tensor([[1.0], [2.0], [6.0]]), went, torch.tensor([5.0, 3.0, 1.0]))
+    assert biases[:2].tolist() == [[1.0], [3.0]]
     found, _ = merged(weights, torch.tensor([0, 1]), torch.zeros(3))  # none was used
     assert torch.equal(found[1], weights[1])
+    assert averaged(torch.tensor([[1.0], [2.0], [6.0]]), went, torch.zeros(3))[1] == 2
 
 
 def test_biases_are_merged_with_the_weights(folder_of: Callable[[str], Path]) -> None:
