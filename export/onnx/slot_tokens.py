@@ -26,27 +26,27 @@ class Tokens:
     @property
     def length(self) -> ir.Value:
         """n, (1,) int64."""
-        return self._once("length", lambda g: g.node("Shape", [self._given], {"start": 1, "end": 2}, dtype=INT))
+        return self.once("length", lambda g: g.node("Shape", [self._given], {"start": 1, "end": 2}, dtype=INT))
 
     @property
     def positions(self) -> ir.Value:
         """(batch, 1, n) int64."""
-        return self._once("positions", lambda g: g.node("Unsqueeze", [self._given, g.constant([1])], dtype=INT))
+        return self.once("positions", lambda g: g.node("Unsqueeze", [self._given, g.constant([1])], dtype=INT))
 
     @property
     def exact(self) -> ir.Value:
         """Positions (batch, 1, n) float64."""
-        return self._once("exact", lambda g: g.node("Cast", [self.positions], {"to": DOUBLE.value}, dtype=DOUBLE))
+        return self.once("exact", lambda g: g.node("Cast", [self.positions], {"to": DOUBLE.value}, dtype=DOUBLE))
 
     @property
     def newest(self) -> ir.Value:
         """The newest position, (batch, 1, 1) float64; −1 where all is padding."""
-        return self._once("newest", lambda g: g.node("ReduceMax", [self.exact, g.constant([2])], dtype=DOUBLE))
+        return self.once("newest", lambda g: g.node("ReduceMax", [self.exact, g.constant([2])], dtype=DOUBLE))
 
     @property
     def bias(self) -> ir.Value:
         """What each query sees of them, (batch, 1, groups · n, n): those up to itself, no padding."""
-        return self._once("bias", self._bias)
+        return self.once("bias", self._bias)
 
     def _bias(self, graph: GraphBuilder) -> ir.Value:
         queries = graph.node("Unsqueeze", [self._given, graph.constant([1, 3])], dtype=INT)
@@ -58,9 +58,7 @@ class Tokens:
     @property
     def real(self) -> ir.Value:
         """1 for a token and 0 for padding, (batch, 1, n)."""
-        return self._once(
-            "real", lambda g: g.node("Cast", [is_there(g, self.positions, np.int64)], {"to": FLOAT.value})
-        )
+        return self.once("real", lambda g: g.node("Cast", [is_there(g, self.positions, np.int64)], {"to": FLOAT.value}))
 
     def weights(self, decay: float) -> ir.Value:
         """How much each query counts, (batch, 1, 1, groups · n): `decay` to the number of tokens after it, padding left
@@ -74,21 +72,22 @@ class Tokens:
                 counts = graph.node("Mul", [counts, factors])
             return self._grouped(graph.node("Unsqueeze", [counts, graph.constant([1])]), 3)
 
-        return self._once(("weights", decay), make)
+        return self.once(("weights", decay), make)
 
     def fade(self, decay: float) -> ir.Value:
         """What older sums are multiplied by, (batch, 1, 1)."""
         made = ("fade", decay)
-        return self._once(made, lambda g: g.node("Pow", [g.constant(decay, np.float32), self._total]))
+        return self.once(made, lambda g: g.node("Pow", [g.constant(decay, np.float32), self._total]))
 
     @property
     def _total(self) -> ir.Value:
-        return self._once("total", lambda g: g.node("ReduceSum", [self.real, g.constant([2])]))
+        return self.once("total", lambda g: g.node("ReduceSum", [self.real, g.constant([2])]))
 
     def _grouped(self, value: ir.Value, axis: int) -> ir.Value:
         return self._graph.node("Concat", [value] * self._groups, {"axis": axis}) if self._groups > 1 else value
 
-    def _once(self, name: object, make: Callable[[GraphBuilder], ir.Value]) -> ir.Value:
+    def once(self, name: object, make: Callable[[GraphBuilder], ir.Value]) -> ir.Value:
+        """What a name stands for, made by the first layer that asks."""
         key = ("slots", name, self._groups)
         if key not in self._graph.shared:
             self._graph.shared[key] = make(self._graph)

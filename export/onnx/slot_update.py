@@ -42,6 +42,7 @@ class Update:
 
     def __init__(self, graph: GraphBuilder, spec: KvSpec, state: Mapping[str, ir.Value], tokens: Tokens) -> None:
         self._graph, self._spec, self._state, self._tokens = graph, spec, state, tokens
+        self._known: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def after(self, key: ir.Value, value: ir.Value, weights: ir.Value, out: ir.Value) -> dict[str, ir.Value]:
         """The state after. key, value (batch, kv heads, n, size); weights (batch, kv heads, groups · n, slots + n);
@@ -83,7 +84,8 @@ class Update:
         position = graph.node("Cast", [self._state["position"]], {"to": DOUBLE.value}, dtype=DOUBLE)
         position = cut(graph, position, slots, axis=2, dtype=DOUBLE)[0]
         old = self._rank(None if scores is None else cut(graph, scores, slots, axis=2)[0], position)
-        new = self._spread(self._rank(fresh, self._tokens.exact), heads, DOUBLE)
+        of_all = self._tokens.once(("place", self._by_position), lambda _: self._place(self._tokens.exact))
+        new = self._spread(self._rank(fresh, self._tokens.exact, of_all), heads, DOUBLE)
         count = graph.node("Min", [self._tokens.length, graph.constant([slots])], dtype=INT)
         worst, slot = self._top(old, count, largest=0)
         best, token = self._top(new, count, largest=1)
@@ -94,18 +96,33 @@ class Update:
         wins = graph.node("And", [better, is_number], dtype=BOOL)
         return Choice(token, wins, graph.node("Where", [wins, slot, graph.constant(slots)], dtype=INT))
 
-    def _rank(self, score: ir.Value | None, position: ir.Value) -> ir.Value:
-        """float64, higher ones stay: −inf where nothing is, inf for what always stays (`scorers.ranked`)."""
-        graph, spec = self._graph, self._spec
-        rank = position if score is None else graph.node("Cast", [score], {"to": DOUBLE.value}, dtype=DOUBLE)
-        if spec.by_age:
+    def _rank(self, score: ir.Value | None, position: ir.Value, place: ir.Value | None = None) -> ir.Value:
+        """float64, higher ones stay: −inf where nothing is, inf for what always stays (`scorers.ranked`). place: of
+        the positions, where it is known."""
+        place = place or self._place(position)
+        if score is None:
+            return place
+        rank = self._graph.node("Cast", [score], {"to": DOUBLE.value}, dtype=DOUBLE)
+        if self._spec.by_age:
             age = self._exact("Sub", self._tokens.newest, self._exact("Sub", position, 1.0))
             rank = self._exact("Div", rank, self._exact("Max", age, 1.0))
-        if score is not None:
-            share = self._exact("Mul", graph.node("Abs", [rank], dtype=DOUBLE), self._exact("Mul", position, LATER))
-            rank = self._exact("Add", self._exact("Add", rank, share), self._exact("Mul", position, LEAST))
+        size = self._graph.node("Abs", [rank], dtype=DOUBLE)
+        share = self._exact("Mul", size, self._exact("Mul", position, LATER))
+        return self._exact("Add", self._exact("Add", rank, share), place)
+
+    @property
+    def _by_position(self) -> tuple[object, ...]:
+        """What a rank that follows from the position depends on."""
+        return self._spec.scorer == "position", self._spec.sinks, self._spec.recent
+
+    def _place(self, position: ir.Value) -> ir.Value:
+        """What of a rank follows from the position."""
+        graph, spec = self._graph, self._spec
+        rank = position if spec.scorer == "position" else self._exact("Mul", position, LEAST)
         first = graph.node("Less", [position, graph.constant(spec.sinks, np.float64)], dtype=BOOL)
-        edge = self._exact("Sub", self._tokens.newest, float(spec.recent))
+        edge = self._tokens.once(
+            ("edge", spec.recent), lambda _: self._exact("Sub", self._tokens.newest, float(spec.recent))
+        )
         newest = graph.node("Greater", [position, edge], dtype=BOOL)
         rank = self._where(graph.node("Or", [first, newest], dtype=BOOL), np.inf, rank)
         return self._where(graph.node("Less", [position, graph.constant(0.0, np.float64)], dtype=BOOL), -np.inf, rank)
@@ -147,10 +164,11 @@ class Update:
 
     def _wide(self, index: ir.Value, width: int) -> ir.Value:
         """(batch, kv heads, m) → (batch, kv heads, m[, width])."""
-        if not width:
-            return index
-        apart = self._graph.node("Unsqueeze", [index, self._graph.constant([3])], dtype=INT)
-        return self._graph.node("Expand", [apart, self._graph.constant([1, 1, 1, width])], dtype=INT)
+        if width and (index, width) not in self._known:
+            apart = self._graph.node("Unsqueeze", [index, self._graph.constant([3])], dtype=INT)
+            shape = self._graph.constant([1, 1, 1, width])
+            self._known[index, width] = self._graph.node("Expand", [apart, shape], dtype=INT)
+        return self._known[index, width] if width else index
 
     def _encode(self, states: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(batch, kv heads, m, size) → int8 codes, those of int8(token) less 128, and scales (batch, kv heads, m)

@@ -119,6 +119,9 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
     if model.kv:
         graphs += SLOTS_BASE_BYTES + layers * SHARED_LAYER_BYTES + len(model.kv) * SLOTS_CACHE_BYTES + nodes
+        graphs += sum(
+            SLOTS_ROUNDED_BYTES * len([text for text in (each.keys, each.values) if text]) for each in model.kv
+        )
     elif model.task is Task.CAUSAL_LM and cache_shapes(model)[0][1] % grouped_query.STEP == 0:
         rotary = angles.predict_bytes(model.config, model.longest) // (2 if half.wanted(runtime) else 1)
         graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + nodes + rotary
@@ -132,9 +135,10 @@ GRAPH_LAYER_BYTES = 1_900
 # and of model_gqa.onnx
 SHARED_BASE_BYTES = 8_000
 SHARED_LAYER_BYTES = 1_200
-# and of model_slots.onnx, by layers and by caches
+# and of model_slots.onnx, by layers, by caches, and by keys or values that are rounded
 SLOTS_BASE_BYTES = 8_000
-SLOTS_CACHE_BYTES = 20_000
+SLOTS_CACHE_BYTES = 8_800
+SLOTS_ROUNDED_BYTES = 3_800
 # The same of image classifiers (the test's own CNN, resnet20 and resnet44): nodes of a layer, and what decoding adds.
 IMAGE_BYTES = 800
 IMAGE_LAYER_BYTES = 720
