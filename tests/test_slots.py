@@ -255,6 +255,28 @@ def test_refusals_come_before_any_work(model: Model) -> None:
     assert gpu is not None and not gpu.usage
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"softcap": 30.0}, "a soft cap"), ({"before": 7}, "a window"), ({}, "outside its attention")]
+)
+def test_attention_that_the_torch_cache_does_not_do_is_refused(changes: dict[str, Any], told: str) -> None:
+    """The last: something else reads the growing cache, which is not there any more."""
+    names = {"input_ids": ("batch", "n"), "attention_mask": ("batch", "all")}
+    names |= {f"past_key_values.0.{part}": ("batch", 1, "past", 8) for part in ("key", "value")}
+    given = [
+        ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        for name, shape in names.items()
+    ]
+    states = [ir.Value(name=name, shape=ir.Shape(["batch", 1, "n", 8])) for name in "qkv"]
+    attributes = {"scale": 1.0, "softcap": 0.0, "before": -1, "after": 0, **changes}
+    attend = ir.node("Attention", [*states, *given[2:]], attributes, domain="compress", num_outputs=3, name="attend")
+    other = ir.node("Shape", [given[2]])
+    graph = ir.Graph([*given, *states], attend.outputs, nodes=[attend, other], opset_imports={"": 21}, name="one")
+    lowering = slots.Slots((KvSpec(**SMALL, scorer="h2o"),))
+    with pytest.raises(UnsupportedError, match=told):
+        lowering.open(graph)
+        lowering.close(ir.Model(graph, ir_version=10))
+
+
 def test_an_artifact_with_slots_is_verified_and_generates(model: Model, tmp_path: Path) -> None:
     result = Pipeline(KvQuant(), KvEvict(budget=24, by="h2o", sinks=2, recent=4, chunk=16)).run(model)
     artifact = compress.export(result, profile=PROFILE, out=tmp_path / "out")
