@@ -197,7 +197,7 @@ def test_of_equal_scores_the_older_goes_and_no_others_change_order() -> None:
     base = np.concatenate([random.normal(size=60), [0.0] * 20, np.repeat(random.normal(size=10) * 1e-30, 2)])
     scores = base.astype(np.float32)
     scores = np.concatenate([scores, np.nextafter(scores, np.float32(np.inf)), -scores])
-    positions = random.permutation(2**26)[: len(scores)]
+    positions = random.permutation(np.unique(random.integers(0, 2**26, 4 * len(scores)))[::3])[: len(scores)]
     spec = KvSpec(scorer="key_norm", budget=100, sinks=0, recent=1)
     ranks = ranked(spec, scores, positions, 2**26 + 5)
     assert sorted(range(len(scores)), key=lambda at: (scores[at], positions[at])) == np.argsort(ranks).tolist()
