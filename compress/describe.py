@@ -48,12 +48,15 @@ def pass_settings(cls: type[Pass]) -> dict[str, dict[str, Any]]:
 
 def describe_pass(cls: type[Pass]) -> str:
     """One pass for people: what it does, what it needs and treats, its settings, and a line to copy."""
-    kinds = ", ".join(sorted(cls.kinds))
-    facts = [
-        f"needs:    {_needs(cls)}",
-        f"treats:   {kinds} layers",
-        f"fills:    {' and '.join(sorted(filter(None, cls.also | {cls.part}))) or 'nothing'}, once per layer",
-    ]
+    facts = [f"needs:    {_needs(cls)}"]
+    if cls.reshapes or cls.caches:
+        facts.append(f"treats:   {'the shape of the model' if cls.reshapes else 'the cache of keys and values'}")
+    else:
+        filled = " and ".join(sorted(filter(None, cls.also | {cls.part})))
+        facts += [
+            f"treats:   {', '.join(sorted(cls.kinds))} layers",
+            f"fills:    {filled or 'nothing'}, once per layer",
+        ]
     example = example_of(cls)
     facts += [f"example:  {example}"] if example else []
     settings = pass_settings(cls)
@@ -211,7 +214,7 @@ def _documentations(cls: type[Pass]) -> list[str]:
     from compress.engine.layerpass import Pass
 
     between = [base for base in cls.__mro__[1:] if issubclass(base, Pass) and base is not Pass]
-    own = [base for base in between if inspect.get_annotations(base)]
+    own = [base for base in between if set(inspect.get_annotations(base)) & set(base.model_fields)]
     return [_documentation(cls), *(_documentation(base) for base in own if base.__doc__)]
 
 

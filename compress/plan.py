@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compress.engine.applying import describe
+from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.reshape import ReshapePass
 from compress.errors import CompressError, ResourceError, UnsupportedError, UsageError
@@ -72,7 +73,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
         matches=_matches(
             [str(item) for item in pipeline.passes], [found for part in sections for found in part.resolution.matches]
         ),
-        warnings=(*model.warnings, *_warnings(layers, resolution), *larger, *_too_large(memory)),
+        warnings=(*model.warnings, *_warnings(layers, resolution, pipeline.passes), *larger, *_too_large(memory)),
         notes=(
             *(
                 f"{item}: {item.undecided}."
@@ -250,7 +251,7 @@ def _larger(artifact: int, source: int) -> tuple[str, ...]:
     )
 
 
-def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution) -> tuple[str, ...]:
+def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution, passes: Sequence[Pass]) -> tuple[str, ...]:
     found = [
         f"{name} no longer shares its weight: a pass names it alone, which stores it twice."
         for name in resolution.untied
@@ -258,7 +259,8 @@ def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution) -> tuple
     whole = sum(row.stored_bytes for row in layers) or 1
     left = [row for row in layers if not row.passes and row.kind != str(LayerKind.EXPERT)]
     share = sum(row.stored_bytes for row in left) / whole
-    if share > 0.25 and not any(row.kernel == "no" for row in layers):  # a refused layer's bytes are not known
+    is_whole = any(item.reshapes or item.caches for item in passes)  # the model gets smaller without any layer's pass
+    if share > 0.25 and not is_whole and not any(row.kernel == "no" for row in layers):  # of which no bytes are known
         more = " and others" if len(left) > 1 else ""
         found.append(
             f"{len(left)} layer(s) that no pass touches take {share:.0%} of the artifact: {left[0].layer}{more}"

@@ -23,7 +23,7 @@ from compress.models.depth import BlockPart
 from compress.models.edits import Shape
 from compress.models.model import Model, Task
 from compress.models.skeleton import OUTER
-from compress.records import REMOVED, LayerResult
+from compress.records import REMOVED, UNDECIDED, LayerResult
 
 WHAT = {"block": "block", "attention": "attention", "mlp": "feed-forward"}
 
@@ -98,7 +98,7 @@ class DropBlocks(ReshapePass):
         if self.blocks:
             return ""
         what = f"which {self.leaving} {WHAT[self.what]}(s) leave"
-        return f"{what} is decided on the calibration data (by={self.by}); the plan is of the last that can"
+        return f"{what} {UNDECIDED} (by={self.by}); the plan is of the last that can"
 
     @property
     def leaving(self) -> int:
@@ -107,7 +107,7 @@ class DropBlocks(ReshapePass):
 
     def check(self, model: Model) -> None:
         if model.image is not None:
-            raise UsageError(
+            raise UnsupportedError(
                 f"{self.name}: {model.source} is no language model or encoder with a list of like blocks, so there are "
                 "none to drop."
             )

@@ -307,7 +307,7 @@ def test_an_image_model_has_no_blocks_to_drop(tmp_path: Path) -> None:
         "torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))\n\n\n"
         "def sample_inputs(batch=2):\n    return (torch.randn(batch, 3, 8, 8),)\n"
     )
-    with pytest.raises(UsageError, match="no language model or encoder"):
+    with pytest.raises(UnsupportedError, match="no language model or encoder"):
         Pipeline(DropBlocks()).lay(compress.load(f"{path}:make"))
 
 

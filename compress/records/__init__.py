@@ -23,6 +23,8 @@ __all__ = ["Asked", "Footprint", "Gate", "Interval", "Metric", "Quality", "Recor
 REPORT_SCHEMA = 1
 REMOVED = "removed"
 """The format of a module that a pass took out of the model."""
+UNDECIDED = "is decided on the calibration data"
+"""In a plan's notes: what a run's report then tells itself."""
 
 Kernel = Literal["fast", "works", "no"]
 OutputReference = Literal["", "same inputs", "reference stream"]

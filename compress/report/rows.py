@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from compress.records import Gate, Report
+from compress.records import REMOVED, UNDECIDED, Gate, PassResult, Report
 from compress.records.speed import LONGER
 from compress.report import format as fmt
 from compress.report.detail_rows import float_note, layer_tables, run_tables
@@ -74,10 +75,30 @@ def _main_table(report: Report) -> Table:
     sizes = report.source_bytes, report.artifact_bytes
     table = quality_table(*arms, sizes, timing, assumed)
     gates = () if report.gates else ("No gates were set.",)
-    planned = tuple(clean(text, limit=600) for text in report.plan.notes) if report.plan else ()
+    planned = tuple(clean(text, limit=600) for text in (*_decided(report.passes), *_still_true(report)))
     return replace(
         table, notes=(*table.notes, *_size_note(report), *sparsity_note(report), *gates, *float_note(report), *planned)
     )
+
+
+TRAINED = re.compile(r"\bloss [\d.e+-]+ → ")
+"""In a layer's note: of training, which is the same for all of them."""
+
+
+def _decided(passes: Sequence[PassResult]) -> Iterator[str]:
+    """What passes over the whole model decided, each once: the blocks that left, what training regained."""
+    for done in passes:
+        gone = [row for row in done.layers if row.format == REMOVED]
+        yield from (f"{row.layer} left: {'; '.join(row.notes)}" for row in gone)
+        notes = dict.fromkeys(note for row in done.layers for note in row.notes)
+        yield from (f"{done.pass_text}: {note}" for note in notes if not gone and TRAINED.search(note))
+
+
+def _still_true(report: Report) -> Iterator[str]:
+    """Notes of the plan, but for what was not decided then."""
+    for note in report.plan.notes if report.plan else ():
+        if UNDECIDED not in note:
+            yield note
 
 
 def _size_note(report: Report) -> tuple[str, ...]:
