@@ -14,6 +14,7 @@ from compress.artifact import open_artifact
 from compress.errors import InputError, Interrupted, UnsupportedError, UsageError
 from compress.progress import Progress
 from compress.records import Footprint
+from compress.records.speed import END_TO_END, ENERGY, OPERATORS
 from compress.report import load as load_report
 from compress.run import run
 from compress.run_report import Request
@@ -88,8 +89,9 @@ def test_every_variant_is_a_complete_artifact_and_one_report_is_over_all(finishe
         own = load_report(out / each.folder)
         assert own.artifact_bytes == each.artifact_bytes and own.verification == each.verification
         assert own.speed is not None and own.speed.timings == each.timings
-        assert own.speed.end_to_end is not None and own.speed.operators is not None
-        assert own.speed.energy is not None or own.speed.unavailable.keys() == {"energy"}
+        measured = {ENERGY: own.speed.energy, END_TO_END: own.speed.end_to_end, OPERATORS: own.speed.operators}
+        # on a busy machine the little budget may not do for a whole request, which is then said
+        assert own.speed.unavailable.keys() == {name for name, value in measured.items() if value is None}
         assert own.speed.variant.peak_memory_bytes and own.speed.variant.peak_memory_bytes > 10_000_000
     assert load_sweep(out) == found
 
