@@ -124,6 +124,15 @@ def test_native_runs_the_model_with_its_cache(model: Model, tmp_path: Path) -> N
     assert session.greedy(ids[0].tolist(), 8) == expected
 
 
+def test_native_runs_codebooks_with_a_compressed_cache(model: Model, tmp_path: Path) -> None:
+    result = Pipeline.parse("rtn(format=codebook(vector=2, entries=16)), kv_evict(budget=64)").run(model)
+    artifact = compress.export(result, profile=PROFILE, target="native", out=tmp_path / "out")
+    session = artifact.session()
+    ids = np.random.default_rng(0).integers(1, 256, (1, 12))
+    np.testing.assert_allclose(session.logits(ids), session.plain.logits(ids), rtol=0.1, atol=0.1)
+    assert session.greedy(ids[0].tolist(), 4) == session.greedy(ids[0].tolist(), 4)
+
+
 def test_a_store_with_caches_for_other_layers_is_refused(model: Model, tmp_path: Path) -> None:
     Pipeline(KvEvict(budget=64)).run(model, folder=tmp_path / "model")
     path = tmp_path / "model" / "structure.json"

@@ -18,8 +18,7 @@ class TorchRunner(LeftPadded[TorchSession]):
 
     def __init__(self, session: TorchSession, folder: Path) -> None:
         super().__init__(session, folder)
-        taken = inspect.signature(session.model.forward).parameters
-        self._takes_positions, self._takes_last = "position_ids" in taken, "logits_to_keep" in taken
+        self._takes_last = "logits_to_keep" in inspect.signature(session.model.forward).parameters
 
     @property
     def placement(self) -> Placement:
@@ -40,17 +39,9 @@ class TorchRunner(LeftPadded[TorchSession]):
 
     @torch.no_grad()
     def _run(self, ids: Ids) -> Floats:
-        whole, size = torch.from_numpy(self._mask), self._session.chunk or ids.shape[1]
-        before = whole.shape[1] - ids.shape[1]
         more: dict[str, Any] = {"logits_to_keep": 1} if self._takes_last else {}
         with using_threads(self._session.threads):
-            for at in range(0, ids.shape[1], size):
-                piece, mask = torch.from_numpy(ids[:, at : at + size]), whole[:, : before + at + size]
-                if self._takes_positions:
-                    more["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -piece.shape[1] :]
-                output = self._session.model(
-                    input_ids=piece, attention_mask=mask, past_key_values=self._cache, use_cache=True, **more
-                )
-                self._cache = output.past_key_values
+            output = self._session.read(torch.from_numpy(ids), self._cache, torch.from_numpy(self._mask), **more)
+        self._cache = output.past_key_values
         result: Floats = output.logits[:, -1].float().numpy()
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -37,6 +38,7 @@ class TorchSession:
         self.model, self.threads, self.caches = model, threads, caches
         self.is_decoder = model.get_output_embeddings() is not None
         self._attention = str(model.config._attn_implementation)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @property
     def provider(self) -> str:
@@ -45,7 +47,7 @@ class TorchSession:
 
     def logits(self, ids: Ids) -> NDArray[np.float32]:
         """See compress.target.Session."""
-        return self._through_cache(ids) if self.caches else self._at_once(ids)
+        return self.one_by_one(ids, self.fresh_cache()) if self.caches else self._at_once(ids)
 
     @property
     def plain(self) -> Self | Plain:
@@ -88,20 +90,32 @@ class TorchSession:
         return min((spec.chunk for spec in self.caches if spec.evicts), default=0)
 
     @torch.no_grad()
-    def read(self, ids: torch.Tensor, cache: Any, **settings: Any) -> Any:
-        """What the model puts out for tokens after a cache, which grows by them: a prompt in pieces of `chunk`."""
-        size = self.chunk or ids.shape[1]
+    def read(self, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = None, **settings: Any) -> Any:
+        """What the model puts out for tokens after a cache, which grows by them: a prompt in pieces of `chunk`.
+
+        Args: mask (batch, all tokens so far): 0 for padding, on the left; None where there is none.
+        """
+        size, before = self.chunk or ids.shape[1], 0 if mask is None else mask.shape[1] - ids.shape[1]
         for at in range(0, ids.shape[1], size):
-            output = self.model(input_ids=ids[:, at : at + size], past_key_values=cache, use_cache=True, **settings)
+            piece = ids[:, at : at + size]
+            if mask is not None:
+                settings["attention_mask"] = seen = mask[:, : before + at + size]
+                if self._takes_positions:
+                    settings["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)[:, -piece.shape[1] :]
+            output = self.model(input_ids=piece, past_key_values=cache, use_cache=True, **settings)
             cache = output.past_key_values
         return output
 
     @torch.no_grad()
-    def _through_cache(self, ids: Ids) -> NDArray[np.float32]:
-        cache, found = self.fresh_cache(), []
-        with using_threads(self.threads):
+    def one_by_one(self, ids: Ids, cache: KvCache | None = None) -> NDArray[np.float32]:
+        """ids (batch, length) → logits (batch, length, vocabulary), read a token at a time as generating does. cache:
+        an empty one; None for transformers' own, with the attention that goes with it."""
+        found, past = [], cache
+        with using_threads(self.threads), self._own_attention() if cache is None else contextlib.nullcontext():
             for token in torch.from_numpy(ids).T[..., None]:
-                found.append(self.model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+                output = self.model(input_ids=token, past_key_values=past, use_cache=True)
+                past = output.past_key_values
+                found.append(output.logits)
         result: NDArray[np.float32] = torch.cat(found, 1).float().numpy()
         return result
 

@@ -47,19 +47,6 @@ class Session(TorchSession):
         with kernels.as_decoding() if rounds else nullcontext():
             return super().logits(ids)
 
-    @torch.no_grad()
-    def one_by_one(self, ids: Ids) -> NDArray[np.float32]:
-        """ids (batch, length) → logits (batch, length, vocabulary), read a token at a time as generating does."""
-        cache, found = None, []
-        with using_threads(self.threads):
-            for place in range(ids.shape[1]):
-                token = torch.from_numpy(ids[:, place : place + 1])
-                output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                found.append(output.logits)
-        result: NDArray[np.float32] = torch.cat(found, dim=1).float().numpy()
-        return result
-
     @property
     def provider(self) -> str:
         """See TorchSession; the kernels of codebook layers, that of most of them first."""
