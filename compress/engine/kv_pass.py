@@ -82,8 +82,7 @@ def refilled(item: KvPass, caches: Sequence[KvSpec], model: Model) -> tuple[KvSp
 
 def cached_blocks(model: Model) -> list[int]:
     """The places of the blocks that have a cache, in the order of the cache."""
-    gone = {edit.path.rpartition(".")[0] for edit in model.edits if edit.kind == "no attention"}
-    return [place for place, block in enumerate(model.structure.blocks) if block not in gone]
+    return model.blocks_without("no attention")
 
 
 def carried(model: Model, made: Model) -> tuple[KvSpec, ...]:

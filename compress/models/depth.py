@@ -137,9 +137,7 @@ def without_parts(model: Model, places: Sequence[int], part: BlockPart) -> Shape
 
 def with_part(model: Model, part: BlockPart) -> list[int]:
     """The places of the blocks that still have a part."""
-    path = model.structure.blocks_path
-    gone = {skeleton.segment_of(edit.path, path) for edit in model.edits if edit.kind == KINDS[part]}
-    return [place for place in range(len(model.structure.blocks)) if place not in gone]
+    return model.blocks_without(KINDS[part])
 
 
 def part_path(module: nn.Module, model: Model, place: int, part: BlockPart) -> str:

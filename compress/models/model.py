@@ -17,7 +17,7 @@ from compress.kv.spec import KvSpec
 from compress.layer import Layer, LayerSpec
 from compress.models import experts, skeleton
 from compress.models.attention import Attention, attentions
-from compress.models.edits import Edit, apply_edits
+from compress.models.edits import Edit, EditKind, apply_edits
 from compress.models.folder import SIDE_FILES, load_tokenizer, positions
 from compress.models.image_source import ImageSource
 from compress.models.reader import DenseReader, Reader
@@ -86,10 +86,14 @@ class Model:
     @property
     def attentions(self) -> tuple[Attention, ...]:
         """Of the blocks that have one, in the order of the cache. Raises: UnsupportedError for a model without any."""
-        gone = [edit.path for edit in self.edits if edit.kind == "no attention"]
-        without = {skeleton.segment_of(path, self.structure.blocks_path) for path in gone}
-        found = enumerate(attentions(self.config.get_text_config()))
-        return tuple(each for index, each in found if index not in without)
+        found = attentions(self.config.get_text_config())
+        return tuple(found[place] for place in self.blocks_without("no attention"))
+
+    def blocks_without(self, kind: EditKind) -> list[int]:
+        """The places of the blocks that no edit of a kind is in: of those that have a cache, say, in its order."""
+        path = self.structure.blocks_path
+        edited = {skeleton.segment_of(edit.path, path) for edit in self.edits if edit.kind == kind}
+        return [place for place in range(len(self.structure.blocks)) if place not in edited]
 
     @property
     def name(self) -> str:
