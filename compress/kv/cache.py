@@ -21,7 +21,7 @@ from compress.errors import UnsupportedError, UsageError
 from compress.formats.int_grid import IntGrid
 from compress.kv import scorers
 from compress.kv.spec import KvSpec, row_format
-from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, Store
+from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, SlotStore, Store
 
 ATTENTION = "compress_kv"
 """The attention that such a cache goes with, as transformers knows it."""
@@ -115,6 +115,13 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         if over > 0:
             self._compact()
 
+    @property
+    def _slots(self) -> tuple[SlotStore, SlotStore]:
+        """The stores of a layer that drops tokens."""
+        keys, values = self.stores
+        assert isinstance(keys, SlotStore) and isinstance(values, SlotStore), "KvSpec refuses a residual here"
+        return keys, values
+
     def _ranked(self) -> Tensor:
         return scorers.ranked(self.spec, self.score, self.position, self.valid, self.count - 1)
 
@@ -122,7 +129,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         """One token for one that goes, in its place: nothing else moves."""
         last = self.score.shape[2] - 1
         victim = self._ranked()[..., -1:]
-        for store, states in zip(self.stores, (keys, values), strict=True):
+        for store, states in zip(self._slots, (keys, values), strict=True):
             # a padding row's own new token goes: its slot is the one past the end, and nothing is written
             self._write(store, victim, states, last)
         into = victim.clamp(max=last - 1)
@@ -133,7 +140,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
             setattr(self, name, held[..., :last].scatter(-1, into, kept))
 
     @staticmethod
-    def _write(store: Store, victim: Tensor, states: Tensor, last: int) -> None:
+    def _write(store: SlotStore, victim: Tensor, states: Tensor, last: int) -> None:
         if not bool((victim == last).any()):
             store.replace(victim, states)
             return
@@ -143,7 +150,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _compact(self) -> None:
         index = self._ranked()[..., : self.spec.budget].sort(-1).values
-        for store in self.stores:
+        for store in self._slots:
             store.keep(index)
         for name in ("score", "position", "valid"):
             setattr(self, name, getattr(self, name).gather(-1, index))

@@ -1,7 +1,7 @@
 """What a layer's cache holds of keys or of values: tensors (batch, heads, slots, …), one row per token and head.
 
-A store grows by tokens, gives all of them back in float, and drops or overwrites single ones. What it holds is what its
-`nbytes` count.
+A store grows by tokens and gives all of them back in float; where each token has a slot of its own, single ones are
+dropped or overwritten (`SlotStore`). What it holds is what its `nbytes` count.
 """
 
 from __future__ import annotations
@@ -32,14 +32,6 @@ class Store(ABC):
         """All tokens in float, (batch, heads, slots, size); None where there are none."""
 
     @abstractmethod
-    def keep(self, index: Tensor) -> None:
-        """Drop all slots but these, (batch, heads, n) int64, in their order."""
-
-    @abstractmethod
-    def replace(self, index: Tensor, states: Tensor) -> None:
-        """Overwrite one slot of each head: index (batch, heads, 1) int64, states (batch, heads, 1, size)."""
-
-    @abstractmethod
     def rows(self, index: Tensor) -> None:
         """Take these rows of the batch, in this order."""
 
@@ -53,8 +45,8 @@ class Store(ABC):
         """Of all tensors that are held."""
 
 
-class _Slots(Store):
-    """Tensors by name, all of them (batch, heads, slots, …)."""
+class SlotStore(Store):
+    """Tensors by name, all of them (batch, heads, slots, …): what a cache that drops tokens holds."""
 
     def __init__(self) -> None:
         self.held: dict[str, Tensor] = {}
@@ -67,7 +59,12 @@ class _Slots(Store):
         self.held = {name: change(tensor) for name, tensor in self.held.items()}
         self.slots = next(iter(self.held.values())).shape[2] if self.held else 0
 
+    @abstractmethod
+    def replace(self, index: Tensor, states: Tensor) -> None:
+        """Overwrite one slot of each head: index (batch, heads, 1) int64, states (batch, heads, 1, size)."""
+
     def keep(self, index: Tensor) -> None:
+        """Drop all slots but these, (batch, heads, n) int64, in their order."""
         self._each(lambda held: held.gather(2, _wide(index, held)))
 
     def _overwrite(self, index: Tensor, more: dict[str, Tensor]) -> None:
@@ -89,7 +86,7 @@ def _wide(index: Tensor, like: Tensor) -> Tensor:
     return index[..., None].expand(*index.shape, like.shape[-1])
 
 
-class FloatStore(_Slots):
+class FloatStore(SlotStore):
     """As computed."""
 
     def append(self, states: Tensor) -> None:
@@ -102,7 +99,7 @@ class FloatStore(_Slots):
         self._overwrite(index, {"states": states})
 
 
-class RowStore(_Slots):
+class RowStore(SlotStore):
     """Each token's vector of one head is a row of a format."""
 
     def __init__(self, form: Format) -> None:
@@ -163,12 +160,6 @@ class RecentStore(Store):
     def read(self) -> Tensor | None:
         parts = [part for part in (self.older.read(), self.recent.read()) if part is not None]
         return torch.cat(parts, 2) if parts else None
-
-    def keep(self, index: Tensor) -> None:
-        raise NotImplementedError("KvSpec refuses a residual where tokens are dropped")
-
-    def replace(self, index: Tensor, states: Tensor) -> None:
-        raise NotImplementedError("KvSpec refuses a residual where tokens are dropped")
 
     def fork(self) -> Self:
         forked = copy.copy(self)
