@@ -139,14 +139,15 @@ class Pipeline:
         if self.needs_data and calibration is None:
             raise UsageError(f"{self}: needs calibration data. Give --data FILE (in Python: calibration=FILE).")
         self.check_dtype(model, None if calibration is None else calibration.dtype)
-        planned(self.resolve(model))  # refuses what a layer's shape does not allow, before any work
+        laid = self.lay(model)
+        planned(laid[-1].resolution)  # refuses what a layer's shape does not allow, before any work
         keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
         target = Path(keeper.name) if keeper else folder
         assert target is not None
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
             quiet = progress or Progress(quiet=True)
-            stages = Stages(self.passes, model, calibration, target, journal, device, quiet, shared)
+            stages = Stages(self.passes, model, calibration, target, journal, device, quiet, laid[:1], shared)
             results = stages.run()
             output_grids.fit(stages.resolution, calibration, target, device)
         passes = tuple(self._gather(place, results, part) for part in stages.sections for place in part.places)

@@ -42,7 +42,7 @@ class Stages:
     original: the source; folder: of the last stage's store, with the earlier ones' beside the segments in `stage-0`,
     `stage-1` … until all is done, and what errors are taken against (Sources). A store is removed only once the journal
     names the stage after it as done, so a run may be killed at any moment; that of a changed shape (`Section`) stays to
-    the end. sections: as the stages met them.
+    the end. sections: as the stages met them; the first, over the source, is given.
     """
 
     passes: tuple[Pass, ...]
@@ -52,8 +52,8 @@ class Stages:
     journal: Journal | None
     device: str
     progress: Progress
+    sections: list[Section]
     shared: SharedStages | None = None
-    sections: list[Section] = field(default_factory=list)
     _bases: list[int] = field(default_factory=list)
 
     def run(self) -> list[Found]:
@@ -61,8 +61,7 @@ class Stages:
         groups = cut(self.passes)
         found: list[Found] = []
         self._tell_resumed(groups)
-        ends = places_of(self.passes)
-        self.sections.append(section(self.passes, ends.pop(0), self.original))
+        ends = places_of(self.passes)[1:]
         for number, places in enumerate(groups):
             is_last = number == len(groups) - 1
             steps = self._steps(number, is_last)
