@@ -49,7 +49,7 @@ def pass_settings(cls: type[Pass]) -> dict[str, dict[str, Any]]:
 def describe_pass(cls: type[Pass]) -> str:
     """One pass for people: what it does, what it needs and treats, its settings, and a line to copy."""
     facts = [f"needs:    {_needs(cls)}"]
-    if cls.reshapes or cls.caches:
+    if not cls.chooses():
         facts.append(f"treats:   {'the shape of the model' if cls.reshapes else 'the cache of keys and values'}")
     else:
         filled = " and ".join(sorted(filter(None, cls.also | {cls.part})))

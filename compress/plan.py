@@ -259,8 +259,8 @@ def _warnings(layers: tuple[PlannedLayer, ...], resolution: Resolution, passes: 
     whole = sum(row.stored_bytes for row in layers) or 1
     left = [row for row in layers if not row.passes and row.kind != str(LayerKind.EXPERT)]
     share = sum(row.stored_bytes for row in left) / whole
-    is_whole = any(item.reshapes or item.caches for item in passes)  # the model gets smaller without any layer's pass
-    if share > 0.25 and not is_whole and not any(row.kernel == "no" for row in layers):  # of which no bytes are known
+    by_layers = all(item.chooses() for item in passes)  # else the model gets smaller without any layer's pass
+    if share > 0.25 and by_layers and not any(row.kernel == "no" for row in layers):  # of which no bytes are known
         more = " and others" if len(left) > 1 else ""
         found.append(
             f"{len(left)} layer(s) that no pass touches take {share:.0%} of the artifact: {left[0].layer}{more}"

@@ -15,8 +15,7 @@ from compress.engine.blockpass import Block, BlockPass, Changed
 from compress.engine.layer_stats import LayerStats, Stat
 from compress.engine.part import Part
 from compress.engine.prune_pass import REACHED, UNREACHED
-from compress.engine.quantizing import FormatField
-from compress.engine.storing import stored_as
+from compress.engine.quantizing import FormatField, stored_as
 from compress.errors import UsageError
 from compress.formats.base import Format, Params, QuantTensor, Rounder
 from compress.layer import Layer, LayerKind, LayerSpec

@@ -58,7 +58,7 @@ def result(request: pytest.FixtureRequest, model: Model, calibration: Calibratio
 @pytest.fixture
 def by_layer(result: Result) -> None:
     """Leave out passes that choose no layers."""
-    if result.pipeline.passes[-1].reshapes or result.pipeline.passes[-1].caches:
+    if not result.pipeline.passes[-1].chooses():
         pytest.skip("it is about the model as a whole, and chooses no layers")
 
 
@@ -74,7 +74,7 @@ def test_a_pass_says_in_the_words_there_are_what_it_fills_and_what_must_come_bef
     item = find(name)()
     for parts in ({item.part}, item.also, item.before, item.after):
         assert all(isinstance(part, Part) for part in parts)
-    made = item.rescales or item.renews or item.reshapes or item.caches
+    made = item.rescales or item.renews or not item.chooses()
     assert item.fills() or made, "a pass that fills nothing changes the model as a whole, or trains anew"
     assert not item.fills() & item.precedes(), "it would have to come before itself"
 

@@ -90,6 +90,11 @@ class Pass(BaseModel, ABC):
                 raise UsageError(f"In the overrides of '{pattern}': {error}") from error
         return self
 
+    @classmethod
+    def chooses(cls) -> bool:
+        """Whether it is for layers, which its targets choose; else it is about the model as a whole."""
+        return not (cls.reshapes or cls.caches)
+
     @property
     def wants(self) -> frozenset[Stat]:
         """The statistics that these very settings need; `needs` where they do not matter."""

@@ -81,13 +81,12 @@ def resolve(passes: Sequence[Pass], structure: Structure, places: range | None =
     part filled twice.
     """
     places = range(len(passes)) if places is None else places
-    treating = [passes[place] for place in places if not (passes[place].reshapes or passes[place].caches)]
-    structure, untied = _part_ties(treating, structure)
+    structure, untied = _part_ties([passes[place] for place in places if passes[place].chooses()], structure)
     assigned: dict[str, list[tuple[int, Pass]]] = {name: [] for name in structure.layers}
     counts, skipped = [], []
     for index in places:
         item = passes[index]
-        chosen, left_out, count = ([], {}, {}) if item.reshapes or item.caches else _select(item, structure)
+        chosen, left_out, count = _select(item, structure) if item.chooses() else ([], {}, {})
         for name in chosen:
             later = passes[index + 1 : places.stop]
             _check_part(item, assigned[name], name, _later(later, structure.layers[name], structure))

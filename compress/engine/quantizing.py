@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, model_validator
 
 from compress.engine.layer_stats import Stat
 from compress.engine.layerpass import LayerPass, Pass
-from compress.engine.storing import stored_as
 from compress.errors import UsageError
 from compress.formats import parse_format
 from compress.formats.base import Format
@@ -27,6 +26,22 @@ def _as_format(value: Any) -> Any:
 
 
 FormatField = Annotated[Format, BeforeValidator(_as_format)]
+
+
+def stored_as(name: str, form: Format, spec: LayerSpec) -> LayerSpec:
+    """The layer in a format. Args: name: of the pass. Raises: UsageError where its shape does not allow that."""
+    columns = spec.shape[1]
+    if columns % form.step:
+        raise UsageError(
+            f"{name}: {form} decides {form.step} input columns together, and {spec.name} has {columns}, which "
+            f"is no multiple of it. Choose another format, or one with smaller blocks, or leave the "
+            f"layer out (ignore=[{spec.name}])."
+        )
+    try:
+        form.tensor_specs(spec.shape)
+    except UsageError as error:
+        raise UsageError(f"{name}: layer {spec.name}: {error} Or leave it out (ignore=[{spec.name}]).") from error
+    return replace(spec, format=form)
 
 
 class Quantizing(Pass, ABC):

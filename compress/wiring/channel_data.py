@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -108,11 +108,8 @@ def _keep_output(
 
 
 def _run(module: nn.Module, images: Tensor, device: str) -> None:
-    try:
-        with torch.no_grad():
-            module(images.to(device))
-    except _Enough:
-        pass
+    with torch.no_grad(), suppress(_Enough):
+        module(images.to(device))
 
 
 @contextmanager
