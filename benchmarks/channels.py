@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from report_figures import figure, speeds
+
 import compress
 from compress import hwprofiles, manifest
 from compress.engine.image_stream import image_logits
@@ -27,7 +29,7 @@ from compress.inputs.datasets import calibrate
 from compress.pipeline import Pipeline
 from compress.quality.classification import score_batch, summarize_images
 from compress.recipe import Recipe
-from compress.records import Metric, Report
+from compress.records import Report
 from compress.run import run
 from compress.run_report import Request
 
@@ -88,7 +90,7 @@ def criteria(folder: Path, samples: int) -> list[dict[str, Any]]:
         logits = image_logits(made, test.batches())
         scores = [score_batch(*each) for each in zip(reference, logits, labels, strict=True)]
         found = summarize_images(scores, "compressed", "torch", test.protocol, test.digest).metrics
-        row = {**settings, "seconds": seconds, **{name: _figure(found[name]) for name in ("accuracy_change", "kl")}}
+        row = {**settings, "seconds": seconds, **{name: figure(found[name]) for name in ("accuracy_change", "kl")}}
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
@@ -122,23 +124,10 @@ def _row(report: Report) -> dict[str, Any]:
     return {
         "bytes": [report.source_bytes, report.artifact_bytes],
         "agrees": report.verification.agrees,
-        "baseline": _figure(report.baseline_quality.metrics["accuracy"]),
-        **{name: _figure(report.artifact_quality.metrics[name]) for name in ("accuracy", "accuracy_change", "kl")},
-        "speed": [
-            {
-                "setting": each.name,
-                "speedup": each.speedup,
-                "interval": [each.interval.low, each.interval.high],
-                "verdict": each.verdict,
-            }
-            for each in report.speed.timings
-        ],
+        "baseline": figure(report.baseline_quality.metrics["accuracy"]),
+        **{name: figure(report.artifact_quality.metrics[name]) for name in ("accuracy", "accuracy_change", "kl")},
+        "speed": speeds(report.speed),
     }
-
-
-def _figure(metric: Metric) -> dict[str, Any]:
-    interval = metric.interval and [metric.interval.low, metric.interval.high]
-    return {"value": metric.value, "interval": interval, "samples": metric.samples}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import onnxruntime as ort
 import torch
 from digits import rounded
 from numpy.typing import NDArray
+from paired import rounds
 
 from compress import hwprofiles
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
@@ -41,7 +41,6 @@ RESULT = Path(__file__).parent / "results" / "codebook_onnx.json"
 RUNTIME = hwprofiles.load("cpu-x86-avx512-vnni").runtime("onnxruntime")
 SIZE, BLOCK, TOKENS = 4096, 32, (1, 4, 128)
 # a measurement at least, and rounds
-LEAST_S, LEAST_ROUNDS = 0.02, 12
 FLOAT, INT4 = "float32 MatMul", "INT4 MatMulNBits"
 # 2.00 bits a weight each, codebooks and scales aside; the last is VPTQ's own layout
 FORMS = (
@@ -163,28 +162,6 @@ def measure(files: dict[str, Path], tokens: int, budget_s: float) -> list[dict[s
         rows.append(row)
         print(json.dumps(rounded(row)), flush=True)
     return rows
-
-
-def rounds(calls: dict[str, Callable[[], object]], budget_s: float) -> dict[str, NDArray[np.float64]]:
-    """Seconds of processor time of a call, of each round, in which all have their turn, in an order by chance."""
-    order, spent, end = np.random.default_rng(0), {name: [] for name in calls}, time.monotonic() + budget_s
-    repeats = {name: max(1, round(LEAST_S / once(call))) for name, call in calls.items()}
-    while time.monotonic() < end or len(spent[FLOAT]) < LEAST_ROUNDS:
-        for name in order.permutation(list(calls)):
-            started = time.process_time()
-            for _ in range(repeats[name]):
-                calls[name]()
-            spent[name].append((time.process_time() - started) / repeats[name])
-    return {name: np.array(seconds) for name, seconds in spent.items()}
-
-
-def once(call: Callable[[], object]) -> float:
-    """Seconds of the third call."""
-    for _ in range(2):
-        call()
-    started = time.process_time()
-    call()
-    return time.process_time() - started
 
 
 def main() -> None:

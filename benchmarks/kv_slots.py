@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from digits import rounded
-from numpy.typing import NDArray
+from paired import rounds
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import compress
@@ -54,7 +52,6 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
 TIMED = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
 KEPT, CONTEXTS = 1024, (1024, 4096, 16384)
 GROWING, CONCATENATED = "growing, one buffer", "growing, concatenated"
-LEAST_S, LEAST_ROUNDS = 0.02, 12
 
 
 def saved(folder: Path, vocabulary: int, sizes: dict[str, int]) -> Model:
@@ -125,28 +122,6 @@ def timing(scratch: Path, budget_s: float) -> list[dict[str, Any]]:
             rows.append({**row, "cache_bytes": held[name].cache(1, 0).nbytes if name in held else full})
             print(json.dumps(rounded(rows[-1])), flush=True)
     return rows
-
-
-def rounds(calls: dict[str, Callable[[], None]], budget_s: float) -> dict[str, NDArray[np.float64]]:
-    """Seconds of processor time of a call, of each round, in which all have their turn, in an order by chance."""
-    order, spent, end = np.random.default_rng(0), {name: list[float]() for name in calls}, time.monotonic() + budget_s
-    repeats = {name: max(1, round(LEAST_S / once(call))) for name, call in calls.items()}
-    while time.monotonic() < end or len(spent[GROWING]) < LEAST_ROUNDS:
-        for name in order.permutation(list(calls)):
-            started = time.process_time()
-            for _ in range(repeats[name]):
-                calls[name]()
-            spent[name].append((time.process_time() - started) / repeats[name])
-    return {name: np.array(seconds) for name, seconds in spent.items()}
-
-
-def once(call: Callable[[], None]) -> float:
-    """Seconds of the third call."""
-    for _ in range(2):
-        call()
-    started = time.process_time()
-    call()
-    return time.process_time() - started
 
 
 def main() -> None:

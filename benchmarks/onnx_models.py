@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from report_figures import figure, speeds
 
 import compress
 from compress import hwprofiles, manifest
@@ -139,23 +140,10 @@ def _row(report: Report) -> dict[str, Any]:
         "operators": report.operators,
         "bytes": [report.source_bytes, report.artifact_bytes],
         "agrees": [report.verification.level, report.verification.agrees],
-        "baseline": {name: _figure(metric) for name, metric in report.baseline_quality.metrics.items()},
-        "int8": {name: _figure(metric) for name, metric in report.artifact_quality.metrics.items()},
-        "speed": [
-            {
-                "setting": each.name,
-                "speedup": each.speedup,
-                "interval": [each.interval.low, each.interval.high],
-                "verdict": each.verdict,
-            }
-            for each in report.speed.timings
-        ],
+        "baseline": {name: figure(metric) for name, metric in report.baseline_quality.metrics.items()},
+        "int8": {name: figure(metric) for name, metric in report.artifact_quality.metrics.items()},
+        "speed": speeds(report.speed),
     }
-
-
-def _figure(metric: Any) -> dict[str, Any]:
-    interval = metric.interval and [metric.interval.low, metric.interval.high]
-    return {"value": metric.value, "interval": interval, "samples": metric.samples}
 
 
 if __name__ == "__main__":
