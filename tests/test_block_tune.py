@@ -13,7 +13,7 @@ from compress.inputs.datasets import Calibration, calibrate
 from compress.layer import Layer
 from compress.models.model import Model
 from compress.pipeline import Pipeline, Result, planned
-from compress.quality.evaluate import stream_logits
+from helpers.divergence import kl_between
 
 START = "rtn(format=codebook(vector=4, entries=256, stages=1))"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -53,19 +53,11 @@ def tensors(result: Result) -> dict[str, Tensor]:
     return weight.tensors
 
 
-def divergence(model: Model, other: Model, ids: Tensor) -> float:
-    total = 0.0
-    for first, second in zip(stream_logits(model, ids), stream_logits(other, ids), strict=True):
-        p, q = first.log_softmax(-1), second.log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(-1).mean())
-    return total
-
-
 def test_the_model_comes_nearer_to_the_original_on_text_it_did_not_see(
     model: Model, before: Result, tuned: Result, text_file: Path
 ) -> None:
     other = torch.cat(list(calibrate(model, text_file, samples=64, length=32, seed=9).batches()))[:16]
-    assert divergence(model, tuned.model, other) < 0.7 * divergence(model, before.model, other)
+    assert kl_between(model, tuned.model, other) < 0.7 * kl_between(model, before.model, other)
     assert all("tuned with its block: training loss" in row.notes[0] for row in tuned.passes[1].layers if row.changed)
 
 

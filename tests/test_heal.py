@@ -22,10 +22,10 @@ from compress.models.model import Model, Task
 from compress.models.user_module import Preprocess
 from compress.pipeline import Pipeline, Result
 from compress.progress import Progress
-from compress.quality.evaluate import stream_logits
 from compress.training.checkpoint import STATE
 from compress.training.objective import divergence, hidden_error
 from compress.training.plain import FullWeight, LowRank
+from helpers.divergence import kl_between
 
 PRUNED = "magnitude(sparsity=0.5)"
 HEALED = f"{PRUNED}, heal(tokens=20480)"
@@ -61,21 +61,12 @@ def weight(model: Model, name: str = NAME) -> Tensor:
     return model.layer(model.structure.layers[name]).float_weight()
 
 
-def lost(model: Model, other: Model, ids: Tensor) -> float:
-    """KL(model || other) per token."""
-    total = 0.0
-    for first, second in zip(stream_logits(model, ids), stream_logits(other, ids), strict=True):
-        p, q = first.log_softmax(-1), second.log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(-1).mean())
-    return total / len(ids)
-
-
 def test_a_pruned_model_comes_nearer_to_the_original_on_text_it_did_not_see(
     model: Model, data: tuple[Calibration, Samples], pruned: Result, healed: Result
 ) -> None:
     assert isinstance(data[1], Windows)
     ids = data[1].ids
-    assert lost(model, healed.model, ids) < 0.7 * lost(model, pruned.model, ids)
+    assert kl_between(model, healed.model, ids) < 0.7 * kl_between(model, pruned.model, ids)
     note = next(row.notes[0] for row in healed.passes[1].layers if row.changed)
     assert "tokens of data that calibration left over" in note and "% regained" in note
 
@@ -138,7 +129,7 @@ def test_a_model_that_lost_a_block_is_healed_by_the_blocks_that_its_own_were(
     dropped = Pipeline.parse("drop_blocks(blocks=[1])").run(model)
     result = Pipeline.parse("drop_blocks(blocks=[1]), heal(tokens=16000), rtn(bits=8)").run(model, data[0])
     assert result.model.origins == (0, 2)
-    assert lost(model, result.model, data[1].ids) < 0.9 * lost(model, dropped.model, data[1].ids)
+    assert kl_between(model, result.model, data[1].ids) < 0.9 * kl_between(model, dropped.model, data[1].ids)
 
 
 def test_an_encoder_is_healed_on_its_hidden_states(save_random: Callable[..., Path]) -> None:

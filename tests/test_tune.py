@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 import compress
 from compress.errors import UsageError
@@ -17,8 +16,8 @@ from compress.layer import ActSpec
 from compress.models.model import Model
 from compress.passes.act_quant import ActQuant
 from compress.pipeline import Pipeline, Result
-from compress.quality.evaluate import stream_logits
 from compress.training.soft import SoftInput
+from helpers.divergence import kl_between
 
 START = "rtn(format=int3(group=32))"
 
@@ -38,20 +37,12 @@ def tuned(model: Model, calibration: Calibration) -> Result:
     return Pipeline.parse(f"{START}, tune(steps=25, lr=0.01)").run(model, calibration)
 
 
-def divergence(model: Model, other: Model, ids: Tensor) -> float:
-    total = 0.0
-    for first, second in zip(stream_logits(model, ids), stream_logits(other, ids), strict=True):
-        p, q = first.log_softmax(-1), second.log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(-1).mean())
-    return total / len(ids)
-
-
 def test_the_tuned_model_is_nearer_to_the_original_on_windows_it_did_not_see(
     model: Model, calibration: Calibration, tuned: Result
 ) -> None:
     ids = torch.randint(0, 256, (8, 64), generator=torch.Generator().manual_seed(5))
     before = Pipeline.parse(START).run(model)
-    assert divergence(model, tuned.model, ids) < 0.95 * divergence(model, before.model, ids)
+    assert kl_between(model, tuned.model, ids) < 0.95 * kl_between(model, before.model, ids)
     assert all("tuned with the whole model" in row.notes[0] for row in tuned.passes[1].layers if row.changed)
 
 
