@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from compress.engine import output_grids, sparsity, store
+from compress.engine import kv_fit, output_grids, sparsity, store
 from compress.engine.applying import left
 from compress.engine.disk import disk_errors
 from compress.engine.journal import Journal
@@ -150,6 +150,7 @@ class Pipeline:
             stages = Stages(self.passes, model, calibration, target, journal, device, quiet, laid[:1], shared)
             results = stages.run()
             output_grids.fit(stages.resolution, calibration, target, device)
+            results += kv_fit.fit(self.passes, calibration, target, device, quiet, journal)
         passes = tuple(self._gather(place, results, part) for part in stages.sections for place in part.places)
         untied = tuple(name for part in stages.sections for name in part.resolution.untied)
         made = store.open_store(target, keeper)

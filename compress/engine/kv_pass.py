@@ -1,21 +1,27 @@
 """Passes that say how keys and values are cached: what is stored, and which tokens go. They change no weight.
 
-A model's caches are `Model.kv`, one `KvSpec` per layer of the cache; without such a pass it is empty.
+A model's caches are `Model.kv`, one `KvSpec` per layer of the cache; without such a pass it is empty. A pass may fit
+them to data (`KvPass.measures`): it observes each layer of the finished model, all other passes done, and then
+concludes for all layers together (compress/engine/kv_fit.py). What it finds are tensors, kept in `model/`
+(compress/models/cache_tensors.py).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Self
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 from pydantic import model_validator
+from torch import Tensor
 
 from compress.engine.layerpass import Pass
 from compress.engine.part import Part
 from compress.errors import UnsupportedError, UsageError
 from compress.kv.cache import require_plain
-from compress.kv.spec import KvSpec
+from compress.kv.observed import Attended
+from compress.kv.spec import KvSpec, LayerTensors
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
 from compress.records import LayerResult
@@ -55,7 +61,44 @@ class KvPass(Pass, ABC):
 
     @abstractmethod
     def fill(self, spec: KvSpec, layer: int) -> KvSpec:
-        """What the cache of a layer becomes. Raises: UsageError."""
+        """What the cache of a layer becomes, as far as it is known without data. Raises: UsageError."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether these settings take calibration data: then `observe` and `conclude` are called."""
+        return False
+
+    @property
+    def needs_data(self) -> bool:
+        return self.measures
+
+    def windows(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The token windows (batch, n) int64 that it observes, made of those of calibration."""
+        return batches
+
+    def observe(self, spec: KvSpec, layer: int, seen: Observed) -> dict[str, Tensor]:
+        """What it takes from one layer of the finished model, by names of its own. A stopped run keeps it."""
+        raise NotImplementedError(f"{self.name} measures, but observes nothing")
+
+    def conclude(self, caches: Sequence[KvSpec], found: Sequence[Mapping[str, Tensor]]) -> Sequence[Settled]:
+        """What the caches of all layers become. found: of each, what `observe` took."""
+        raise NotImplementedError(f"{self.name} measures, but settles nothing")
+
+
+class Observed(Protocol):
+    """One layer's attention on all windows, batch by batch, computed anew each time it is gone through."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Attended]: ...
+
+
+class Settled(NamedTuple):
+    """One layer's cache as data settled it. tensors: more of what `spec.wants`; notes: for the report."""
+
+    spec: KvSpec
+    tensors: LayerTensors = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
 
 def check_filled(passes: Sequence[Pass], count: int) -> None:
@@ -93,10 +136,10 @@ def carried(model: Model, made: Model) -> tuple[KvSpec, ...]:
     return tuple(known[made.origins[place]] for place in cached_blocks(made))
 
 
-def rows(item: KvPass, model: Model, caches: Sequence[KvSpec]) -> list[LayerResult]:
-    """What a pass did, for the report: one row per cached layer. caches: after it."""
+def rows(item: KvPass, model: Model, settled: Sequence[Settled]) -> list[LayerResult]:
+    """What a pass did, for the report: one row per cached layer. settled: the caches after it."""
     names = [f"{model.structure.blocks[place]}.cache" for place in cached_blocks(model)]
     return [
-        LayerResult(layer=name, users=(), pass_text=str(item), changed=True, format=spec.told())
-        for name, spec in zip(names, caches, strict=True)
+        LayerResult(layer=name, users=(), pass_text=str(item), changed=True, format=each.spec.told(), notes=each.notes)
+        for name, each in zip(names, settled, strict=True)
     ]

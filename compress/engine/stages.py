@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.engine import store
 from compress.engine.journal import Journal, Steps
-from compress.engine.kv_pass import KvPass, carried, refilled, rows
+from compress.engine.kv_pass import KvPass, Settled, carried, refilled, rows
 from compress.engine.layerpass import Pass
 from compress.engine.matching import Resolution
 from compress.engine.modelpass import ModelPass, Stage
@@ -179,7 +179,8 @@ class Stages:
             each = self.passes[place]
             if isinstance(each, KvPass):
                 caches = refilled(each, caches, model)
-                results += [(place, row) for row in rows(each, model, caches)]
+                if not each.measures:  # those that do tell what data settled, in the end
+                    results += [(place, row) for row in rows(each, model, [Settled(spec) for spec in caches])]
         store.write_structure(folder, replace(model, kv=caches), done, self.original.digest, config)
         return results
 

@@ -5,14 +5,15 @@
 layers in it: name, kind, users, shape, format text (null: a plain weight), input grid text, transforms of the input.
 Tensor names are `<layer>.weight` (plain) or `<layer>.weight.<part>` (the format's tensors), `<layer>.bias`,
 `<layer>.act.<part>` (a static input grid), and the names of plain tensors. A tensor that several layers hold in common
-is written once, and the header's `aliases` give its name for the others. `open_store` gives a `Model` that reads it.
+is written once, and the header's `aliases` give its name for the others. `caches.safetensors` holds what caches need
+beside their spec (compress/models/cache_tensors.py). `open_store` gives a `Model` that reads it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from compress.errors import InputError, UsageError
 from compress.files import read_json, sync_file, whole_file, write_text
 from compress.formats import parse_format
 from compress.formats.base import QuantTensor, TensorSpec
-from compress.kv.spec import KvSpec
+from compress.kv.spec import KvSpec, LayerTensors
 from compress.layer import ActSpec, Layer, LayerKind, LayerSpec
+from compress.models.cache_tensors import FILE, write_tensors
 from compress.models.edits import Shape, read_edits
 from compress.models.loading import load, reopen
 from compress.models.model import Model
@@ -61,6 +63,14 @@ def write_structure(
     if config:
         changed = {**read_json(folder / "config.json"), **config}
         write_text(folder / "config.json", json.dumps(changed, indent=2) + "\n")
+    write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
+    sync_file(folder)
+
+
+def write_caches(folder: Path, specs: Sequence[KvSpec], tensors: Sequence[LayerTensors]) -> None:
+    """Say anew how a finished store's keys and values are cached."""
+    write_tensors(folder, tensors)
+    structure = {**read_json(folder / "structure.json"), "kv": [spec.as_data() for spec in specs]}
     write_text(folder / "structure.json", json.dumps(structure, indent=1) + "\n")
     sync_file(folder)
 
@@ -200,7 +210,8 @@ def open_store(folder: Path, keeper: object = None, *, hashed: bool = True) -> M
     order = {name: place for place, name in enumerate(model.structure.layers)}
     ordered = dict(sorted(layers.items(), key=lambda item: order.get(item[0], len(order))))
     structure = replace(model.structure, layers=ordered)
-    files = (folder / segment_file(segment) for segment in structure.segments)
+    files = [folder / segment_file(segment) for segment in structure.segments]
+    files += [path for path in (folder / FILE,) if path.is_file()]
     return replace(
         model,
         structure=structure,

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from compress.errors import UnsupportedError, UsageError
 from compress.formats.int_grid import IntGrid
 from compress.kv import scorers
-from compress.kv.spec import KvSpec, row_format
+from compress.kv.spec import KvSpec, LayerTensors, row_format
 from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, SlotStore, Store
 
 ATTENTION = "compress_kv"
@@ -28,7 +28,7 @@ ATTENTION = "compress_kv"
 
 
 class KvLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's cache.
+    """One layer's cache. Args: tensors: those that the spec wants.
 
     score, position, valid (batch, heads, slots): of what is stored; seen: tokens so far, padding too; count (batch,):
     those that are none.
@@ -36,9 +36,11 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = False
 
-    def __init__(self, spec: KvSpec) -> None:
+    def __init__(self, spec: KvSpec, tensors: LayerTensors | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.tensors = spec, tensors or {}
+        if lacking := [name for name in spec.wants if name not in self.tensors]:
+            raise UsageError(f"A cache with {spec.told()} needs its tensor {lacking[0]}, which only data give.")
         self.reset()
 
     def reset(self) -> None:
@@ -225,13 +227,15 @@ class KvCache(Cache):  # type: ignore[misc]
     layers: list[KvLayer]
 
     @classmethod
-    def attach(cls, model: nn.Module, specs: Sequence[KvSpec]) -> Self:
+    def attach(cls, model: nn.Module, specs: Sequence[KvSpec], tensors: Sequence[LayerTensors] = ()) -> Self:
         """A new cache for a model of transformers, whose attention becomes the one that goes with it.
 
-        Raises: UnsupportedError where the model's attention is not transformers' plain one.
+        Args: tensors: by layer, those that the specs want.
+        Raises: UnsupportedError where the model's attention is not transformers' plain one; UsageError where a tensor
+        is not given.
         """
         use_attention(model)
-        return cls(layers=[KvLayer(spec) for spec in specs])
+        return cls(layers=[KvLayer(*each) for each in zip(specs, tensors or [{}] * len(specs), strict=True)])
 
     def fork(self) -> Self:
         """A cache that may grow while this one stays. Of a full one the newest token overwrites another in both."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from compress.errors import UsageError, nearest
 from compress.formats import parse_format
 from compress.formats.base import Format
@@ -14,6 +16,9 @@ from compress.formats.int_grid import IntGrid
 
 Scorer = Literal["", "position", "key_norm", "h2o", "tova"]
 Axis = Literal["token", "channel"]
+
+LayerTensors = Mapping[str, Tensor]
+"""What one layer's cache needs beside its `KvSpec`, by name (`KvSpec.wants`)."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class KvSpec:
     def is_plain(self) -> bool:
         """Whether the cache is as it would be without this."""
         return not (self.evicts or self.keys or self.values)
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """The tensors that the layer's cache needs beside this, by name (compress/models/cache_tensors.py)."""
+        return ()
 
     @property
     def reads(self) -> bool:

@@ -17,6 +17,7 @@ from compress.kv.spec import KvSpec
 from compress.layer import Layer, LayerSpec
 from compress.models import experts, skeleton
 from compress.models.attention import Attention, attentions
+from compress.models.cache_tensors import read_tensors
 from compress.models.edits import Edit, EditKind, apply_edits
 from compress.models.folder import SIDE_FILES, load_tokenizer, positions
 from compress.models.image_source import ImageSource
@@ -94,6 +95,11 @@ class Model:
         path = self.structure.blocks_path
         edited = {skeleton.segment_of(edit.path, path) for edit in self.edits if edit.kind == kind}
         return [place for place in range(len(self.structure.blocks)) if place not in edited]
+
+    @cached_property
+    def kv_tensors(self) -> tuple[dict[str, Tensor], ...]:
+        """By layer, what its cache needs beside its spec. Raises: InputError where that is not stored."""
+        return read_tensors(self.path, self.kv)
 
     @property
     def name(self) -> str:

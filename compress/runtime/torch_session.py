@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.kv.cache import KvCache, use_attention
-from compress.kv.spec import KvSpec
+from compress.kv.spec import KvSpec, LayerTensors
 from compress.models.folder import positions
 from compress.runtime.greedy import greedy
 from compress.runtime.probing import LONG
@@ -26,16 +26,18 @@ class TorchSession:
     """See compress.target.Session; what loads a folder is added by its target, with `name` and `load_s`.
 
     Args: model: of transformers, with its weights; threads for torch while a call runs; caches: how each layer's keys
-    and values are cached, empty where transformers does it. Then `logits` are those of tokens that come one by one, as
-    in generating, so that what the cache loses is in them.
+    and values are cached, empty where transformers does it, and tensors what they need beside that. Then `logits` are
+    those of tokens that come one by one, as in generating, so that what the cache loses is in them.
     """
 
     name: str
     image_shape = ()
     """It takes token ids."""
 
-    def __init__(self, model: Any, threads: int, caches: tuple[KvSpec, ...] = ()) -> None:
-        self.model, self.threads, self.caches = model, threads, caches
+    def __init__(
+        self, model: Any, threads: int, caches: tuple[KvSpec, ...] = (), tensors: tuple[LayerTensors, ...] = ()
+    ) -> None:
+        self.model, self.threads, self.caches, self.tensors = model, threads, caches, tensors
         self.is_decoder = model.get_output_embeddings() is not None
         self._attention = str(model.config._attn_implementation)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -82,7 +84,7 @@ class TorchSession:
 
     def fresh_cache(self) -> Any:
         """An empty cache; None where transformers makes its own."""
-        return KvCache.attach(self.model, self.caches) if self.caches else None
+        return KvCache.attach(self.model, self.caches, self.tensors) if self.caches else None
 
     @property
     def chunk(self) -> int:

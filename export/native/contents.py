@@ -6,9 +6,9 @@
      "edits": […], "kv": […]}
 
 The last two are as in structure.json, and left out where they would be empty.
-Beside it are config.json, the tokenizer's files and `model*.safetensors`, whose tensors are called `<layer>.weight`
-(out, in) of a float layer, `<layer>.weight.<part>` of another, `<layer>.bias`, and as the module calls its other
-tensors. Floats have the source's dtype.
+Beside it are config.json, the tokenizer's files, `caches.safetensors` where caches need tensors, and
+`model*.safetensors`, whose tensors are called `<layer>.weight` (out, in) of a float layer, `<layer>.weight.<part>` of
+another, `<layer>.bias`, and as the module calls its other tensors. Floats have the source's dtype.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compress import kernels
 from compress.export.native.loading import load_module
+from compress.models.cache_tensors import read_tensors
 from compress.runtime import probing
 from compress.runtime.torch_session import Ids, TorchSession, using_threads
 
@@ -34,7 +35,8 @@ class Session(TorchSession):
         started = time.perf_counter()
         with using_threads(threads):
             model, self.kernels, caches = load_module(folder, TORCH if exact else None)
-        super().__init__(model, threads, () if exact else caches)
+        caches = () if exact else caches
+        super().__init__(model, threads, caches, read_tensors(folder, caches))
         self.load_s = time.perf_counter() - started
         version = torch.__version__.partition("+")[0]
         self.name = f"torch {version} CPU" + (f" with {self.provider}" if self.kernels else "")
