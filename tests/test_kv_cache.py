@@ -72,6 +72,25 @@ def test_with_room_for_everything_logits_are_those_of_no_compression(
     assert torch.equal(compressed(model, ids, chunk, **settings, **room), expected)
 
 
+@pytest.mark.parametrize("settings", [{}, *SCORERS], ids=str)
+def test_with_room_for_everything_the_pieces_of_a_prompt_do_not_matter(
+    model: Any, ids: Tensor, settings: dict[str, Any]
+) -> None:
+    whole = through(model, DynamicCache(), ids, LENGTH)
+    room = {"budget": LENGTH, "recent": 4} if settings else {}
+    for chunk in (1, 5, 16):
+        assert relative(compressed(model, ids, chunk, **settings, **room), whole) <= 1e-5
+
+
+@pytest.mark.parametrize("settings", SCORERS, ids=str)
+def test_with_room_for_everything_rounding_is_all_that_is_lost(
+    model: Any, ids: Tensor, settings: dict[str, Any]
+) -> None:
+    rounding = {"keys": "int4(group=8)", "values": "int8(token)"}
+    found = compressed(model, ids, 7, **rounding, **settings, budget=LENGTH, recent=4)
+    assert torch.equal(found, compressed(model, ids, 7, **rounding))
+
+
 @pytest.mark.parametrize("settings", SCORERS, ids=str)
 def test_padded_rows_are_as_alone(model: Any, ids: Tensor, settings: dict[str, Any]) -> None:
     padding = [0, 5, 11, 20]
