@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.errors import UnsupportedError, UsageError
 from compress.formats.int_grid import IntGrid
-from compress.kv import scorers
+from compress.kv import heads, scorers
 from compress.kv.spec import KvSpec, LayerTensors, row_format
 from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, SlotStore, Store
 
@@ -93,14 +93,15 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         old = self.valid[:, :, None].expand(batch, heads, count, slots)
         return torch.cat([old, causal.expand(batch, heads, count, count)], 3)
 
-    def commit(self, asked: Tensor, probabilities: Tensor | None) -> None:
-        """Store the new tokens, and drop what is over the budget. probabilities (batch, query heads, n, slots + n)."""
+    def commit(self, asked: Tensor, probabilities: Tensor | None, features: Tensor | None = None) -> None:
+        """Store the new tokens, and drop what is over the budget. probabilities (batch, query heads, n, slots + n);
+        features (batch, n, inputs): what a learned scorer looks at (`heads.features_of`)."""
         assert self.pending is not None
         keys, values = self.pending
         self.pending = None
         new = self.count[:, None] + asked.cumsum(1) - 1
         self.seen, self.count = self.seen + asked.shape[1], self.count + asked.sum(1)
-        fresh = scorers.written(self.spec, keys, new)
+        fresh = scorers.written(self.spec, keys, new) if features is None else self._judged(features, keys.shape[1])
         shape = fresh.shape
         score = torch.cat([self.score, fresh], 2)
         if probabilities is not None:
@@ -116,6 +117,12 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
             store.append(states)
         if over > 0:
             self._compact()
+
+    def _judged(self, features: Tensor, kv_heads: int) -> Tensor:
+        """What the layer's head says, (batch, kv heads, n)."""
+        heads.check(features, kv_heads, self.tensors)
+        self.tensors = {name: tensor.to(features.device) for name, tensor in self.tensors.items()}
+        return heads.scores_of(features, self.tensors)
 
     @property
     def _slots(self) -> tuple[SlotStore, SlotStore]:
@@ -235,6 +242,8 @@ class KvCache(Cache):  # type: ignore[misc]
         is not given.
         """
         use_attention(model)
+        if any(spec.learned for spec in specs):
+            heads.catch(model)
         return cls(layers=[KvLayer(*each) for each in zip(specs, tensors or [{}] * len(specs), strict=True)])
 
     def fork(self) -> Self:
@@ -305,7 +314,8 @@ def _attend(
     products = products.masked_fill(~seen, torch.finfo(products.dtype).min)
     probabilities = products.softmax(-1, dtype=torch.float32).to(query.dtype)
     output = torch.matmul(probabilities, _repeat(value, groups)).transpose(1, 2).contiguous()
-    layer.commit(asked, probabilities if layer.spec.reads else None)
+    features = heads.features_of(layer.spec.scorer, module) if layer.spec.learned else None
+    layer.commit(asked, probabilities if layer.spec.reads else None, features)
     return output, None
 
 

@@ -65,11 +65,19 @@ def projections(module: nn.Module) -> list[nn.Module]:
     raise UnsupportedError(f"{type(module).__name__} has projections under names that are not known. Known: {known}.")
 
 
+def attentions_in(model: nn.Module) -> list[nn.Module]:
+    """All attentions in a model, or in a block, as far as they are known."""
+    return [
+        module
+        for module in model.modules()
+        if any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)
+    ]
+
+
 def attention_of(block: nn.Module) -> nn.Module:
     """The attention in a block. Raises: UnsupportedError where there is none, or none that is known."""
-    for module in block.modules():
-        if any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS):
-            return module
+    for module in attentions_in(block):
+        return module
     raise UnsupportedError(
         f"{type(block).__name__} has no attention with projections {', '.join(_PROJECTIONS[0])} or one for all."
     )

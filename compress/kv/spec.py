@@ -14,7 +14,7 @@ from compress.formats.base import Format
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
 
-Scorer = Literal["", "position", "key_norm", "h2o", "tova"]
+Scorer = Literal["", "position", "key_norm", "h2o", "tova", "locret", "kvzap"]
 Axis = Literal["token", "channel"]
 
 LayerTensors = Mapping[str, Tensor]
@@ -30,7 +30,8 @@ class KvSpec:
     channel, as KIVI has keys); residual: newest tokens that stay in float. scorer: by what tokens are dropped, empty
     where all are kept; budget: tokens that each head keeps; sinks: first tokens that are never dropped; recent: newest
     ones that are not. decay: of H2O's sums per step; by_age: whether they are divided by a token's age; chunk:
-    tokens of a prompt that are read at once.
+    tokens of a prompt that are read at once; head_width: of the head of a learned scorer (compress/kv/heads.py) between
+    its two layers, 0 for one that is linear.
     """
 
     keys: str = ""
@@ -44,6 +45,7 @@ class KvSpec:
     decay: float = 1.0
     by_age: bool = False
     chunk: int = 256
+    head_width: int = 0
 
     def __post_init__(self) -> None:
         if self.scorer not in get_args(Scorer):
@@ -58,6 +60,7 @@ class KvSpec:
             raise UsageError(f"decay={self.decay} is not in (0, 1].")
         if self.evicts:
             self._check_eviction()
+        self._check_head()
         for text in (self.keys, self.values):
             if text:
                 row_format(text)
@@ -77,6 +80,12 @@ class KvSpec:
                 "keys by channel and a residual of float tokens share scales over runs of tokens, of which single ones "
                 "cannot be dropped. Quantize by token, or drop nothing."
             )
+
+    def _check_head(self) -> None:
+        if self.head_width < 0 or (self.head_width and not self.learned):
+            raise UsageError(f"head_width={self.head_width} is of the learned scorers locret and kvzap, 0 or more.")
+        if self.scorer == "locret" and not self.head_width:
+            raise UsageError("head_width=0: a head of locret has two layers. Give 1 or more.")
 
     def _check_channel(self) -> None:
         form = row_format(self.keys) if self.keys else None
@@ -104,7 +113,16 @@ class KvSpec:
     @property
     def wants(self) -> tuple[str, ...]:
         """The tensors that the layer's cache needs beside this, by name (compress/models/cache_tensors.py)."""
-        return ()
+        if not self.learned:
+            return ()
+        layers = ("head.first", "head.second") if self.head_width else ("head.second",)
+        biases = tuple(f"{name}_bias" for name in layers) if self.scorer == "kvzap" else ()
+        return layers + biases
+
+    @property
+    def learned(self) -> bool:
+        """Whether its score comes from a trained head, as a token is written."""
+        return self.scorer in ("locret", "kvzap")
 
     @property
     def reads(self) -> bool:
