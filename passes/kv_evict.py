@@ -20,25 +20,35 @@ class KvEvict(KvPass):
     Settings: `budget` tokens; `by`: `streaming`, the newest (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453);
     `key_norm`, those with short keys (Devoto et al. 2024, arXiv 2406.11430), which needs no attention weights; `h2o`,
     those attended to most, per group of query heads (Zhang et al. 2023, arXiv 2306.14048); `tova`, most by the last
-    token, one choice for all heads (Oren et al. 2024, arXiv 2401.06104); `sinks`, `recent`; `decay` of H2O's sums at
-    each token; `by_age` whether they are divided by how long a token has been there; `chunk`.
+    token, one choice for all heads (Oren et al. 2024, arXiv 2401.06104); `snapkv`, most by the newest `window` queries,
+    averaged over the `pool` positions around (Li et al. 2024, arXiv 2404.14469); `expected`, most by queries that are
+    yet to come, as far as those seen tell, weighed by the length of values, anew every `interval` tokens (arXiv
+    2510.00636); `sinks`, `recent`; `decay` of H2O's sums at each token; `by_age` whether they are divided by how long a
+    token has been there; `chunk`.
     """
 
     name: ClassVar[str] = "kv_evict"
     fills_cache: ClassVar[str] = "what is dropped"
 
     budget: int = Field(default=1024, ge=1)
-    by: Literal["streaming", "key_norm", "h2o", "tova"] = "h2o"
+    by: Literal["streaming", "key_norm", "h2o", "tova", "snapkv", "expected"] = "h2o"
     sinks: int = Field(default=4, ge=0)
     recent: int = Field(default=32, ge=1)
     decay: float = Field(default=1.0, gt=0, le=1)
     by_age: bool = False
     chunk: int = Field(default=256, ge=1)
+    window: int = Field(default=32, ge=1)
+    pool: int = Field(default=5, ge=1)
+    interval: int = Field(default=16, ge=1)
 
     @model_validator(mode="after")
     def _check_score(self) -> Self:
         if self.by != "h2o" and (self.decay != 1 or self.by_age):
             raise UsageError(f"{self.name}: decay and by_age are of by=h2o, not of {self.by}. Leave them out.")
+        for names, scorer in ((("window", "pool"), "snapkv"), (("interval",), "expected")):
+            given = sorted(self.model_fields_set & set(names))
+            if given and self.by != scorer:
+                raise UsageError(f"{self.name}: {given[0]} is of by={scorer}, not of {self.by}. Leave it out.")
         self.fill(KvSpec(), 0)
         return self
 
@@ -52,4 +62,7 @@ class KvEvict(KvPass):
             decay=self.decay,
             by_age=self.by_age,
             chunk=self.chunk,
+            window=self.window,
+            pool=self.pool,
+            interval=self.interval,
         )

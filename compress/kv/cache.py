@@ -19,7 +19,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.errors import UnsupportedError, UsageError
 from compress.formats.int_grid import IntGrid
-from compress.kv import heads, scorers
+from compress.kv import heads, scorers, snapkv
+from compress.kv.expected import Call, Expected
+from compress.kv.rotation import Rotation, rotation_of
 from compress.kv.spec import KvSpec, LayerTensors, row_format
 from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, SlotStore, Store
 
@@ -28,7 +30,7 @@ ATTENTION = "compress_kv"
 
 
 class KvLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's cache. Args: tensors: those that the spec wants.
+    """One layer's cache. Args: tensors: those that the spec wants; rotation: the model's, where the scorer needs it.
 
     score, position, valid (batch, heads, slots): of what is stored; seen: tokens so far, padding too; count (batch,):
     those that are none.
@@ -36,17 +38,20 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = False
 
-    def __init__(self, spec: KvSpec, tensors: LayerTensors | None = None) -> None:
+    def __init__(self, spec: KvSpec, tensors: LayerTensors | None = None, rotation: Rotation | None = None) -> None:
         super().__init__()
-        self.spec, self.tensors = spec, tensors or {}
+        self.spec, self.tensors, self.rotation = spec, tensors or {}, rotation
         if lacking := [name for name in spec.wants if name not in self.tensors]:
             raise UsageError(f"A cache with {spec.told()} needs its tensor {lacking[0]}, which only data give.")
+        if spec.turns and rotation is None:
+            raise UsageError(f"{spec.told()}: that needs the model's rotary embedding. Make it by KvCache.attach.")
         self.reset()
 
     def reset(self) -> None:
         """Empty it."""
         self.stores: tuple[Store, Store] = _store(self.spec, True), _store(self.spec, False)
         self.pending: tuple[Tensor, Tensor] | None = None
+        self.expected = Expected(self.rotation) if self.spec.turns and self.rotation else None
         self.seen = 0
         self.is_initialized = False
 
@@ -73,9 +78,13 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         _current.set(self)
         found = []
         for store, states in zip(self.stores, self.pending, strict=True):
-            old = store.read()
+            old = self._read(store)
             found.append(states if old is None else torch.cat([old, states], 2))
         return found[0], found[1]
+
+    def _read(self, store: Store) -> Tensor | None:
+        """What is stored, (batch, heads, slots, size)."""
+        return store.read()
 
     def asked(self, mask: Tensor | None) -> Tensor:
         """Which of the new tokens are no padding, (batch, n) bool. mask: (batch, all tokens so far), or None."""
@@ -93,9 +102,12 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         old = self.valid[:, :, None].expand(batch, heads, count, slots)
         return torch.cat([old, causal.expand(batch, heads, count, count)], 3)
 
-    def commit(self, asked: Tensor, probabilities: Tensor | None, features: Tensor | None = None) -> None:
+    def commit(
+        self, asked: Tensor, probabilities: Tensor | None, features: Tensor | None = None, call: Call | None = None
+    ) -> None:
         """Store the new tokens, and drop what is over the budget. probabilities (batch, query heads, n, slots + n);
-        features (batch, n, inputs): what a learned scorer looks at (`heads.features_of`)."""
+        features (batch, n, inputs): what a learned scorer looks at (`heads.features_of`); call: what expected attention
+        is computed of."""
         assert self.pending is not None
         keys, values = self.pending
         self.pending = None
@@ -103,14 +115,21 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen, self.count = self.seen + asked.shape[1], self.count + asked.sum(1)
         fresh = scorers.written(self.spec, keys, new) if features is None else self._judged(features, keys.shape[1])
         shape = fresh.shape
-        score = torch.cat([self.score, fresh], 2)
-        if probabilities is not None:
-            score = scorers.read(self.spec, score, probabilities, asked)
-        self.score = score
+        self.score = torch.cat([self.score, fresh], 2)
         self.position = torch.cat([self.position, new[:, None].expand(shape)], 2)
         self.valid = torch.cat([self.valid, asked[:, None].expand(shape)], 2)
+        if probabilities is not None and self.spec.scorer == "snapkv":
+            self.score = snapkv.read(self.spec, self.score, probabilities, asked, self.position, self.valid)
+        elif probabilities is not None:
+            self.score = scorers.read(self.spec, self.score, probabilities, asked)
+        if self.expected is not None and call is not None:
+            self.score = self.expected.renewed(self.spec, self.score, call, asked, self.valid, self.count)
+        self._settle(keys, values)
+
+    def _settle(self, keys: Tensor, values: Tensor) -> None:
+        """Write new tokens, whose score, position and valid are the last; what is too much goes."""
         over = self.score.shape[2] - self.spec.budget if self.spec.evicts else 0
-        if over == 1 and shape[2] == 1:
+        if over == 1 and keys.shape[2] == 1:
             self._replace(keys, values)
             return
         for store, states in zip(self.stores, (keys, values), strict=True):
@@ -195,6 +214,8 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         for store in self.stores:
             store.rows(indices)
+        if self.expected is not None:
+            self.expected.rows(indices)
         for name in ("score", "position", "valid", "count"):
             setattr(self, name, getattr(self, name).index_select(0, indices))
 
@@ -202,15 +223,18 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         """See `KvCache.fork`."""
         forked = copy.copy(self)
         forked.stores = (self.stores[0].fork(), self.stores[1].fork())
+        forked.expected = copy.copy(self.expected)
         return forked
 
     @property
     def nbytes(self) -> int:
-        """Of all that is held: codes, scales, tokens in float, scores, positions."""
+        """Of all that is held: codes, scales, tokens in float, scores, positions, what queries were like."""
         if not self.is_initialized:
             return 0
         states = [self.score, self.position, self.valid] if self.spec.evicts else []
-        return sum(store.nbytes for store in self.stores) + sum(held.numel() * held.element_size() for held in states)
+        more = self.expected.nbytes if self.expected is not None else 0
+        more += sum(store.nbytes for store in self.stores)
+        return more + sum(held.numel() * held.element_size() for held in states)
 
 
 def _store(spec: KvSpec, of_keys: bool) -> Store:
@@ -238,13 +262,15 @@ class KvCache(Cache):  # type: ignore[misc]
         """A new cache for a model of transformers, whose attention becomes the one that goes with it.
 
         Args: tensors: by layer, those that the specs want.
-        Raises: UnsupportedError where the model's attention is not transformers' plain one; UsageError where a tensor
-        is not given.
+        Raises: UnsupportedError where the model's attention is not transformers' plain one, or its rotary embedding is
+        not known to a scorer that needs it; UsageError where a tensor is not given.
         """
+        rotation = rotation_of(model) if any(spec.turns for spec in specs) else None
         use_attention(model)
         if any(spec.learned for spec in specs):
             heads.catch(model)
-        return cls(layers=[KvLayer(*each) for each in zip(specs, tensors or [{}] * len(specs), strict=True)])
+        given = zip(specs, tensors or [{}] * len(specs), strict=True)
+        return cls(layers=[KvLayer(spec, held, rotation) for spec, held in given])
 
     def fork(self) -> Self:
         """A cache that may grow while this one stays. Of a full one the newest token overwrites another in both."""
@@ -310,12 +336,14 @@ def _attend(
     asked = layer.asked(attention_mask)
     groups = query.shape[1] // key.shape[1]
     seen = layer.visible(asked).repeat_interleave(groups, 1)
-    products = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * (scaling or query.shape[-1] ** -0.5)
+    scaling = scaling or query.shape[-1] ** -0.5
+    products = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * scaling
     products = products.masked_fill(~seen, torch.finfo(products.dtype).min)
     probabilities = products.softmax(-1, dtype=torch.float32).to(query.dtype)
     output = torch.matmul(probabilities, _repeat(value, groups)).transpose(1, 2).contiguous()
     features = heads.features_of(layer.spec.scorer, module) if layer.spec.learned else None
-    layer.commit(asked, probabilities if layer.spec.reads else None, features)
+    call = Call(query, key, value, scaling) if layer.spec.turns else None
+    layer.commit(asked, probabilities if layer.spec.reads else None, features, call)
     return output, None
 
 

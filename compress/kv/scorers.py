@@ -48,17 +48,22 @@ def read(spec: KvSpec, scores: Tensor, probabilities: Tensor, asked: Tensor) -> 
     return scores * (spec.decay ** asked.sum(1).float())[:, None, None] + torch.einsum("bhqs,bq->bhs", grouped, factors)
 
 
-def ranked(spec: KvSpec, scores: Tensor, positions: Tensor, valid: Tensor, now: Tensor) -> Tensor:
-    """Slots of each head from the one to keep first to the one to drop first, (batch, heads, slots) int64.
+def ranks(spec: KvSpec, scores: Tensor, positions: Tensor, valid: Tensor, now: Tensor) -> Tensor:
+    """What each slot is worth now, (batch, heads, slots) float64: ∞ for the first `sinks` and the newest `recent`
+    tokens, −∞ for padding.
 
-    Padding is dropped first; the first `sinks` and the newest `recent` tokens last; of equal scores the older goes.
     Args: scores, positions, valid (batch, heads, slots); now (batch,) the newest token's position.
     """
     rank = scores.double()
     if spec.by_age:
         rank = rank / (now[:, None, None] - positions + 1).clamp(min=1)
     fixed = (positions < spec.sinks) | (positions > now[:, None, None] - spec.recent)
-    rank = rank.masked_fill(fixed, torch.inf).masked_fill(~valid, -torch.inf)
+    return rank.masked_fill(fixed, torch.inf).masked_fill(~valid, -torch.inf)
+
+
+def ranked(spec: KvSpec, scores: Tensor, positions: Tensor, valid: Tensor, now: Tensor) -> Tensor:
+    """Slots of each head from the one to keep first to the one to drop first, (batch, heads, slots) int64: by `ranks`,
+    which has the arguments; of equal ones the older goes."""
     newest = positions.argsort(dim=-1, descending=True, stable=True)
-    order = rank.gather(-1, newest).argsort(dim=-1, descending=True, stable=True)
-    return newest.gather(-1, order)
+    rank = ranks(spec, scores, positions, valid, now).gather(-1, newest)
+    return newest.gather(-1, rank.argsort(dim=-1, descending=True, stable=True))

@@ -14,7 +14,7 @@ from compress.formats.base import Format
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
 
-Scorer = Literal["", "position", "key_norm", "h2o", "tova", "locret", "kvzap"]
+Scorer = Literal["", "position", "key_norm", "h2o", "tova", "snapkv", "expected", "locret", "kvzap"]
 Axis = Literal["token", "channel"]
 
 LayerTensors = Mapping[str, Tensor]
@@ -31,7 +31,8 @@ class KvSpec:
     where all are kept; budget: tokens that each head keeps; sinks: first tokens that are never dropped; recent: newest
     ones that are not. decay: of H2O's sums per step; by_age: whether they are divided by a token's age; chunk:
     tokens of a prompt that are read at once; head_width: of the head of a learned scorer (compress/kv/heads.py) between
-    its two layers, 0 for one that is linear.
+    its two layers, 0 for one that is linear. window: newest queries whose attention is SnapKV's score; pool: neighbours
+    that it is averaged over, by position. interval: steps after which expected attention is computed anew.
     """
 
     keys: str = ""
@@ -46,6 +47,9 @@ class KvSpec:
     by_age: bool = False
     chunk: int = 256
     head_width: int = 0
+    window: int = 32
+    pool: int = 5
+    interval: int = 16
 
     def __post_init__(self) -> None:
         if self.scorer not in get_args(Scorer):
@@ -75,6 +79,7 @@ class KvSpec:
                 f"budget={self.budget} leaves nothing to choose: {self.sinks} first (sinks) and {self.recent} newest "
                 f"tokens (recent) are always kept. Give at least {self.sinks + self.recent + 1}, or less of the others."
             )
+        self._check_scorer()
         if self.keys_by == "channel" or self.residual:
             raise UsageError(
                 "keys by channel and a residual of float tokens share scales over runs of tokens, of which single ones "
@@ -86,6 +91,21 @@ class KvSpec:
             raise UsageError(f"head_width={self.head_width} is of the learned scorers locret and kvzap, 0 or more.")
         if self.scorer == "locret" and not self.head_width:
             raise UsageError("head_width=0: a head of locret has two layers. Give 1 or more.")
+
+    def _check_scorer(self) -> None:
+        """Of the settings of single scorers."""
+        for name, scorer in (("window", "snapkv"), ("interval", "expected")):
+            value = getattr(self, name)
+            if self.scorer == scorer and not 1 <= value <= self.recent:
+                why = {
+                    "window": "tokens of the window are seen by part of it only, so they must stay",
+                    "interval": "a token must have its score before it may go",
+                }[name]
+                raise UsageError(
+                    f"{name}={value} is not 1 to recent={self.recent}: {why}. Give recent={value} or a smaller {name}."
+                )
+        if self.scorer == "snapkv" and (self.pool < 1 or self.pool % 2 == 0):
+            raise UsageError(f"pool={self.pool} is not odd: as many neighbours before as after. Give 1, 3, 5 or 7.")
 
     def _check_channel(self) -> None:
         form = row_format(self.keys) if self.keys else None
@@ -127,7 +147,12 @@ class KvSpec:
     @property
     def reads(self) -> bool:
         """Whether its score needs the attention's probabilities."""
-        return self.scorer in ("h2o", "tova")
+        return self.scorer in ("h2o", "tova", "snapkv")
+
+    @property
+    def turns(self) -> bool:
+        """Whether its score needs queries without their rotation."""
+        return self.scorer == "expected"
 
     def told(self) -> str:
         """For a report: `int8(token) keys, int4(group=32) values, 1024 tokens by h2o`."""
