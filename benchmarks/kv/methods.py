@@ -1,0 +1,54 @@
+"""What the cache benchmarks compare: by name, what each layer's cache keeps of so many tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.kv.spec import KvSpec
+
+SINKS, RECENT_SHARE = 4, 0.25
+"""Of a budget: newest tokens that always stay. All that drop tokens have the same, so that scores alone differ."""
+
+EVICTING: dict[str, dict[str, Any]] = {
+    "streaming": {"scorer": "position"},
+    "key_norm": {"scorer": "key_norm"},
+    "h2o": {"scorer": "h2o"},
+    "h2o by age": {"scorer": "h2o", "by_age": True},
+    "h2o, decay 0.99": {"scorer": "h2o", "decay": 0.99},
+    "tova": {"scorer": "tova"},
+    "h2o, int8(token)": {"scorer": "h2o", "keys": "int8(token)", "values": "int8(token)"},
+}
+STORING: dict[str, dict[str, Any]] = {
+    "int8(token)": {"keys": "int8(token)", "values": "int8(token)"},
+    "int4(token)": {"keys": "int4(token)", "values": "int4(token)"},
+    "int4(group=16)": {"keys": "int4(group=16)", "values": "int4(group=16)"},
+    "fp8_e4m3(token)": {"keys": "fp8_e4m3(token)", "values": "fp8_e4m3(token)"},
+    "KIVI-4": {
+        "keys": "int4(group=32, float_zero)",
+        "values": "int4(group=32, float_zero)",
+        "keys_by": "channel",
+        "residual": 32,
+    },
+    "KIVI-2": {
+        "keys": "int2(group=32, float_zero)",
+        "values": "int2(group=32, float_zero)",
+        "keys_by": "channel",
+        "residual": 32,
+    },
+}
+
+
+def recent(budget: int) -> int:
+    """Newest tokens that stay, of a budget."""
+    return max(1, int(RECENT_SHARE * budget))
+
+
+def evicting(layers: int, budget: int) -> dict[str, list[KvSpec]]:
+    """Caches that keep `budget` tokens per head. To add one is to add a row above, or here where layers differ."""
+    kept = {"budget": budget, "sinks": SINKS, "recent": recent(budget)}
+    return {name: [KvSpec(**kept, **settings)] * layers for name, settings in EVICTING.items()}
+
+
+def storing(layers: int) -> dict[str, list[KvSpec]]:
+    """Caches that keep all tokens in few bits."""
+    return {name: [KvSpec(**settings)] * layers for name, settings in STORING.items()}
