@@ -1,7 +1,7 @@
 """Accuracy of a small model whose cache keeps a share of the context, beside what is best and what chance.
 
     python benchmarks/kv/train.py --out MODEL
-    python benchmarks/kv/evaluate.py MODEL [--examples 256] [--length 224] [--answers FOLDER]
+    python benchmarks/kv/evaluate.py MODEL [--examples 256] [--length 160] [--answers FOLDER]
 
 Every method answers the same examples. `full` keeps all, `oracle` the needed tokens first, `random` any (per head, or
 one choice for all heads and layers). Checks say whether the tasks tell methods apart at all. Writes
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="what train.py made")
     parser.add_argument("--examples", type=int, default=256)
-    parser.add_argument("--length", type=int, default=224, help="tokens of a context")
+    parser.add_argument("--length", type=int, default=160, help="tokens of a context")
     parser.add_argument("--answers", type=Path, help="folder for the examples, and which answers were right")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--threads", type=int, default=1)

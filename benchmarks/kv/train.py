@@ -1,9 +1,9 @@
 """Trains the model of the cache benchmarks: a Llama of a few hundred thousand parameters on the tasks of `tasks.py`.
 
-    python benchmarks/kv/train.py --out FOLDER [--steps 6000] [--layers 2] [--seed 0] [--threads 1]
+    python benchmarks/kv/train.py --out FOLDER [--steps 1400] [--layers 2] [--seed 0] [--threads 1]
 
 RMSNorm, RoPE, four query heads to two key-value heads of size 32. Loss on the answers alone. Sequences grow from 48 to
-96, 192 and 384 tokens, on as soon as nine tenths of the answers are right: induction forms on short ones. Prints
+96, 192 and 256 tokens, on as soon as nine tenths of the answers are right: induction forms on short ones. Prints
 accuracies of whole answers as the model learns; `--out` is a Hugging Face folder, with what was reached in train.json.
 """
 
@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-LENGTHS = (48, 96, 192, 384)
+LENGTHS = (48, 96, 192, 256)
 TOKENS = 2304
 """Of a step."""
 WARM_UP, STEADY = 100, 0.6
 """Steps until the full rate; share of all steps until it falls."""
 ENOUGH, EVERY = 0.9, 100
-CONTEXT = 224
+CONTEXT = 160
 """Tokens of the contexts that the model is tested on."""
 
 
@@ -113,7 +113,7 @@ def train(model: LlamaForCausalLM, steps: int, seed: int, rate: float) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
