@@ -62,6 +62,7 @@ PASSES: dict[str, Entry] = {
     "pv_tuning": Entry("compress.passes.pv_tuning:PvTuning", "train codes with entries, scales and norms; needs data"),
     "kv_quant": Entry("compress.passes.kv_quant:KvQuant", "cache keys and values in few bits; needs no data"),
     "kv_evict": Entry("compress.passes.kv_evict:KvEvict", "keep a number of tokens in the cache; needs no data"),
+    "kv_select": Entry("compress.passes.kv_select:KvSelect", "attend to chosen tokens of the cache; needs no data"),
     "tune": Entry("compress.passes.tune:Tune", "tune scales, norms and biases by the whole model's output; needs data"),
     "prune_channels": Entry(
         "compress.passes.prune_channels:PruneChannels", "take whole channels out of an image classifier; needs data"

@@ -28,7 +28,7 @@ class KvEvict(KvPass):
     """
 
     name: ClassVar[str] = "kv_evict"
-    fills_cache: ClassVar[str] = "what is dropped"
+    fills_cache: ClassVar[str] = "which tokens are attended to"
 
     budget: int = Field(default=1024, ge=1)
     by: Literal["streaming", "key_norm", "h2o", "tova", "snapkv", "expected"] = "h2o"

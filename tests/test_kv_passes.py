@@ -67,7 +67,7 @@ def test_a_runtime_with_a_cache_of_its_own_refuses(model: Model, tmp_path: Path)
 @pytest.mark.parametrize(
     ("passes", "told"),
     [
-        ("kv_evict(budget=64), kv_evict(budget=96)", "both say what is dropped"),
+        ("kv_evict(budget=64), kv_evict(budget=96)", "both say which tokens are attended to"),
         ("kv_quant, kv_quant(keys=int4(group=8))", "both say what is stored"),
         ("kv_quant(targets=[*])", "takes no targets"),
         ("kv_quant(keys=null, values=null)", "leave all in float"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from functools import reduce
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,8 @@ from compress.errors import UnsupportedError, UsageError
 from compress.formats.int_grid import IntGrid
 from compress.kv import heads, scorers, snapkv
 from compress.kv.expected import Call, Expected
+from compress.kv.growing import GrowingStore
+from compress.kv.recall import Recall
 from compress.kv.rotation import Rotation, rotation_of
 from compress.kv.spec import KvSpec, LayerTensors, row_format
 from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, SlotStore, Store
@@ -45,6 +48,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
             raise UsageError(f"A cache with {spec.told()} needs its tensor {lacking[0]}, which only data give.")
         if spec.turns and rotation is None:
             raise UsageError(f"{spec.told()}: that needs the model's rotary embedding. Make it by KvCache.attach.")
+        self.recall: Recall | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -67,15 +71,10 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Returns: what was stored and the new tokens, (batch, heads, slots + n, size). They are stored once they have
         been attended to."""
-        if self.pending is not None:
-            raise UsageError(
-                "A compressed cache must go with its own attention, which the model does not use. Make it by "
-                "KvCache.attach(model, …)."
-            )
+        self.enter()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.pending = key_states, value_states
-        _current.set(self)
         found = []
         for store, states in zip(self.stores, self.pending, strict=True):
             old = self._read(store)
@@ -85,6 +84,15 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
     def _read(self, store: Store) -> Tensor | None:
         """What is stored, (batch, heads, slots, size)."""
         return store.read()
+
+    def enter(self) -> None:
+        """Be the layer whose attention follows at once. Raises: UsageError where that of the last call did not."""
+        if self.pending is not None:
+            raise UsageError(
+                "A compressed cache must go with its own attention, which the model does not use. Make it by "
+                "KvCache.attach(model, …)."
+            )
+        _current.set(self)
 
     def asked(self, mask: Tensor | None) -> Tensor:
         """Which of the new tokens are no padding, (batch, n) bool. mask: (batch, all tokens so far), or None."""
@@ -101,6 +109,21 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         batch, heads, slots = self.valid.shape
         old = self.valid[:, :, None].expand(batch, heads, count, slots)
         return torch.cat([old, causal.expand(batch, heads, count, count)], 3)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """What the new tokens get, which are stored then: (batch, heads, n, size).
+
+        Args: module: the attention; query (batch, heads, n, size); key, value as `update` gave them; mask as `asked`
+        takes it.
+        """
+        asked = self.asked(mask)
+        output, probabilities = attended(query, key, value, self.visible(asked), scaling)
+        features = heads.features_of(self.spec.scorer, module) if self.spec.learned else None
+        call = Call(query, key, value, scaling) if self.spec.turns else None
+        self.commit(asked, probabilities if self.spec.reads else None, features, call)
+        return output
 
     def commit(
         self, asked: Tensor, probabilities: Tensor | None, features: Tensor | None = None, call: Call | None = None
@@ -240,12 +263,23 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
 def _store(spec: KvSpec, of_keys: bool) -> Store:
     text = spec.keys if of_keys else spec.values
     if not text:
-        return FloatStore()
+        return GrowingStore() if spec.selects else FloatStore()
     form = row_format(text)
     if of_keys and spec.keys_by == "channel":
         assert isinstance(form, IntGrid)
         return ChannelStore(form, spec.residual)
     return RecentStore(RowStore(form), spec.residual) if spec.residual else RowStore(form)
+
+
+def layer_of(spec: KvSpec, tensors: LayerTensors | None = None, rotation: Rotation | None = None) -> KvLayer:
+    """An empty layer that does as it says."""
+    if not spec.selects:
+        return KvLayer(spec, tensors, rotation)
+    from compress.kv.retrieval import RetrievalLayer  # which are made of `KvLayer`
+    from compress.kv.token_select import TokenSelectLayer
+
+    made = TokenSelectLayer if spec.selector == "token_select" else RetrievalLayer
+    return made(spec, tensors)
 
 
 _current: ContextVar[KvLayer] = ContextVar("_current")
@@ -270,13 +304,23 @@ class KvCache(Cache):  # type: ignore[misc]
         if any(spec.learned for spec in specs):
             heads.catch(model)
         given = zip(specs, tensors or [{}] * len(specs), strict=True)
-        return cls(layers=[KvLayer(spec, held, rotation) for spec, held in given])
+        return cls(layers=[layer_of(spec, held, rotation) for spec, held in given])
 
     def fork(self) -> Self:
         """A cache that may grow while this one stays. Of a full one the newest token overwrites another in both."""
         forked = copy.copy(self)
         forked.layers = [layer.fork() for layer in self.layers]
         return forked
+
+    def watch(self) -> None:
+        """From now on layers that choose tokens compare their choice with all products, for `recall`."""
+        for layer in self.layers:
+            layer.recall = Recall()
+
+    @property
+    def recall(self) -> Recall:
+        """What the layers that choose tokens found since `watch`."""
+        return reduce(Recall.joined, (layer.recall for layer in self.layers if layer.recall is not None), Recall())
 
     @property
     def nbytes(self) -> int:
@@ -333,18 +377,21 @@ def _attend(
     if odd or layer is None or layer.pending is None:
         what = f"with {', '.join(sorted(odd))}" if odd else "without a compressed cache (past_key_values)"
         raise UnsupportedError(f"{type(module).__name__} attends {what}, which this attention does not do.")
-    asked = layer.asked(attention_mask)
+    output = layer.attend(module, query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention as transformers computes it: (batch, heads, n, size), and its probabilities (batch, heads, n, slots).
+
+    Args: query (batch, heads, n, size); key, value (batch, kv heads, slots, size); seen (batch, kv heads, n, slots)
+    bool.
+    """
     groups = query.shape[1] // key.shape[1]
-    seen = layer.visible(asked).repeat_interleave(groups, 1)
-    scaling = scaling or query.shape[-1] ** -0.5
     products = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * scaling
-    products = products.masked_fill(~seen, torch.finfo(products.dtype).min)
+    products = products.masked_fill(~seen.repeat_interleave(groups, 1), torch.finfo(products.dtype).min)
     probabilities = products.softmax(-1, dtype=torch.float32).to(query.dtype)
-    output = torch.matmul(probabilities, _repeat(value, groups)).transpose(1, 2).contiguous()
-    features = heads.features_of(layer.spec.scorer, module) if layer.spec.learned else None
-    call = Call(query, key, value, scaling) if layer.spec.turns else None
-    layer.commit(asked, probabilities if layer.spec.reads else None, features, call)
-    return output, None
+    return torch.matmul(probabilities, _repeat(value, groups)), probabilities
 
 
 def _repeat(states: Tensor, groups: int) -> Tensor:

@@ -16,6 +16,8 @@ from compress.formats.int_grid import IntGrid
 
 Scorer = Literal["", "position", "key_norm", "h2o", "tova", "snapkv", "expected", "locret", "kvzap"]
 Axis = Literal["token", "channel"]
+Selector = Literal["", "token_select", "retrieval"]
+Index = Literal["exact", "hnsw", "linked"]
 
 LayerTensors = Mapping[str, Tensor]
 """What one layer's cache needs beside its `KvSpec`, by name (`KvSpec.wants`)."""
@@ -33,6 +35,11 @@ class KvSpec:
     tokens of a prompt that are read at once; head_width: of the head of a learned scorer (compress/kv/heads.py) between
     its two layers, 0 for one that is linear. window: newest queries whose attention is SnapKV's score; pool: neighbours
     that it is averaged over, by position. interval: steps after which expected attention is computed anew.
+
+    Where all tokens stay and each step attends to some: selector: by what they are chosen, empty where all are attended
+    to; select: tokens that are chosen beside `sinks` and `recent`; page: tokens that are chosen together; reuse: cosine
+    with an earlier query from which on its choice is taken again, 0 for never; index: how keys are searched; links: of
+    a key in it; effort: keys that its search keeps in view; queries: earlier ones that it is built with.
     """
 
     keys: str = ""
@@ -50,6 +57,15 @@ class KvSpec:
     window: int = 32
     pool: int = 5
     interval: int = 16
+
+    selector: Selector = ""
+    select: int = 0
+    page: int = 1
+    reuse: float = 0.0
+    index: Index = "linked"
+    links: int = 32
+    effort: int = 512
+    queries: int = 2048
 
     def __post_init__(self) -> None:
         if self.scorer not in get_args(Scorer):
@@ -70,6 +86,25 @@ class KvSpec:
                 row_format(text)
         if self.keys_by == "channel":
             self._check_channel()
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        for what, found, known in (("selector", self.selector, Selector), ("index", self.index, Index)):
+            if found not in get_args(known):
+                raise UsageError(
+                    f"unknown {what} '{found}'.{nearest(found, [name for name in get_args(known) if name])}"
+                )
+        if not self.selects:
+            return
+        if self.evicts:
+            raise UsageError("Tokens are either dropped (scorer) or chosen at each step (selector), not both.")
+        for name in ("recent", "select", "page", "links", "effort", "queries"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} is below 1, where tokens are chosen at each step.")
+        if self.select % self.page:
+            raise UsageError(f"select={self.select} is no multiple of page={self.page}, and pages are chosen whole.")
+        if not 0 <= self.reuse <= 1:
+            raise UsageError(f"reuse={self.reuse} is a cosine in [0, 1]; 0: each step chooses anew.")
 
     def _check_eviction(self) -> None:
         if self.recent < 1:
@@ -126,9 +161,14 @@ class KvSpec:
         return bool(self.scorer)
 
     @property
+    def selects(self) -> bool:
+        """Whether all tokens stay, of which each step attends to some."""
+        return bool(self.selector)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the cache is as it would be without this."""
-        return not (self.evicts or self.keys or self.values)
+        return not (self.evicts or self.selects or self.keys or self.values)
 
     @property
     def wants(self) -> tuple[str, ...]:
@@ -159,6 +199,9 @@ class KvSpec:
         by = " by channel" if self.keys_by == "channel" else ""
         recent = f", the newest {self.residual} in float" if self.residual else ""
         stored = f"{self.keys or 'float'} keys{by}, {self.values or 'float'} values{recent}"
+        if self.selects:
+            how = f"{self.selector}, {self.index}" if self.selector == "retrieval" else self.selector
+            return f"{stored}, {self.select} attended to by {how}"
         return f"{stored}, {self.budget} tokens by {self.scorer}" if self.evicts else stored
 
     def as_data(self) -> dict[str, Any]:

@@ -31,6 +31,12 @@ class Store(ABC):
     def read(self) -> Tensor | None:
         """All tokens in float, (batch, heads, slots, size); None where there are none."""
 
+    def take(self, index: Tensor) -> Tensor:
+        """These tokens of each head in float: index (batch, heads, n) int64 → (batch, heads, n, size)."""
+        found = self.read()
+        assert found is not None, "nothing is stored yet"
+        return found.gather(2, wide(index, found))
+
     @abstractmethod
     def rows(self, index: Tensor) -> None:
         """Take these rows of the batch, in this order."""
@@ -65,11 +71,11 @@ class SlotStore(Store):
 
     def keep(self, index: Tensor) -> None:
         """Drop all slots but these, (batch, heads, n) int64, in their order."""
-        self._each(lambda held: held.gather(2, _wide(index, held)))
+        self._each(lambda held: held.gather(2, wide(index, held)))
 
     def _overwrite(self, index: Tensor, more: dict[str, Tensor]) -> None:
         for name, tensor in more.items():
-            self.held[name].scatter_(2, _wide(index, tensor), tensor)
+            self.held[name].scatter_(2, wide(index, tensor), tensor)
 
     def rows(self, index: Tensor) -> None:
         slots = self.slots
@@ -81,7 +87,7 @@ class SlotStore(Store):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.held.values())
 
 
-def _wide(index: Tensor, like: Tensor) -> Tensor:
+def wide(index: Tensor, like: Tensor) -> Tensor:
     """(batch, heads, n) → (batch, heads, n, rest)."""
     return index[..., None].expand(*index.shape, like.shape[-1])
 
@@ -116,6 +122,10 @@ class RowStore(SlotStore):
         if not self.slots:
             return None
         return decode(self.form, self.held, self.size).to(self.dtype)
+
+    def take(self, index: Tensor) -> Tensor:
+        rows = {name: held.gather(2, wide(index, held)) for name, held in self.held.items()}
+        return decode(self.form, rows, self.size).to(self.dtype)
 
     def replace(self, index: Tensor, states: Tensor) -> None:
         self._overwrite(index, encode(self.form, states))
@@ -161,6 +171,13 @@ class RecentStore(Store):
         parts = [part for part in (self.older.read(), self.recent.read()) if part is not None]
         return torch.cat(parts, 2) if parts else None
 
+    def take(self, index: Tensor) -> Tensor:
+        before = self.older.slots
+        if not before or not self.recent.slots:
+            return (self.older if before else self.recent).take(index)
+        newer = self.recent.take((index - before).clamp(min=0))
+        return torch.where((index < before)[..., None], self.older.take(index.clamp(max=before - 1)), newer)
+
     def fork(self) -> Self:
         forked = copy.copy(self)
         forked.older, forked.recent = self.older.fork(), self.recent.fork()
@@ -204,6 +221,9 @@ class _Runs(RowStore):
         batch, heads = found.shape[:2]
         runs = found.reshape(batch, heads, -1, self.channels, self.run).transpose(3, 4)
         return runs.reshape(batch, heads, -1, self.channels)
+
+    def take(self, index: Tensor) -> Tensor:
+        return Store.take(self, index)  # a token's channels lie in many rows
 
     def _put(self, more: dict[str, Tensor]) -> None:
         super()._put(more)

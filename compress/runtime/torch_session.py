@@ -89,7 +89,7 @@ class TorchSession:
     @property
     def chunk(self) -> int:
         """Tokens of a prompt that are read at once; 0: all."""
-        return min((spec.chunk for spec in self.caches if spec.evicts), default=0)
+        return min((spec.chunk for spec in self.caches if spec.evicts or spec.selects), default=0)
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = None, **settings: Any) -> Any:

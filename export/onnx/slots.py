@@ -48,6 +48,11 @@ def refusal(specs: Sequence[KvSpec], runtime: Runtime) -> Refusal | None:
 
 
 def _reason(spec: KvSpec) -> str:
+    if spec.selects:
+        return (
+            "a cache that keeps all tokens and attends to some (kv_select) grows and is searched by the host; take the "
+            "target native, or kv_evict in its place"
+        )
     if not spec.evicts:
         return "a cache that keeps all tokens grows, and the slot graph has a fixed number of slots; add kv_evict"
     if spec.scorer not in SCORERS:
