@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import compress
 from compress import extras
 from compress.errors import UnsupportedError, UsageError
+from compress.export.native import target
 from compress.kv import retrieval, selection
 from compress.kv.cache import KvCache, layer_of
 from compress.kv.growing import GrowingStore
@@ -458,6 +459,11 @@ def test_native_runs_it(source: Model, tmp_path: Path) -> None:
     result = Pipeline.parse("kv_select(keep=8, sinks=2, recent=4, chunk=16)").run(source)
     session = compress.export(result, profile=PROFILE, target="native", out=tmp_path / "out").session()
     assert session.chunk == 16 and [spec.selector for spec in session.caches] == ["token_select"] * 3
+    ids = np.random.default_rng(0).integers(1, 256, (2, 40))
+    _, notes = target.compare_graphs(session, session, ids, 1e-3, 128)
+    assert "of the true top keys" in notes[-1] and "40 tokens" in notes[-1]
+    _, notes = target.compare_graphs(session, session, ids[:, :12], 1e-3, 128)
+    assert "leaves none out" in notes[-1]
 
 
 @pytest.mark.parametrize("settings", [TOKENS, EXACT], ids=str)

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from compress.errors import UnsupportedError, UsageError
 from compress.formats.int_grid import IntGrid
 from compress.kv import heads, scorers, snapkv
+from compress.kv.attention import attended
 from compress.kv.expected import Call, Expected
 from compress.kv.growing import GrowingStore
 from compress.kv.recall import Recall
@@ -379,21 +380,3 @@ def _attend(
         raise UnsupportedError(f"{type(module).__name__} attends {what}, which this attention does not do.")
     output = layer.attend(module, query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5)
     return output.transpose(1, 2).contiguous(), None
-
-
-def attended(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention as transformers computes it: (batch, heads, n, size), and its probabilities (batch, heads, n, slots).
-
-    Args: query (batch, heads, n, size); key, value (batch, kv heads, slots, size); seen (batch, kv heads, n, slots)
-    bool.
-    """
-    groups = query.shape[1] // key.shape[1]
-    products = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * scaling
-    products = products.masked_fill(~seen.repeat_interleave(groups, 1), torch.finfo(products.dtype).min)
-    probabilities = products.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(probabilities, _repeat(value, groups)), probabilities
-
-
-def _repeat(states: Tensor, groups: int) -> Tensor:
-    """Each head of keys or values for the query heads of its group."""
-    return states.repeat_interleave(groups, 1) if groups > 1 else states

@@ -64,7 +64,7 @@ class KeyIndex:
     def nbytes(self) -> int:
         """Of its copy of the keys and of its links."""
         hnsw = self._graph.hnsw
-        return self.count * self._graph.d * 4 + hnsw.neighbors.size() * 4 + hnsw.offsets.size() * 8
+        return self.count * (int(self._graph.d) * 4 + 8) + int(hnsw.neighbors.size()) * 4
 
 
 def _array(states: Tensor) -> Floats:
@@ -75,7 +75,8 @@ def _array(states: Tensor) -> Floats:
 def nearest(queries: Tensor, keys: Tensor, count: int) -> Ids:
     """Exactly: of each query (queries, size) the keys (keys, size) with the largest products, the largest first,
     (queries, count)."""
-    best = [(block @ keys.T).topk(count, -1).indices for block in queries.split(_BLOCK)]
+    blocks = torch.split(queries, _BLOCK)
+    best = [(block @ keys.T).topk(count, -1).indices for block in blocks]
     found: Ids = torch.cat(best).cpu().numpy()
     return found
 

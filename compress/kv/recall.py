@@ -51,6 +51,13 @@ class Recall:
     def covered(self) -> float:
         return self.covered_sum / self.heads
 
+    def told(self) -> str:
+        """For a report."""
+        return (
+            f"{self.found:.1%} of the true top keys and {self.mass:.1%} of the attention that these get are found; "
+            f"{self.covered:.1%} of all attention goes to tokens that are attended to"
+        )
+
     def joined(self, other: Recall) -> Recall:
         """Of both."""
         return Recall(

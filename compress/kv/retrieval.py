@@ -26,6 +26,7 @@ class RetrievalLayer(SelectLayer):
     def reset(self) -> None:
         super().reset()
         self.asks: Tensor | None = None
+        self.asks_valid: Tensor
         self.stride = 1
         self.indexes: list[list[KeyIndex]] = []
         self.span = (0, 0)
@@ -46,11 +47,12 @@ class RetrievalLayer(SelectLayer):
             found.scatter_(2, torch.where(counts, index, candidates.shape[1]), True)
             self._recalled(now, found[..., :-1], candidates, scaling)
         batch, heads, count = index.shape
-        found_parts = [held.reshape(batch, heads, count, -1) for held in self._taken(index.reshape(batch, kv, -1))]
-        retrieved = selection.part(query, *found_parts, counts[:, :, None], scaling)
-        return selection.merged([retrieved, self._static(query, key, value, asked, candidates, scaling)]).to(
-            query.dtype
+        keys, values = (
+            store.take(index.reshape(batch, kv, -1)).reshape(batch, heads, count, -1) for store in self.stores
         )
+        retrieved = selection.part(query, keys, values, counts[:, :, None], scaling)
+        static = self._static(query, key, value, asked, candidates, scaling)
+        return selection.merged([retrieved, static]).to(query.dtype)
 
     def _static(
         self, query: Tensor, key: Tensor, value: Tensor, asked: Tensor, candidates: Tensor, scaling: float
@@ -58,11 +60,10 @@ class RetrievalLayer(SelectLayer):
         """Attention to the first and newest tokens and the new one."""
         batch, heads, _, size = query.shape
         index, counts = selection.places(self.valid & ~candidates)
-        held = self._taken(index[:, None].expand(-1, key.shape[1], -1))
-        states = [torch.cat([old, new], 2) for old, new in zip(held, (key, value), strict=True)]
+        keys, values = self._with_new(index, key, value)
         seen = torch.cat([counts, asked], 1)[:, None, None]
         grouped = query.reshape(batch, key.shape[1], -1, size)
-        output, total = selection.part(grouped, *states, seen, scaling)
+        output, total = selection.part(grouped, keys, values, seen, scaling)
         return output.reshape(batch, heads, 1, -1), total.reshape(batch, heads, 1)
 
     def _exactly(self, query: Tensor, candidates: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,8 @@ class RetrievalLayer(SelectLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.asks is not None:
-            self.asks, self.asks_valid = self.asks.index_select(0, indices), self.asks_valid.index_select(0, indices)
+            self.asks = self.asks.index_select(0, indices)
+            self.asks_valid = self.asks_valid.index_select(0, indices)
         if self.indexes:
             self.indexes = [self.indexes[int(row)] for row in indices]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.kv import selection
-from compress.kv.cache import KvLayer, attended
+from compress.kv.attention import attended
+from compress.kv.cache import KvLayer
 
 
 class SelectLayer(KvLayer, ABC):
@@ -62,11 +63,10 @@ class SelectLayer(KvLayer, ABC):
         return not candidates.numel() or int(candidates.sum(1).max()) <= self.spec.select
 
     def _plainly(self, query: Tensor, key: Tensor, value: Tensor, asked: Tensor, scaling: float) -> Tensor:
-        states = []
-        for store, new in zip(self.stores, (key, value), strict=True):
-            old = store.read()
-            states.append(new if old is None else torch.cat([old, new], 2))
-        return attended(query, *states, self.visible(asked), scaling)[0]
+        keys, values = (store.read() for store in self.stores)
+        if keys is not None and values is not None:
+            key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        return attended(query, key, value, self.visible(asked), scaling)[0]
 
     def visible(self, asked: Tensor) -> Tensor:
         return self._seen(self.valid, asked)
@@ -95,9 +95,10 @@ class SelectLayer(KvLayer, ABC):
         for store, states in zip(self.stores, (key, value), strict=True):
             store.append(states)
 
-    def _taken(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of slots (batch, kv heads, n)."""
-        return self.stores[0].take(index), self.stores[1].take(index)
+    def _with_new(self, index: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of slots (batch, n), the same for all heads, and after them the new ones."""
+        wide = index[:, None].expand(-1, key.shape[1], -1)
+        return torch.cat([self.stores[0].take(wide), key], 2), torch.cat([self.stores[1].take(wide), value], 2)
 
     def _keys(self) -> Tensor:
         keys = self.stores[0].read()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress.kv import selection
-from compress.kv.cache import attended
+from compress.kv.attention import attended
 from compress.kv.select import SelectLayer
 
 
@@ -23,6 +23,8 @@ class TokenSelectLayer(SelectLayer):
     def reset(self) -> None:
         super().reset()
         self.asker: Tensor | None = None
+        self.choice: Tensor
+        self.at: Tensor
         self.choices, self.reused = 0, 0
 
     def _selectively(
@@ -32,9 +34,8 @@ class TokenSelectLayer(SelectLayer):
         chosen = self._chosen(mean, candidates, scaling)
         self._recalled(mean, chosen[:, None], candidates, scaling)
         index, counts = selection.places((self.valid & ~candidates) | chosen)
-        held = self._taken(index[:, None].expand(-1, key.shape[1], -1))
-        states = (torch.cat([old, new], 2) for old, new in zip(held, (key, value), strict=True))
-        return attended(query, *states, self._seen(counts, asked), scaling)[0]
+        keys, values = self._with_new(index, key, value)
+        return attended(query, keys, values, self._seen(counts, asked), scaling)[0]
 
     def _chosen(self, query: Tensor, candidates: Tensor, scaling: float) -> Tensor:
         """(batch, slots) bool."""
@@ -68,9 +69,8 @@ class TokenSelectLayer(SelectLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         if self.asker is not None:
-            self.asker, self.choice, self.at = (
-                held.index_select(0, indices) for held in (self.asker, self.choice, self.at)
-            )
+            self.asker, self.choice = self.asker.index_select(0, indices), self.choice.index_select(0, indices)
+            self.at = self.at.index_select(0, indices)
 
     def _beside(self) -> list[Tensor]:
         return [] if self.asker is None or not self.spec.reuse else [self.asker, self.choice, self.at]

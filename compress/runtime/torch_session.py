@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.kv.cache import KvCache, use_attention
+from compress.kv.recall import Recall
 from compress.kv.spec import KvSpec, LayerTensors
 from compress.models.folder import positions
 from compress.runtime.greedy import greedy
@@ -120,6 +121,13 @@ class TorchSession:
                 found.append(output.logits)
         result: NDArray[np.float32] = torch.cat(found, 1).float().numpy()
         return result
+
+    def recall(self, ids: Ids) -> Recall:
+        """What choices of tokens find of the true top keys, ids (batch, length) being read one by one."""
+        cache = KvCache.attach(self.model, self.caches)
+        cache.watch()
+        self.one_by_one(ids, cache)
+        return cache.recall
 
     @torch.no_grad()
     def _at_once(self, ids: Ids) -> NDArray[np.float32]:

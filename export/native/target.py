@@ -121,14 +121,25 @@ def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[
 def compare_graphs(session: Session, exact: Session, ids: Ids, limit: float, room: int) -> tuple[bool, tuple[str, ...]]:
     """See Target. What is generated, a token at a time through the cache, beside the exact products of the whole
     sequence. limit: of exact kernels; ours has the bound of `rules`."""
+    chosen = _told_choice(session, ids[:1, :room])
     if not session.kernels:
-        return True, ()
+        return True, chosen
     row = ids[:1, : min(STEPS, room)]
     found, expected = session.one_by_one(row), exact.logits(row)
     apart = float(np.abs(found - expected).max() / np.abs(expected).max())
     bound = max(limit, rules.ROUNDED_TABLES.shipped)
     told = f"token by token, as generating runs it: largest relative difference {apart:.2g} on {row.size} positions"
-    return apart <= bound, (f"{told} (bound {bound:g}), KL divergence {_divergence(expected, found):.2g} nats",)
+    return apart <= bound, (f"{told} (bound {bound:g}), KL divergence {_divergence(expected, found):.2g} nats", *chosen)
+
+
+def _told_choice(session: Session, ids: Ids) -> tuple[str, ...]:
+    """How much a cache that chooses tokens finds of what attention would read. ids (1, length)."""
+    if not any(spec.selects for spec in session.caches):
+        return ()
+    found = session.recall(ids)
+    if not found.heads:
+        return (f"The cache chooses tokens, but of the {ids.size} that were read to compare, it leaves none out.",)
+    return (f"The cache chooses tokens: {found.told()} (mean over {found.heads} choices of heads, {ids.size} tokens).",)
 
 
 def _divergence(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
