@@ -38,7 +38,7 @@ class Hqq(QuantPass):
     @model_validator(mode="after")
     def _check_scheme(self) -> Self:
         form = self.resolved_format()
-        if not isinstance(form, IntGrid) or form.scheme != "float_zero" or form.group == "token":
+        if not isinstance(form, IntGrid) or form.scheme != "float_zero" or form.group in ("token", "head"):
             raise UsageError(
                 f"hqq: format={form} has no zero point that it could move. Give an integer grid with float_zero: "
                 "int4(group=64, float_zero), int2(group=16, float_zero), int8(channel, float_zero) …"

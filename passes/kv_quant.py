@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from compress.engine.kv_pass import KvPass
+from compress.engine.kv_pass import KvPass, Observed, Settled
 from compress.engine.quantizing import FormatField
 from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
+from compress.kv import calibrating
+from compress.kv.calibrating import Lost, Ranges
 from compress.kv.spec import Axis, KvSpec
+from compress.kv.static import has_static
 from compress.models.model import Model
+
+_LOST = "lost"
 
 
 class KvQuant(KvPass):
     """Rounded keys and values. A token's are rounded once, when it is stored; tokens of the call at hand are attended
     to as they were computed. Scales come with each vector (`int8(token)`) or run of its channels (`int4(group=32)`), so
     nothing has to be calibrated; with `keys_by=channel` keys are rounded over runs of tokens of one channel, as in KIVI
-    (Liu et al. 2024, arXiv 2402.02750), since keys have channels that stand out.
+    (Liu et al. 2024, arXiv 2402.02750), since keys have channels that stand out. With `static` all tokens share the
+    scales of a format by `channel`, `head` or `tensor`, which calibration data give.
 
     Settings: `keys`, `values` formats, null for float; `keys_by` token or channel; `residual` newest tokens that stay
     in float; `float_layers` layers whose cache stays in float, by number from 0, in the model that the pass meets (the
-    first one is often worth it).
+    first one is often worth it); `static`: how the range of static scales is chosen, `minmax` the largest magnitude,
+    `percentile` what holds `percentile` percent of them, `mse` what the codes lose least on; `envelope`: whether keys
+    count by the length of their rotary pairs, which stays the same at every position; `rotated`: whether vectors are
+    turned by a Hadamard matrix before they are rounded, which spreads channels that stand out.
     """
 
     name: ClassVar[str] = "kv_quant"
@@ -34,6 +45,10 @@ class KvQuant(KvPass):
     keys_by: Axis = "token"
     residual: int = Field(default=0, ge=0)
     float_layers: tuple[int, ...] = ()
+    static: calibrating.Method | None = None
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    envelope: bool = True
+    rotated: bool = False
 
     @model_validator(mode="after")
     def _check_store(self) -> Self:
@@ -41,8 +56,28 @@ class KvQuant(KvPass):
             raise UsageError(
                 f"{self.name}: keys=null and values=null leave all in float. Give a format, or leave it out."
             )
+        self._check_static()
         self._filled(KvSpec())
         return self
+
+    def _check_static(self) -> None:
+        if self.static is None:
+            shared = next(
+                (form for form in (self.keys, self.values) if form is not None and has_static(str(form))), None
+            )
+            if shared is not None:
+                raise UsageError(
+                    f"{self.name}: {shared}: tokens would share a scale, but they come one by one. Let data give it "
+                    "(static=percentile, mse or minmax), or take int8(token)."
+                )
+        idle = next((name for name in ("percentile", "envelope") if self._is_idle(name)), None)
+        if idle is not None:
+            needs = "static=percentile" if idle == "percentile" else "static"
+            raise UsageError(f"{self.name}: {idle} does nothing without {needs}. Add that, or leave {idle} out.")
+
+    def _is_idle(self, name: str) -> bool:
+        changed = getattr(self, name) != type(self).model_fields[name].default
+        return changed and (self.static is None or (name == "percentile" and self.static != "percentile"))
 
     def check(self, model: Model) -> None:
         super().check(model)
@@ -58,4 +93,32 @@ class KvQuant(KvPass):
 
     def _filled(self, spec: KvSpec) -> KvSpec:
         keys, values = ("" if form is None else str(form) for form in (self.keys, self.values))
-        return replace(spec, keys=keys, values=values, keys_by=self.keys_by, residual=self.residual)
+        return replace(
+            spec,
+            keys=keys,
+            values=values,
+            keys_by=self.keys_by,
+            residual=self.residual,
+            static=self.static is not None,
+            rotated=self.rotated,
+        )
+
+    @property
+    def measures(self) -> bool:
+        return self.static is not None
+
+    def observe(self, spec: KvSpec, layer: int, seen: Observed) -> dict[str, Tensor]:
+        if layer in self.float_layers:
+            return {}
+        assert self.static is not None
+        found = calibrating.scales(spec, seen, Ranges(self.static, self.percentile, self.envelope))
+        return {**found, _LOST: calibrating.lost(spec, found, seen).as_tensor()}
+
+    def conclude(self, caches: Sequence[KvSpec], found: Sequence[Mapping[str, Tensor]]) -> Sequence[Settled]:
+        return [self._settled(spec, taken) for spec, taken in zip(caches, found, strict=True)]
+
+    def _settled(self, spec: KvSpec, taken: Mapping[str, Tensor]) -> Settled:
+        if _LOST not in taken:
+            return Settled(spec)
+        scales = {name: taken[name] for name in taken if name != _LOST}
+        return Settled(spec, scales, (Lost(*taken[_LOST].tolist()).told(),))

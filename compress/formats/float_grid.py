@@ -20,14 +20,15 @@ from compress.spec import Call
 class FloatGrid(Format, ActivationFormat):
     """value = element(code) · scale, or element(code) · scale / global_scale where the scale is `float8_e4m3`.
 
-    Settings: `exponent`, `mantissa` bits of an element (see compress.maths.floats), 3 to 8 bits with the sign; `group`
-    input columns per scale, or `channel` (one scale per output row), `tensor`, `token` (activations: one per vector);
-    `scale` format: `float32`, `float16`, `e8m0` (powers of two) or `float8_e4m3` (two levels: global_scale, one float32
-    for the tensor, is 448 · largest element / peak, a multiplier as in compressed-tensors). Text: `fp8_e4m3(channel)`,
-    `fp6_e3m2(group=32)`, `fp4_e2m1(group=64, scale=e8m0)`; `mxfp4`, `nvfp4` … name the settings in `NAMED`. Where text
-    names no scale, a group's is float16 and any other float32. Stored: `codes` packed lowest bits first; `scale`, as
-    uint8 bit patterns where it has 8 bits, since few operators take 8-bit floats; `global_scale` (1,) float32. A short
-    last group is allowed: we store it; kernels and other tools' files mostly cannot.
+    Settings: `exponent`, `mantissa` bits of an element (see compress.maths.floats), 3 to 8 bits with the sign;
+    `group` input columns per scale, or `channel` (one scale per output row), `tensor`, `token` (activations: one
+    per vector), `head` (caches: one per head); `scale` format: `float32`, `float16`, `e8m0` (powers of two) or
+    `float8_e4m3` (two levels: global_scale, one float32 for the tensor, is 448 · largest element / peak, a
+    multiplier as in compressed-tensors). Text: `fp8_e4m3(channel)`, `fp6_e3m2(group=32)`, `fp4_e2m1(group=64,
+    scale=e8m0)`; `mxfp4`, `nvfp4` … name the settings in `NAMED`. Where text names no scale, a group's is float16
+    and any other float32. Stored: `codes` packed lowest bits first; `scale`, as uint8 bit patterns where it has 8
+    bits, since few operators take 8-bit floats; `global_scale` (1,) float32. A short last group is allowed: we
+    store it; kernels and other tools' files mostly cannot.
     """
 
     row_params: ClassVar[frozenset[str] | None] = frozenset({"scale"})
@@ -102,7 +103,7 @@ class FloatGrid(Format, ActivationFormat):
 
     @property
     def rounds_activations(self) -> bool:
-        return self.group != "channel"
+        return self.group not in ("channel", "head")
 
     @property
     def holds_zero(self) -> bool:
@@ -110,8 +111,9 @@ class FloatGrid(Format, ActivationFormat):
 
     def group_size(self, columns: int) -> int:
         """Input columns that share a scale, for a weight with this many."""
-        if self.group == "token":
-            raise UsageError(f"{self} rounds activations; a weight takes group=N, channel or tensor.")
+        if self.group in ("token", "head"):
+            what = "rounds activations" if self.group == "token" else "is for the cache of keys and values"
+            raise UsageError(f"{self} {what}; a weight takes group=N, channel or tensor.")
         return self.group if isinstance(self.group, int) else columns
 
     def fit(

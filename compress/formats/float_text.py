@@ -9,7 +9,7 @@ import torch
 from compress.errors import UsageError, nearest
 from compress.spec import Call
 
-Granularity = Literal["channel", "tensor", "token"]
+Granularity = Literal["channel", "tensor", "token", "head"]
 ScaleFormat = Literal["float32", "float16", "float8_e4m3", "e8m0"]
 
 SCALE_DTYPES: dict[str, torch.dtype] = {

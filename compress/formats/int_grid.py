@@ -15,7 +15,7 @@ from compress.maths import grid
 from compress.spec import Call
 
 Scheme = Literal["symmetric", "asymmetric", "float_zero", "signed"]
-Granularity = Literal["channel", "tensor", "token"]
+Granularity = Literal["channel", "tensor", "token", "head"]
 WORDS = (*get_args(Granularity), *get_args(Scheme), "group", "outliers")
 """What a user types."""
 EXAMPLES = "Such as int4(group=32, asymmetric), int8(channel), int8(token, outliers=6)."
@@ -25,11 +25,11 @@ EXAMPLES = "Such as int4(group=32, asymmetric), int8(channel), int8(token, outli
 class IntGrid(Format, ActivationFormat):
     """value = (code − zero) · scale, scale in float16.
 
-    Settings: `bits` 2–8; `group` input columns per scale, or `channel` (one scale per output row), `tensor` (one for
-    all), `token` (activations: one per vector); `scheme`: `symmetric`, `asymmetric` (integer zero point), `float_zero`
-    (zero point in float16, anywhere between two codes) or `signed` (the scale carries the sign of the largest weight,
-    which then uses the extra negative code); `outliers` (with `token`): input columns in which any magnitude of the
-    call reaches this stay as they are.
+    Settings: `bits` 2–8; `group` input columns per scale, or `channel` (one scale per output row), `tensor` (one
+    for all), `token` (activations: one per vector), `head` (caches: one per head); `scheme`: `symmetric`,
+    `asymmetric` (integer zero point), `float_zero` (zero point in float16, anywhere between two codes) or `signed`
+    (the scale carries the sign of the largest weight, which then uses the extra negative code); `outliers` (with
+    `token`): input columns in which any magnitude of the call reaches this stay as they are.
     Text: `int4(group=32)`, `int8(channel)`, `int4(group=64, asymmetric)`, `int8(token, outliers=6)`.
     """
 
@@ -91,8 +91,9 @@ class IntGrid(Format, ActivationFormat):
 
     def group_size(self, columns: int) -> int:
         """Input columns that share a scale, for a weight with this many."""
-        if self.group == "token":
-            raise UsageError(f"{self} rounds activations; a weight takes group=N, channel or tensor.")
+        if self.group in ("token", "head"):
+            what = "rounds activations" if self.group == "token" else "is for the cache of keys and values"
+            raise UsageError(f"{self} {what}; a weight takes group=N, channel or tensor.")
         return self.group if isinstance(self.group, int) else columns
 
     def fit(

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.errors import UnsupportedError, UsageError
-from compress.formats.int_grid import IntGrid
 from compress.kv import heads, scorers, snapkv
 from compress.kv.attention import attended
 from compress.kv.expected import Call, Expected
-from compress.kv.growing import GrowingStore
 from compress.kv.recall import Recall
 from compress.kv.rotation import Rotation, rotation_of
-from compress.kv.spec import KvSpec, LayerTensors, row_format
-from compress.kv.stores import ChannelStore, FloatStore, RecentStore, RowStore, SlotStore, Store
+from compress.kv.spec import KvSpec, LayerTensors
+from compress.kv.stores import SlotStore, Store
+from compress.kv.storing import store_of
 
 ATTENTION = "compress_kv"
 """The attention that such a cache goes with, as transformers knows it."""
@@ -54,7 +53,8 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Empty it."""
-        self.stores: tuple[Store, Store] = _store(self.spec, True), _store(self.spec, False)
+        keys, values = store_of(self.spec, "key", self.tensors), store_of(self.spec, "value", self.tensors)
+        self.stores: tuple[Store, Store] = keys, values
         self.pending: tuple[Tensor, Tensor] | None = None
         self.expected = Expected(self.rotation) if self.spec.turns and self.rotation else None
         self.seen = 0
@@ -259,17 +259,6 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         more = self.expected.nbytes if self.expected is not None else 0
         more += sum(store.nbytes for store in self.stores)
         return more + sum(held.numel() * held.element_size() for held in states)
-
-
-def _store(spec: KvSpec, of_keys: bool) -> Store:
-    text = spec.keys if of_keys else spec.values
-    if not text:
-        return GrowingStore() if spec.selects else FloatStore()
-    form = row_format(text)
-    if of_keys and spec.keys_by == "channel":
-        assert isinstance(form, IntGrid)
-        return ChannelStore(form, spec.residual)
-    return RecentStore(RowStore(form), spec.residual) if spec.residual else RowStore(form)
 
 
 def layer_of(spec: KvSpec, tensors: LayerTensors | None = None, rotation: Rotation | None = None) -> KvLayer:

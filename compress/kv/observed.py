@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class Attended:
     """One batch at one attention, without padding; positions are 0 to n − 1.
 
     hidden (batch, n, hidden size): what goes into its projections; query (batch, heads, n, size), key, value (batch, kv
-    heads, n, size): with their rotation, as they are attended to and cached; scaling: of the products.
+    heads, n, size): with their rotation, as they are attended to and cached; scaling: of the products; named: what else
+    the attention was called with (`position_embeddings` …).
     """
 
     module: nn.Module
@@ -33,6 +35,7 @@ class Attended:
     key: Tensor
     value: Tensor
     scaling: float
+    named: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def groups(self) -> int:
@@ -50,6 +53,15 @@ class Attended:
         batch, kv_heads, _, size = self.key.shape
         asked = self.query[:, :, queries].reshape(batch, kv_heads, self.groups, -1, size).float()
         return torch.einsum("bhgqd,bhkd->bhgqk", asked, self.key.float()) * self.scaling
+
+
+def again(seen: Attended, hidden: Tensor) -> Attended:
+    """The same attention at the same positions on other hidden states, shaped alike."""
+    caches = ("past_key_values", "layer_past")  # which would grow
+    named = {name: value for name, value in seen.named.items() if name not in caches}
+    with torch.no_grad(), watching(seen.module) as found:
+        seen.module(hidden_states=hidden, **named)
+    return found[0]
 
 
 def projections(module: nn.Module) -> list[nn.Module]:
@@ -83,17 +95,19 @@ def attention_of(block: nn.Module) -> nn.Module:
     )
 
 
-_watch: ContextVar[tuple[list[Tensor], list[Attended]]] = ContextVar("_watch")
+_watch: ContextVar[tuple[list[tuple[Tensor, dict[str, Any]]], list[Attended]]] = ContextVar("_watch")
 
 
 @contextmanager
 def watching(module: nn.Module) -> Iterator[list[Attended]]:
     """What an attention meets meanwhile, in the order of its calls. Its model uses the attention `SEEN`."""
-    hidden: list[Tensor] = []
+    hidden: list[tuple[Tensor, dict[str, Any]]] = []
     found: list[Attended] = []
+    places = list(inspect.signature(module.forward).parameters)
 
     def enter(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        hidden.append(given[0] if given else named["hidden_states"])
+        rest = {**dict(zip(places, given, strict=False)), **named}
+        hidden.append((rest.pop("hidden_states"), rest))
 
     handle, token = module.register_forward_pre_hook(enter, with_kwargs=True), _watch.set((hidden, found))
     try:
@@ -119,5 +133,6 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     hidden, found = _watch.get(([], []))
     if hidden:  # only the one that is watched told what went into it
         scaling = settings.get("scaling") or query.shape[-1] ** -0.5
-        found.append(Attended(module, hidden.pop(), query, key, value, float(scaling)))
+        entered, named = hidden.pop()
+        found.append(Attended(module, entered, query, key, value, float(scaling), named))
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **settings)

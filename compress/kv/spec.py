@@ -13,6 +13,8 @@ from compress.formats import parse_format
 from compress.formats.base import Format
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
+from compress.formats.lookup import FIXED, Lookup
+from compress.kv.static import has_static, static_format
 
 Scorer = Literal["", "position", "key_norm", "h2o", "tova", "snapkv", "expected", "locret", "kvzap"]
 Axis = Literal["token", "channel"]
@@ -29,7 +31,9 @@ class KvSpec:
 
     keys, values: formats as text, empty where they stay as they are computed; keys_by: what shares a scale, `token` (a
     vector of one head at one position, or runs of its channels by group=N) or `channel` (runs of `group` tokens of one
-    channel, as KIVI has keys); residual: newest tokens that stay in float. scorer: by what tokens are dropped, empty
+    channel, as KIVI has keys); residual: newest tokens that stay in float; static: formats by `channel`, `head` or
+    `tensor` have scales that all tokens share, tensors of the layer; rotated: vectors are turned by a Hadamard matrix
+    before they are rounded, and back as they are read. scorer: by what tokens are dropped, empty
     where all are kept; budget: tokens that each head keeps; sinks: first tokens that are never dropped; recent: newest
     ones that are not. decay: of H2O's sums per step; by_age: whether they are divided by a token's age; chunk:
     tokens of a prompt that are read at once; head_width: of the head of a learned scorer (compress/kv/heads.py) between
@@ -46,6 +50,8 @@ class KvSpec:
     values: str = ""
     keys_by: Axis = "token"
     residual: int = 0
+    static: bool = False
+    rotated: bool = False
     scorer: Scorer = ""
     budget: int = 0
     sinks: int = 4
@@ -81,11 +87,11 @@ class KvSpec:
         if self.evicts:
             self._check_eviction()
         self._check_head()
-        for text in (self.keys, self.values):
-            if text:
-                row_format(text)
+        for text in filter(None, (self.keys, self.values)):
+            static_format(text) if self.static and has_static(text) else row_format(text)
         if self.keys_by == "channel":
             self._check_channel()
+        self._check_scales()
         self._check_selection()
 
     def _check_selection(self) -> None:
@@ -105,6 +111,20 @@ class KvSpec:
             raise UsageError(f"select={self.select} is no multiple of page={self.page}, and pages are chosen whole.")
         if not 0 <= self.reuse <= 1:
             raise UsageError(f"reuse={self.reuse} is a cosine in [0, 1]; 0: each step chooses anew.")
+
+    def _check_scales(self) -> None:
+        if self.static and not self._scales:
+            raise UsageError(
+                f"{self.told()}: static scales are shared by all tokens, and these formats have none. Give "
+                "int8(channel), int8(head) or int8(tensor), or leave static out."
+            )
+        if self.rotated and not (self.keys or self.values):
+            raise UsageError("rotated: nothing is rounded. Give a format, or leave rotated out.")
+        if self.rotated and (self.static or self.keys_by == "channel"):
+            raise UsageError(
+                "rotated mixes the channels of a vector, so scales by channel or fitted to data do not go with it. "
+                "Quantize by token, or leave rotated out."
+            )
 
     def _check_eviction(self) -> None:
         if self.recent < 1:
@@ -173,6 +193,14 @@ class KvSpec:
     @property
     def wants(self) -> tuple[str, ...]:
         """The tensors that the layer's cache needs beside this, by name (compress/models/cache_tensors.py)."""
+        return self._scales + self._head
+
+    @property
+    def _scales(self) -> tuple[str, ...]:
+        return tuple(f"{part}_scale" for part in ("key", "value") if self.static_part(part))
+
+    @property
+    def _head(self) -> tuple[str, ...]:
         if not self.learned:
             return ()
         layers = ("head.first", "head.second") if self.head_width else ("head.second",)
@@ -183,6 +211,12 @@ class KvSpec:
     def learned(self) -> bool:
         """Whether its score comes from a trained head, as a token is written."""
         return self.scorer in ("locret", "kvzap")
+
+    def static_part(self, part: Literal["key", "value"]) -> bool:
+        """Whether keys or values have scales that all tokens share: the tensor `key_scale` or `value_scale` (see
+        compress/kv/static.py)."""
+        text = self.keys if part == "key" else self.values
+        return self.static and has_static(text) and not (part == "key" and self.keys_by == "channel")
 
     @property
     def reads(self) -> bool:
@@ -198,7 +232,8 @@ class KvSpec:
         """For a report: `int8(token) keys, int4(group=32) values, 1024 tokens by h2o`."""
         by = " by channel" if self.keys_by == "channel" else ""
         recent = f", the newest {self.residual} in float" if self.residual else ""
-        stored = f"{self.keys or 'float'} keys{by}, {self.values or 'float'} values{recent}"
+        more = (", static scales" if self.static else "") + (", rotated" if self.rotated else "")
+        stored = f"{self.keys or 'float'} keys{by}, {self.values or 'float'} values{more}{recent}"
         if self.selects:
             how = f"{self.selector}, {self.index}" if self.selector == "retrieval" else self.selector
             return f"{stored}, {self.select} attended to by {how}"
@@ -222,8 +257,10 @@ def row_format(text: str) -> Format:
     form = parse_format(text)
     if isinstance(form, IntGrid | FloatGrid) and form.group == "token":
         form = replace(form, group="channel")  # a row of the matrix that is stored is a token
+    if isinstance(form, Lookup) and form.table in FIXED and not form.double:
+        return replace(form, flat=False)  # blocks of one vector, so that no two tokens share one
     if getattr(form, "outliers", None) is not None:
         raise UsageError(f"{text}: outliers are of activations. Take int8(token).")
-    if form.row_params is None or form.holders or form.shares_peak or getattr(form, "group", "") == "tensor":
+    if form.row_params is None or form.holders or form.shares_peak or getattr(form, "group", "") in ("tensor", "head"):
         raise UsageError(f"{text}: tokens would share a scale, but they come one by one. Take int8(token).")
     return form

@@ -9,13 +9,17 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from compress.errors import InputError
 from compress.formats.base import Format, QuantTensor
 from compress.formats.int_grid import IntGrid
+from compress.kv import static
+from compress.maths.rotation import rotation
 
 
 class Store(ABC):
@@ -106,29 +110,75 @@ class FloatStore(SlotStore):
 
 
 class RowStore(SlotStore):
-    """Each token's vector of one head is a row of a format."""
+    """Each token's vector of one head is a row of a format. rotated: see `turn`."""
 
-    def __init__(self, form: Format) -> None:
+    def __init__(self, form: Format, rotated: bool = False) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.rotated = form, rotated
         self.size, self.dtype = 0, torch.float32
 
     def append(self, states: Tensor) -> None:
         self.size, self.dtype = states.shape[-1], states.dtype
         if states.shape[2]:
-            self._put(encode(self.form, states))
+            self._put(self._encoded(states))
+
+    def _encoded(self, states: Tensor) -> dict[str, Tensor]:
+        return encode(self.form, states.float() @ turn(self.size).to(states.device) if self.rotated else states)
 
     def read(self) -> Tensor | None:
         if not self.slots:
             return None
-        return decode(self.form, self.held, self.size).to(self.dtype)
+        found = decode(self.form, self.held, self.size)
+        return (found @ turn(self.size).T.to(found.device) if self.rotated else found).to(self.dtype)
 
     def take(self, index: Tensor) -> Tensor:
         rows = {name: held.gather(2, wide(index, held)) for name, held in self.held.items()}
         return decode(self.form, rows, self.size).to(self.dtype)
 
     def replace(self, index: Tensor, states: Tensor) -> None:
-        self._overwrite(index, encode(self.form, states))
+        self._overwrite(index, self._encoded(states))
+
+
+@cache
+def turn(size: int) -> Tensor:
+    """The orthogonal matrix (size, size) float32 that vectors are multiplied with before they are rounded: Hadamard's
+    with random signs, always the same; where none of that order is known, a random one (compress/maths/rotation.py).
+    Outliers are spread over all channels (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456). It is no state of a cache:
+    `nbytes` do not count it, and callers do not write to it."""
+    return rotation(size, "hadamard", torch.Generator().manual_seed(0)).matrix().float()
+
+
+class StaticStore(SlotStore):
+    """Codes alone, by scales that all tokens share (compress/kv/static.py), which count once."""
+
+    def __init__(self, form: static.StaticFormat, scale: Tensor) -> None:
+        super().__init__()
+        self.form, self.scale = form, scale
+        self.size, self.dtype = 0, torch.float32
+
+    def append(self, states: Tensor) -> None:
+        self.size, self.dtype = states.shape[-1], states.dtype
+        self.scale = self.scale.to(states.device)
+        heads = states.shape[1]
+        if self.scale.shape != (expected := static.scale_shape(self.form, heads, self.size)):
+            raise InputError(
+                f"Scales of a cache in {self.form} are {list(self.scale.shape)}, and {heads} heads of {self.size} "
+                f"take {list(expected)}. They are of another model."
+            )
+        if states.shape[2]:
+            self._put({"codes": static.encode(self.form, states, self.scale)})
+
+    def read(self) -> Tensor | None:
+        if not self.slots:
+            return None
+        return static.decode(self.form, self.held["codes"], self.scale, self.size).to(self.dtype)
+
+    def replace(self, index: Tensor, states: Tensor) -> None:
+        self._overwrite(index, {"codes": static.encode(self.form, states, self.scale)})
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.scale.numel() * self.scale.element_size()
 
 
 def encode(form: Format, states: Tensor) -> dict[str, Tensor]:
@@ -144,7 +194,8 @@ def decode(form: Format, held: dict[str, Tensor], size: int) -> Tensor:
     """What `encode` gave, in float32: (…, n, size)."""
     shape = next(iter(held.values())).shape[:-1]
     count = int(torch.Size(shape).numel())
-    tensors = {name: tensor.reshape(count, -1) for name, tensor in held.items()}
+    specs = form.tensor_specs((count, size))
+    tensors = {name: tensor.reshape(specs[name][0]) for name, tensor in held.items()}
     return QuantTensor(form, tensors, (count, size)).dequantize().reshape(*shape, size)
 
 

@@ -57,6 +57,9 @@ def _reason(spec: KvSpec) -> str:
         return "a cache that keeps all tokens grows, and the slot graph has a fixed number of slots; add kv_evict"
     if spec.scorer not in SCORERS:
         return f"the scorer {spec.scorer} is not in the slot graph, which has {', '.join(SCORERS)}"
+    if spec.static or spec.rotated:
+        what = "scales fitted to data (static)" if spec.static else "rotated vectors"
+        return f"{what} are not in the slot graph, which has float and int8(token)"
     for text in filter(None, (spec.keys, spec.values)):
         form = row_format(text)
         if form != IntGrid(8, "channel"):
