@@ -34,7 +34,9 @@ class KvQuant(KvPass):
     first one is often worth it); `static`: how the range of static scales is chosen, `minmax` the largest magnitude,
     `percentile` what holds `percentile` percent of them, `mse` what the codes lose least on; `envelope`: whether keys
     count by the length of their rotary pairs, which stays the same at every position; `rotated`: whether vectors are
-    turned by a Hadamard matrix before they are rounded, which spreads channels that stand out.
+    turned by a Hadamard matrix before they are rounded, which spreads channels that stand out; `sensitive`: how many
+    layers, those whose attention outputs are furthest off on calibration data, are stored as `fallback` says instead, a
+    format by token, null for float.
     """
 
     name: ClassVar[str] = "kv_quant"
@@ -49,6 +51,8 @@ class KvQuant(KvPass):
     percentile: float = Field(default=99.99, gt=50, le=100)
     envelope: bool = True
     rotated: bool = False
+    sensitive: int = Field(default=0, ge=0)
+    fallback: FormatField | None = None
 
     @model_validator(mode="after")
     def _check_store(self) -> Self:
@@ -57,7 +61,13 @@ class KvQuant(KvPass):
                 f"{self.name}: keys=null and values=null leave all in float. Give a format, or leave it out."
             )
         self._check_static()
-        self._filled(KvSpec())
+        if self.fallback is not None and not self.sensitive:
+            raise UsageError(f"{self.name}: fallback does nothing without sensitive. Add sensitive=1, or leave it out.")
+        if self.fallback is not None and has_static(str(self.fallback)):
+            raise UsageError(
+                f"{self.name}: fallback={self.fallback} is not by token. Give int8(token), or null for float."
+            )
+        self._spared(self._filled(KvSpec()))
         return self
 
     def _check_static(self) -> None:
@@ -87,6 +97,12 @@ class KvQuant(KvPass):
             raise UsageError(
                 f"{self.name}: float_layers names layer {unknown}; the model that it meets has caches 0 to {count - 1}."
             )
+        left = count - len(set(self.float_layers))
+        if self.sensitive and self.sensitive >= left:
+            raise UsageError(
+                f"{self.name}: sensitive={self.sensitive} spares all of the {left} caches that are rounded. Give less, "
+                "or leave the pass out."
+            )
 
     def fill(self, spec: KvSpec, layer: int) -> KvSpec:
         return spec if layer in self.float_layers else self._filled(spec)
@@ -105,20 +121,40 @@ class KvQuant(KvPass):
 
     @property
     def measures(self) -> bool:
-        return self.static is not None
+        return self.static is not None or self.sensitive > 0
+
+    def _spared(self, spec: KvSpec) -> KvSpec:
+        """The cache of a layer that is too sensitive for what the others have."""
+        text = "" if self.fallback is None else str(self.fallback)
+        plain = replace(spec, keys="", values="", keys_by="token", residual=0, static=False, rotated=False)
+        if not text:
+            return plain
+        keys, values = (text if stored else "" for stored in (spec.keys, spec.values))
+        return replace(plain, keys=keys, values=values, residual=self.residual, rotated=self.rotated)
 
     def observe(self, spec: KvSpec, layer: int, seen: Observed) -> dict[str, Tensor]:
         if layer in self.float_layers:
             return {}
-        assert self.static is not None
-        found = calibrating.scales(spec, seen, Ranges(self.static, self.percentile, self.envelope))
+        found = {}
+        if self.static is not None:
+            found = calibrating.scales(spec, seen, Ranges(self.static, self.percentile, self.envelope))
         return {**found, _LOST: calibrating.lost(spec, found, seen).as_tensor()}
 
     def conclude(self, caches: Sequence[KvSpec], found: Sequence[Mapping[str, Tensor]]) -> Sequence[Settled]:
-        return [self._settled(spec, taken) for spec, taken in zip(caches, found, strict=True)]
+        lost = {layer: Lost(*taken[_LOST].tolist()) for layer, taken in enumerate(found) if _LOST in taken}
+        spared = sorted(lost, key=lambda layer: lost[layer].output, reverse=True)[: self.sensitive]
+        settled = []
+        for layer, (spec, taken) in enumerate(zip(caches, found, strict=True)):
+            notes = (lost[layer].told(self._how),) if layer in lost else ()
+            if layer in spared:
+                rank = spared.index(layer) + 1
+                told = f"so it is stored otherwise: of {len(lost)} layers the error of its outputs is number {rank}"
+                settled.append(Settled(self._spared(spec), {}, (*notes, told)))
+            else:
+                settled.append(Settled(spec, {name: taken[name] for name in spec.wants}, notes))
+        return settled
 
-    def _settled(self, spec: KvSpec, taken: Mapping[str, Tensor]) -> Settled:
-        if _LOST not in taken:
-            return Settled(spec)
-        scales = {name: taken[name] for name in taken if name != _LOST}
-        return Settled(spec, scales, (Lost(*taken[_LOST].tolist()).told(),))
+    @property
+    def _how(self) -> str:
+        """What the errors are of."""
+        return f"{self.keys or 'float'} keys and {self.values or 'float'} values"

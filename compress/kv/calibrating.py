@@ -152,11 +152,11 @@ class Lost:
     values: float
     output: float
 
-    def told(self) -> str:
-        """For a report."""
+    def told(self, stored: str) -> str:
+        """For a report. stored: as what."""
         return (
-            f"on calibration data keys are off by {self.keys:.2%}, values by {self.values:.2%}, "
-            f"the attention's outputs by {self.output:.2%}"
+            f"as {stored}, on calibration data keys are off by {self.keys:.2%}, values by {self.values:.2%}, the "
+            f"attention's outputs by {self.output:.2%}"
         )
 
     def as_tensor(self) -> Tensor:
