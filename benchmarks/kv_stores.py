@@ -4,8 +4,8 @@
 
 Keys are drawn: 16 heads of 64 channels, 4096 tokens, normal, plus an offset of 10 on three channels of each head before
 they are rotated (base 10,000, halves); values and queries are normal. The last 256 queries attend to all tokens before
-them with keys read from the store and values in float. Static scales see the first 512 tokens only. The error is the norm
-of the outputs' difference by the outputs' norm, of each head: mean and extremes over heads. Bits are those of all
+them with keys read from the store and values in float. Static scales see the first 512 tokens only. The error is the
+norm of the outputs' difference by the outputs' norm, of each head: mean and extremes over heads. Bits are those of all
 tensors that the store holds, for each entry. Writes results/kv_stores.json.
 """
 

@@ -130,6 +130,7 @@ def test_single_tokens_are_overwritten_dropped_and_kept_by_row(spec: KvSpec, ten
     alone.append(other)
     new = alone.read()
     assert new is not None
+    torch.testing.assert_close(store.take(torch.tensor([7, 2]).expand(2, HEADS, 2)), read[:, :, [7, 2]])
     store.replace(torch.full((2, HEADS, 1), 3), other)
     store.keep(torch.tensor([1, 3, 8]).expand(2, HEADS, 3))
     store.rows(torch.tensor([1]))

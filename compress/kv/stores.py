@@ -128,12 +128,14 @@ class RowStore(SlotStore):
     def read(self) -> Tensor | None:
         if not self.slots:
             return None
-        found = decode(self.form, self.held, self.size)
+        return self._decoded(self.held)
+
+    def _decoded(self, held: dict[str, Tensor]) -> Tensor:
+        found = decode(self.form, held, self.size)
         return (found @ turn(self.size).T.to(found.device) if self.rotated else found).to(self.dtype)
 
     def take(self, index: Tensor) -> Tensor:
-        rows = {name: held.gather(2, wide(index, held)) for name, held in self.held.items()}
-        return decode(self.form, rows, self.size).to(self.dtype)
+        return self._decoded({name: held.gather(2, wide(index, held)) for name, held in self.held.items()})
 
     def replace(self, index: Tensor, states: Tensor) -> None:
         self._overwrite(index, self._encoded(states))
@@ -169,9 +171,13 @@ class StaticStore(SlotStore):
             self._put({"codes": static.encode(self.form, states, self.scale)})
 
     def read(self) -> Tensor | None:
-        if not self.slots:
-            return None
-        return static.decode(self.form, self.held["codes"], self.scale, self.size).to(self.dtype)
+        return self._decoded(self.held["codes"]) if self.slots else None
+
+    def _decoded(self, codes: Tensor) -> Tensor:
+        return static.decode(self.form, codes, self.scale, self.size).to(self.dtype)
+
+    def take(self, index: Tensor) -> Tensor:
+        return self._decoded(self.held["codes"].gather(2, wide(index, self.held["codes"])))
 
     def replace(self, index: Tensor, states: Tensor) -> None:
         self._overwrite(index, {"codes": static.encode(self.form, states, self.scale)})
