@@ -39,6 +39,7 @@ SCORERS: list[dict[str, Any]] = [
     {"scorer": "h2o"},
     {"scorer": "h2o", "decay": 0.9},
     {"scorer": "h2o", "by_age": True},
+    {"scorer": "tova"},
 ]
 LENGTH = 104
 Write = Callable[..., SlotSession]
@@ -122,7 +123,7 @@ def test_codes_are_those_of_the_torch_cache(
         np.testing.assert_allclose(scales, store.held["scale"][..., 0].numpy(), rtol=1e-3)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("settings", SCORERS[1:4], ids=str)
+@pytest.mark.parametrize("settings", [*SCORERS[1:4], SCORERS[5]], ids=str)
 def test_padded_rows_and_rows_that_have_ended_change_no_other(
     settings: dict[str, Any], write: Write, ids: np.ndarray
 ) -> None:
@@ -191,52 +192,69 @@ def test_the_plan_knows_the_size(store: dict[str, Any], write: Write, model: Mod
     assert target.predict_bytes(model.structure.layers.values(), made, PROFILE) == pytest.approx(size, rel=0.05)
 
 
-def test_of_equal_scores_the_older_goes_and_no_others_change_order() -> None:
-    """Against sorting by score, then by position, in whole numbers; scores that are next to each other stay apart."""
-    random = np.random.default_rng(0)
-    base = np.concatenate([random.normal(size=60), [0.0] * 20, np.repeat(random.normal(size=10) * 1e-30, 2)])
-    scores = base.astype(np.float32)
-    scores = np.concatenate([scores, np.nextafter(scores, np.float32(np.inf)), -scores])
-    positions = random.permutation(np.unique(random.integers(0, 2**26, 4 * len(scores)))[::3])[: len(scores)]
-    spec = KvSpec(scorer="key_norm", budget=100, sinks=0, recent=1)
-    ranks = ranked(spec, scores, positions, 2**26 + 5)
-    assert sorted(range(len(scores)), key=lambda at: (scores[at], positions[at])) == np.argsort(ranks).tolist()
+@pytest.mark.parametrize("seed", range(6))
+def test_of_equal_scores_the_older_goes(seed: int) -> None:
+    """Against sorting all by score and position; few scores, so that most are equal; some slots are empty, and some new
+    tokens padding, at the left."""
+    random = np.random.default_rng(seed)
+    slots, new, padding = 24, int(random.integers(1, 40)), int(random.integers(0, 3)) if seed % 2 else 0
+    spec = KvSpec(scorer="key_norm", budget=slots, sinks=2, recent=3)
+    positions = random.permutation(2**24 - 100)[:slots]
+    positions[: seed % 4] = -1
+    fresh = np.concatenate([np.full(min(padding, new - 1), -1), np.arange(2**24 - 100, 2**24)])[:new]
+    scores = random.integers(0, 1 + seed, slots).astype(np.float32), random.integers(0, 1 + seed, new)
+    token, wins, place = chosen(spec, *scores, positions, fresh)
+    after = {at: held for at, held in enumerate(positions) if held >= 0}
+    for source, into in zip(token[wins], place[wins], strict=True):
+        assert after.pop(into, -1) < fresh[source] and into < slots
+        after[into] = fresh[source]
+    assert set(place[~wins]) <= {slots}
+    known = sorted(
+        (at < spec.sinks or at > fresh.max() - spec.recent, score, at)
+        for score, at in zip(np.concatenate(scores), np.concatenate([positions, fresh]), strict=True)
+        if at >= 0
+    )
+    assert sorted(at for at in after.values() if at >= 0) == sorted(at for *_, at in known[-slots:])
 
 
 def test_first_and_newest_tokens_come_before_all_others_and_empty_slots_after() -> None:
-    spec = KvSpec(scorer="h2o", budget=10, sinks=2, recent=3)
-    positions = np.array([-1, 0, 1, 2, 7, 8, 9, -1])
-    ranks = ranked(spec, np.zeros(8, np.float32), positions, 9)
-    assert np.isposinf(ranks).tolist() == [False, True, True, False, True, True, True, False]
-    assert np.isneginf(ranks).tolist() == [True, *[False] * 6, True]
+    spec = KvSpec(scorer="h2o", budget=8, sinks=2, recent=3)
+    positions = np.array([-1, 0, 1, 2, 5, 6, 8, 7])
+    token, wins, place = chosen(spec, np.full(8, 1e9, np.float32), np.zeros(4), positions, np.array([-1, 9, 10, 11]))
+    assert dict(zip(place[wins], token[wins], strict=True)).keys() - {0} == {3, 4}  # the oldest but for the first
+    assert set(token[wins]) >= {1, 2, 3}
 
 
-def ranked(spec: KvSpec, scores: np.ndarray, positions: np.ndarray, newest: int) -> np.ndarray:
-    """Through the nodes that the slot graph has."""
-    inputs = [
-        ir.Value(name="scores", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 1, "slots"])),
-        ir.Value(name="positions", type=ir.TensorType(ir.DataType.DOUBLE), shape=ir.Shape([1, 1, "slots"])),
-        ir.Value(name="given", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1, "n"])),
-    ]
-    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 21}, name="rank")
-    builder = GraphBuilder(graph)
-    out = Update(builder, spec, {}, Tokens(builder, inputs[2], 1))._rank(inputs[0], inputs[1])
-    graph.extend(builder.nodes)
-    graph.outputs.append(out)
-    made = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    feeds = {
-        "scores": scores[None, None],
-        "positions": positions[None, None].astype(float),
-        "given": np.array([[newest]]),
+def chosen(
+    spec: KvSpec, scores: np.ndarray, fresh: np.ndarray, positions: np.ndarray, given: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Through the nodes that the slot graph has: of one head the new tokens, whether they are kept, and their slots."""
+    slots, new = len(positions) + 1, len(given)
+    kinds = {"scores": ([1, 1, slots], np.float32), "fresh": ([1, 1, new], np.float32)}
+    kinds |= {"positions": ([1, 1, slots], np.int32), "given": ([1, new], np.int64), "out": ([1, 1, 1, 1], np.float32)}
+    inputs = {
+        name: ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(np.dtype(kind))), shape=ir.Shape(shape))
+        for name, (shape, kind) in kinds.items()
     }
-    return onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"]).run(None, feeds)[0][0, 0]
+    graph = ir.Graph([*inputs.values()], [], nodes=[], opset_imports={"": 21}, name="choice")
+    builder = GraphBuilder(graph)
+    update = Update(builder, spec, {"position": inputs["positions"]}, Tokens(builder, inputs["given"], 1))
+    graph.outputs.extend(update._choose(inputs["scores"], inputs["fresh"], 1, inputs["out"]))
+    graph.extend(builder.nodes)
+    made = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    values = [np.append(scores, 0), fresh, np.append(positions, -1), given, 0]
+    feeds = {
+        name: np.asarray(value, kind).reshape(shape)
+        for (name, (shape, kind)), value in zip(kinds.items(), values, strict=True)
+    }
+    found = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return tuple(each[0, 0] for each in found)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
     ("spec", "told"),
     [
         (KvSpec(keys="int8(token)"), "fixed number of slots; add kv_evict"),
-        (KvSpec(**SMALL, scorer="tova"), "scorer tova is not in the slot graph"),
         (KvSpec(**SMALL, scorer="h2o", values="int4(group=8)"), "int4(group=8) is not stored"),
         (KvSpec(**SMALL, scorer="h2o", keys="int8(token, asymmetric)"), "asymmetric) is not stored"),
     ],
@@ -247,8 +265,8 @@ def test_what_slots_do_not_hold_is_refused_by_name(spec: KvSpec, told: str) -> N
 
 
 def test_refusals_come_before_any_work(model: Model) -> None:
-    with pytest.raises(UsageError, match=r"tova.*--target native"):
-        make_plan(model, recipe.of_passes("kv_evict(budget=64, by=tova)"), PROFILE)
+    with pytest.raises(UsageError, match=r"fixed number of slots.*--target native"):
+        make_plan(model, recipe.of_passes("kv_quant"), PROFILE)
     with pytest.raises(UnsupportedError, match="keeps a cache of its own"):
         make_plan(model, recipe.of_passes("kv_evict(budget=64)"), PROFILE.model_copy(update={"target": "openvino"}))
     gpu = slots.refusal((KvSpec(**SMALL, scorer="h2o"),), hwprofiles.load("nvidia-l4").runtime("onnxruntime"))

@@ -36,7 +36,7 @@ def attend(
     scale = state.get("value_scale")
     if scale is not None:
         held = graph.node("Mul", [held, _row(graph, scale)])
-    out = graph.node("MatMul", [held, _floats(graph, state["value"], scale)])
+    out = graph.node("MatMul", [held, _floats(graph, state["value"])])
     out = graph.node("Add", [out, graph.node("MatMul", [fresh, value])])
     after = Update(graph, spec, state, tokens).after(key, value, weights, out)
     parts = [graph.constant([0, dim(query, 1)]), tokens.length, graph.constant([dim(value, 3)])]
@@ -51,7 +51,7 @@ def _weights(graph: GraphBuilder, node: ir.Node, state: State, tokens: Tokens) -
     scaled = graph.node("Mul", [query, graph.constant(float_of(node, "scale"), np.float32)])
     queries = graph.node("Reshape", [scaled, graph.constant([0, dim(key, 1), -1, dim(query, 3)])])
     scale = state.get("key_scale")
-    held = graph.node("MatMul", [queries, _turned(graph, _floats(graph, state["key"], scale))])
+    held = graph.node("MatMul", [queries, _turned(graph, _floats(graph, state["key"]))])
     if scale is not None:
         held = graph.node("Mul", [held, _row(graph, scale)])
     there = is_there(graph, state["position"], np.int32)
@@ -65,9 +65,10 @@ def _turned(graph: GraphBuilder, states: ir.Value) -> ir.Value:
     return graph.node("Transpose", [states], {"perm": [0, 1, 3, 2]})
 
 
-def _floats(graph: GraphBuilder, held: ir.Value, scale: ir.Value | None) -> ir.Value:
-    """What is held, or its codes as numbers: scales are one per slot, so they go to the product, which is smaller."""
-    return held if scale is None else graph.node("Cast", [held], {"to": FLOAT.value})
+def _floats(graph: GraphBuilder, held: ir.Value) -> ir.Value:
+    """What is held as float32, codes as numbers: scales are one per slot, so they go to the product, which is
+    smaller."""
+    return held if held.dtype is FLOAT else graph.node("Cast", [held], {"to": FLOAT.value})
 
 
 def _row(graph: GraphBuilder, scale: ir.Value) -> ir.Value:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from compress.export.onnx.attention import MASKED
 from compress.export.onnx.graph import GraphBuilder
 
-BOOL, INT, DOUBLE, FLOAT = ir.DataType.BOOL, ir.DataType.INT64, ir.DataType.DOUBLE, ir.DataType.FLOAT
+BOOL, INT, FLOAT = ir.DataType.BOOL, ir.DataType.INT64, ir.DataType.FLOAT
 
 
 class Tokens:
@@ -35,13 +35,13 @@ class Tokens:
 
     @property
     def exact(self) -> ir.Value:
-        """Positions (batch, 1, n) float64."""
-        return self.once("exact", lambda g: g.node("Cast", [self.positions], {"to": DOUBLE.value}, dtype=DOUBLE))
+        """Positions (batch, 1, n) float32, which has all whole numbers up to 2^24."""
+        return self.once("exact", lambda g: g.node("Cast", [self.positions], {"to": FLOAT.value}))
 
     @property
     def newest(self) -> ir.Value:
-        """The newest position, (batch, 1, 1) float64; −1 where all is padding."""
-        return self.once("newest", lambda g: g.node("ReduceMax", [self.exact, g.constant([2])], dtype=DOUBLE))
+        """The newest position, (batch, 1, 1) float32; −1 where all is padding."""
+        return self.once("newest", lambda g: g.node("ReduceMax", [self.exact, g.constant([2])]))
 
     @property
     def bias(self) -> ir.Value:
@@ -59,6 +59,16 @@ class Tokens:
     def real(self) -> ir.Value:
         """1 for a token and 0 for padding, (batch, 1, n)."""
         return self.once("real", lambda g: g.node("Cast", [is_there(g, self.positions, np.int64)], {"to": FLOAT.value}))
+
+    @property
+    def ends(self) -> ir.Value:
+        """Whether the last of them is a token, (batch, 1, 1) bool."""
+
+        def make(graph: GraphBuilder) -> ir.Value:
+            one = graph.constant([-1]), graph.constant([2**63 - 1]), graph.constant([2])
+            return is_there(graph, graph.node("Slice", [self.positions, *one], dtype=INT), np.int64)
+
+        return self.once("ends", make)
 
     def weights(self, decay: float) -> ir.Value:
         """How much each query counts, (batch, 1, 1, groups · n): `decay` to the number of tokens after it, padding left

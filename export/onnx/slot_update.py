@@ -1,7 +1,9 @@
 """The state of a layer's slots after a call: scores, which new tokens go where, and what is written.
 
-The best new token takes the place of the worst slot if it is the better of the two, the second best that of the second
-worst, and so on: what is left are the best C of all, as sorting them together would give, and nothing else moves.
+The best new token takes the place of the worst slot if it is no worse, the second best that of the second worst, and so
+on: what is left are the best C of all, as sorting them together would give, and nothing else moves. Of equal scores the
+older token goes. All is float32, which TensorRT has too (its parser makes float32 of float64 without a word): so ranks
+are two keys, the score and then, among those that are as good as the last one chosen, the position.
 """
 
 from __future__ import annotations
@@ -14,14 +16,13 @@ import onnx_ir as ir
 
 from compress.export.onnx.attention import dim
 from compress.export.onnx.graph import GraphBuilder
-from compress.export.onnx.slot_tokens import BOOL, DOUBLE, FLOAT, INT, Tokens
+from compress.export.onnx.slot_tokens import BOOL, FLOAT, INT, Tokens
 from compress.kv.spec import KvSpec
 
 INT8, HALF = ir.DataType.INT8, ir.DataType.FLOAT16
 END = 2**63 - 1
-LATER, LEAST = 2.0**-51, 2.0**-300
-"""By position, of equal scores the newer is made the higher: float64 has 29 bits more than a float32 score. The first
-is a share of the score, which below position 2^26 never reaches the next float32; the second is for scores of 0."""
+FAR = 2.0**127
+"""Rank of what always stays, and less than 0 of what is not there: any score is lost when it is added to it."""
 TINY = float(np.finfo(np.float16).tiny)
 """The smallest scale, as the formats have it (compress/maths/grid.py)."""
 
@@ -55,6 +56,8 @@ class Update:
             if f"{name}_scale" in state:
                 picked, scales = self._encode(picked)
                 after[f"{name}_scale"] = self._put(state[f"{name}_scale"], choice, scales)
+            elif state[name].dtype is not FLOAT:
+                picked = self._graph.node("Cast", [picked], {"to": state[name].dtype.value}, dtype=state[name].dtype)
             after[name] = self._put(state[name], choice, picked, width)
         after["position"] = self._put(state["position"], choice, self._positions(choice, dim(key, 1)))
         if scores is not None and fresh is not None:
@@ -70,6 +73,8 @@ class Update:
         if spec.scorer == "key_norm":
             norms = graph.node("ReduceL2", [key, graph.constant([3])], {"keepdims": 0})
             return self._state["score"], graph.node("Neg", [norms])
+        if spec.scorer == "tova":
+            return cut(graph, self._last_read(key, weights), spec.budget + 1, axis=2)
         sums = graph.node("MatMul", [self._tokens.weights(spec.decay), weights])
         held, fresh = cut(graph, graph.node("Squeeze", [sums, graph.constant([2])]), spec.budget + 1, axis=2)
         before = self._state["score"]
@@ -77,38 +82,68 @@ class Update:
             before = graph.node("Mul", [before, self._tokens.fade(spec.decay)])
         return graph.node("Add", [before, held]), fresh
 
+    def _last_read(self, key: ir.Value, weights: ir.Value) -> ir.Value:
+        """What the last query gave slots and new tokens, over all heads, (batch, kv heads, slots + n); where it is
+        padding, the scores before."""
+        graph, state, heads = self._graph, self._state["score"], dim(key, 1)
+        length, total = self._tokens.length, graph.node("Shape", [weights], {"start": 3, "end": 4}, dtype=INT)
+        apart = graph.node("Concat", [graph.constant([0, heads, -1]), length, total], {"axis": 0}, dtype=INT)
+        apart = graph.node("Reshape", [weights, apart])  # (batch, kv heads, groups, n, slots + n)
+        one = graph.constant([-1]), graph.constant([END]), graph.constant([3])
+        last = graph.node("ReduceMean", [graph.node("Slice", [apart, *one]), graph.constant([1, 2])], {"keepdims": 0})
+        nothing = graph.node("Sub", [self._tokens.exact, self._tokens.exact])
+        before = graph.node("Concat", [state, self._spread(nothing, heads)], {"axis": 2})
+        return graph.node("Where", [self._tokens.ends, last, before])
+
     def _choose(self, scores: ir.Value | None, fresh: ir.Value | None, heads: int, out: ir.Value) -> Choice:
         """Heads whose output is no number keep nothing: so whatever is written waits for the attention, which reads the
         same buffers."""
         graph, slots = self._graph, self._spec.budget
-        position = graph.node("Cast", [self._state["position"]], {"to": DOUBLE.value}, dtype=DOUBLE)
-        position = cut(graph, position, slots, axis=2, dtype=DOUBLE)[0]
+        position = cut(graph, graph.node("Cast", [self._state["position"]], {"to": FLOAT.value}), slots, axis=2)[0]
         old = self._rank(None if scores is None else cut(graph, scores, slots, axis=2)[0], position)
         of_all = self._tokens.once(("place", self._by_position), lambda _: self._place(self._tokens.exact))
-        new = self._spread(self._rank(fresh, self._tokens.exact, of_all), heads, DOUBLE)
+        new = self._spread(self._rank(fresh, self._tokens.exact, of_all), heads)
         count = graph.node("Min", [self._tokens.length, graph.constant([slots])], dtype=INT)
         worst, slot = self._top(old, count, largest=0)
         best, token = self._top(new, count, largest=1)
         one = graph.constant([0, 0]), graph.constant([1, 1]), graph.constant([2, 3])
         first = graph.node("Squeeze", [graph.node("Slice", [out, *one]), graph.constant([3])])
         is_number = graph.node("Not", [graph.node("IsNaN", [first], dtype=BOOL)], dtype=BOOL)
-        better = graph.node("GreaterOrEqual", [best, worst], dtype=BOOL)
-        wins = graph.node("And", [better, is_number], dtype=BOOL)
+        wins = graph.node("GreaterOrEqual", [best, worst], dtype=BOOL)
+        wins = graph.node("And", [wins, is_number], dtype=BOOL)
+        if scores is not None:  # positions are never equal
+            last = self._last(wins)
+            going = self._settled(old, graph.node("GatherElements", [worst, last], {"axis": 2}), position, least=True)
+            coming = self._settled(new, graph.node("GatherElements", [best, last], {"axis": 2}), self._tokens.exact)
+            slot, token = self._top(going, count, largest=0)[1], self._top(coming, count, largest=1)[1]
         return Choice(token, wins, graph.node("Where", [wins, slot, graph.constant(slots)], dtype=INT))
 
+    def _last(self, wins: ir.Value) -> ir.Value:
+        """The place of the last true, (batch, kv heads, 1): all before it are; 0 where none is."""
+        graph = self._graph
+        count = graph.node("ReduceSum", [graph.node("Cast", [wins], {"to": INT.value}, dtype=INT), graph.constant([2])])
+        count.type = ir.TensorType(INT)
+        before = graph.node("Sub", [count, graph.constant([1])], dtype=INT)
+        return graph.node("Max", [before, graph.constant([0])], dtype=INT)
+
+    def _settled(self, ranks: ir.Value, edge: ir.Value, position: ir.Value, least: bool = False) -> ir.Value:
+        """What puts those beyond the edge first and, of those on it, the older first to go and the newer to come."""
+        graph, far = self._graph, self._number(-FAR if least else FAR)
+        beyond = graph.node("Less" if least else "Greater", [ranks, edge], dtype=BOOL)
+        on = graph.node("Equal", [ranks, edge], dtype=BOOL)
+        rest = graph.node("Where", [on, position, self._number(FAR if least else -FAR)])
+        return graph.node("Where", [beyond, far, rest])
+
     def _rank(self, score: ir.Value | None, position: ir.Value, place: ir.Value | None = None) -> ir.Value:
-        """float64, higher ones stay: −inf where nothing is, inf for what always stays (`scorers.ranked`). place: of
-        the positions, where it is known."""
-        place = place or self._place(position)
+        """Higher ones stay: −FAR where nothing is, FAR for what always stays (`scorers.ranked`). place: of the
+        positions, where it is known."""
+        graph, place = self._graph, place or self._place(position)
         if score is None:
             return place
-        rank = self._graph.node("Cast", [score], {"to": DOUBLE.value}, dtype=DOUBLE)
         if self._spec.by_age:
-            age = self._exact("Sub", self._tokens.newest, self._exact("Sub", position, 1.0))
-            rank = self._exact("Div", rank, self._exact("Max", age, 1.0))
-        size = self._graph.node("Abs", [rank], dtype=DOUBLE)
-        share = self._exact("Mul", size, self._exact("Mul", position, LATER))
-        return self._exact("Add", self._exact("Add", rank, share), place)
+            age = graph.node("Sub", [self._tokens.newest, graph.node("Sub", [position, self._number(1.0)])])
+            score = graph.node("Div", [score, graph.node("Max", [age, self._number(1.0)])])
+        return graph.node("Add", [score, place])
 
     @property
     def _by_position(self) -> tuple[object, ...]:
@@ -118,31 +153,24 @@ class Update:
     def _place(self, position: ir.Value) -> ir.Value:
         """What of a rank follows from the position."""
         graph, spec = self._graph, self._spec
-        rank = position if spec.scorer == "position" else self._exact("Mul", position, LEAST)
-        first = graph.node("Less", [position, graph.constant(spec.sinks, np.float64)], dtype=BOOL)
-        edge = self._tokens.once(
-            ("edge", spec.recent), lambda _: self._exact("Sub", self._tokens.newest, float(spec.recent))
-        )
+        rank = position if spec.scorer == "position" else self._number(0.0)
+        first = graph.node("Less", [position, self._number(float(spec.sinks))], dtype=BOOL)
+        recent = self._number(float(spec.recent))
+        edge = self._tokens.once(("edge", spec.recent), lambda g: g.node("Sub", [self._tokens.newest, recent]))
         newest = graph.node("Greater", [position, edge], dtype=BOOL)
-        rank = self._where(graph.node("Or", [first, newest], dtype=BOOL), np.inf, rank)
-        return self._where(graph.node("Less", [position, graph.constant(0.0, np.float64)], dtype=BOOL), -np.inf, rank)
-
-    def _exact(self, operator: str, first: ir.Value, second: ir.Value | float) -> ir.Value:
-        if isinstance(second, float):
-            second = self._graph.constant(second, np.float64)
-        return self._graph.node(operator, [first, second], dtype=DOUBLE)
-
-    def _where(self, chosen: ir.Value, value: float, rest: ir.Value) -> ir.Value:
-        return self._graph.node("Where", [chosen, self._graph.constant(value, np.float64), rest], dtype=DOUBLE)
+        stays = graph.node("Or", [first, newest], dtype=BOOL)
+        rank = graph.node("Where", [stays, self._number(FAR), rank])
+        is_empty = graph.node("Less", [position, self._number(0.0)], dtype=BOOL)
+        return graph.node("Where", [is_empty, self._number(-FAR), rank])
 
     def _top(self, ranks: ir.Value, count: ir.Value, largest: int) -> tuple[ir.Value, ir.Value]:
         """The highest or lowest so many, in order, and where they are."""
-        found = self._graph.node("TopK", [ranks, count], {"axis": -1, "largest": largest}, outputs=2, dtype=DOUBLE)
+        found = self._graph.node("TopK", [ranks, count], {"axis": -1, "largest": largest}, outputs=2)
         where = self._graph.nodes[-1].outputs[1]
         where.type = ir.TensorType(INT)
         return found, where
 
-    def _spread(self, values: ir.Value, heads: int, dtype: ir.DataType) -> ir.Value:
+    def _spread(self, values: ir.Value, heads: int, dtype: ir.DataType = FLOAT) -> ir.Value:
         """(batch, 1 or kv heads, n) → (batch, kv heads, n)."""
         return self._graph.node("Expand", [values, self._graph.constant([1, heads, 1])], dtype=dtype)
 

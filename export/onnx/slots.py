@@ -3,7 +3,8 @@
 One graph reads prompts and decodes: (input_ids, position_ids, state) → (logits, state). position_ids (batch, n) int64
 are true positions, −1 for padding. The state of layer i, each tensor one buffer that is bound as input and as output:
 
-    slots.i.key, slots.i.value              (batch, kv heads, C + 1, size)  float32, or int8 codes
+    slots.i.key, slots.i.value              (batch, kv heads, C + 1, size)  float32 (in TensorRT the type of its
+                                                                            products), or int8 codes
     slots.i.key_scale, slots.i.value_scale  (batch, kv heads, C + 1)        float16, of codes only
     slots.i.position                        (batch, kv heads, C + 1)        int32, −1: nothing is there
     slots.i.score                           (batch, kv heads, C + 1)        float32, where the scorer keeps one
@@ -35,19 +36,20 @@ from compress.target import Refusal
 
 POSITIONS = "position_ids"
 MASK, PAST = "attention_mask", "past_key_values."
-SCORERS = ("position", "key_norm", "h2o")
-_COUNTED = ("key_norm", "h2o")  # scores that do not follow from the position
+SCORERS = ("position", "key_norm", "h2o", "tova")
+_COUNTED = ("key_norm", "h2o", "tova")  # scores that do not follow from the position
 
 
 def refusal(specs: Sequence[KvSpec], runtime: Runtime) -> Refusal | None:
     """Why caches cannot be slots of a graph; None where they can."""
     if runtime.provider != CPU or half.wanted(runtime):
         return Refusal(f"the slot graph is for ONNX Runtime's CPU provider, not for {runtime.provider}", usage=False)
-    found = dict.fromkeys(reason for spec in specs if (reason := _reason(spec)))
+    found = dict.fromkeys(told for spec in specs if (told := reason(spec)))
     return Refusal("; ".join(found)) if found else None
 
 
-def _reason(spec: KvSpec) -> str:
+def reason(spec: KvSpec) -> str:
+    """Why a layer's cache cannot be slots, of whatever runtime; empty where it can."""
     if spec.selects:
         return (
             "a cache that keeps all tokens and attends to some (kv_select) grows and is searched by the host; take the "
@@ -68,10 +70,13 @@ def _reason(spec: KvSpec) -> str:
 
 
 class Slots:
-    """The lowering of a decoder's attentions, as `lower` takes it: `open` a captured graph, lower it, `close` it."""
+    """The lowering of a decoder's attentions, as `lower` takes it: `open` a captured graph, lower it, `close` it.
 
-    def __init__(self, specs: Sequence[KvSpec]) -> None:
-        self.specs = specs
+    Args: kind: type of keys and values that are not codes.
+    """
+
+    def __init__(self, specs: Sequence[KvSpec], kind: ir.DataType = ir.DataType.FLOAT) -> None:
+        self.specs, self.kind = specs, kind
         self.positions: ir.Value | None = None
 
     def open(self, graph: ir.Graph) -> None:
@@ -96,7 +101,9 @@ class Slots:
         assert self.positions is not None
         layer = int_of(node, "cache")
         spec = self.specs[layer]
-        before = {name: _value(f"{STATE}{layer}.{name}", *held) for name, held in state(spec, node).items()}
+        sizes = dim(node.inputs[1], 1), dim(node.inputs[1], 3), dim(node.inputs[2], 3)
+        held = state(spec, *sizes, self.kind)
+        before = {name: _value(f"{STATE}{layer}.{name}", *each) for name, each in held.items()}
         out, after = attend(graph, node, spec, before, self.positions)
         graph.graph.inputs.extend(before.values())
         for name, value in before.items():
@@ -143,13 +150,14 @@ class Tensor(NamedTuple):
     shape: tuple[int | str, ...]
 
 
-def state(spec: KvSpec, node: ir.Node) -> dict[str, Tensor]:
-    """The tensors of a layer's state."""
-    heads, count = dim(node.inputs[1], 1), spec.budget + 1
-    flat = ("batch", heads, count)
+def state(
+    spec: KvSpec, heads: int, key_size: int, value_size: int, kind: ir.DataType = ir.DataType.FLOAT
+) -> dict[str, Tensor]:
+    """The tensors of a layer's state. heads: of keys and values; kind: of those that are not codes."""
+    flat = ("batch", heads, spec.budget + 1)
     found = {}
-    for part, text, values in (("key", spec.keys, node.inputs[1]), ("value", spec.values, node.inputs[2])):
-        found[part] = Tensor(ir.DataType.INT8 if text else ir.DataType.FLOAT, (*flat, dim(values, 3)))
+    for part, text, size in (("key", spec.keys, key_size), ("value", spec.values, value_size)):
+        found[part] = Tensor(ir.DataType.INT8 if text else kind, (*flat, size))
         if text:
             found[f"{part}_scale"] = Tensor(ir.DataType.FLOAT16, flat)
     found["position"] = Tensor(ir.DataType.INT32, flat)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import InputError, ResourceError, UnsupportedError
-from compress.export.tensorrt import flavours, gpu
+from compress.export.onnx.slot_session import STATE
+from compress.export.tensorrt import flavours, gpu, slotted
 from compress.export.tensorrt.builder import make_logger
 from compress.export.tensorrt.record import Record, read
+from compress.export.tensorrt.slotted import PAST, Slots
 from compress.runtime import probing
 from compress.runtime.greedy import Step, greedy
 from compress.target import Placement
@@ -30,7 +32,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "UINT8": torch.uint8,
 }
-IMAGES, PAST, PRESENT = "images", "past_key_values.", "present."
+IMAGES = "images"
 
 
 def misfit(kept: Record) -> str:
@@ -61,11 +63,14 @@ class EngineSession:
     Inputs and outputs lie in the GPU's memory, the cache stays there between calls. `load_s`: seconds to read the
     engine and make what runs it. Raises: InputError where the engine does not load, ResourceError where the GPU has no
     room for it.
+
+    Args: plain: makes what stands for the same model without what slots lose (the graph on the CPU).
     """
 
     level = "ran"
 
-    def __init__(self, folder: Path, kept: Record) -> None:
+    def __init__(self, folder: Path, kept: Record, plain: Callable[[], Any] | None = None) -> None:
+        self._plain = plain
         self._log: list[str] = []
         self._trt = trt = flavours.load_module(kept.flavour)
         self._free_bytes, started = gpu.free_bytes(), time.perf_counter()
@@ -86,16 +91,27 @@ class EngineSession:
         kinds = {name: self._engine.get_tensor_mode(name) for name in names}
         self._inputs = [name for name in names if kinds[name] == trt.TensorIOMode.INPUT]
         self._outputs = [name for name in names if kinds[name] == trt.TensorIOMode.OUTPUT]
-        self._cache = [name for name in self._inputs if name.startswith(PAST)]
+        self._cache = [name for name in self._inputs if name.startswith((PAST, STATE))]
+        self.slots: Slots | None = slotted.slots_of(kept.ranges)
         # by profile: input → smallest and largest shape
         self._ranges = [self._range(place) for place in range(self._engine.num_optimization_profiles)]
         shape = self._engine.get_tensor_shape(IMAGES)[1:] if IMAGES in self._inputs else ()
         self.image_shape = tuple(int(size) for size in shape)  # (channels, h, w); empty for token ids
-        self.main = next(name for name in self._outputs if not name.startswith(PRESENT))
+        self.main = next(name for name in self._outputs if not slotted.is_after(name))
         self.is_decoder = self.main == "logits" and not self.image_shape
         self.name = f"{kept.builder} on {gpu.name()}"
         self.placement = Placement(kept.builder, gpu.name(), 1, f"{folder.name}/{kept.engine}")
         self.notes = (*kept.built, f"The engine ran on {gpu.name()}.")
+
+    @property
+    def plain(self) -> Any:
+        """See the argument; without slots the engine itself. What says how far it got is the engine's: slots are
+        compared with it (`Target.compare_graphs`)."""
+        if self.slots is None or self._plain is None:
+            return self
+        found = self._plain()
+        found.level, found.built_for, found.notes = self.level, self.name, self.notes
+        return found
 
     @property
     def most_rows(self) -> int:
@@ -118,8 +134,11 @@ class EngineSession:
         return found
 
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
-        """See compress.target.Session. More rows than the engine takes at once go through it in turn."""
+        """See compress.target.Session. More rows than the engine takes at once go through it in turn; slots read token
+        by token."""
         parts = [ids[start : start + self.most_rows] for start in range(0, len(ids), self.most_rows)]
+        if self.slots is not None:
+            return np.concatenate([slotted.one_by_one(self, part) for part in parts])
         return np.concatenate([self.host(self.run(self._feeds(part))[self.main]) for part in parts])
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
@@ -144,14 +163,18 @@ class EngineSession:
 
     def tokens(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Tensor]:
         """Inputs but for the cache: ids (batch, length), mask (batch, past + length)."""
-        return self._put({"input_ids": ids, "attention_mask": mask})
+        return self._put(slotted.inputs_of(ids, mask, self.slots))
 
     def empty_cache(self, rows: int, past: int = 0) -> dict[str, Tensor]:
         """Keys and values of so many tokens, all zero."""
         found = {}
         for name in self._cache:
-            _, heads, _, size = self._engine.get_tensor_shape(name)
-            found[name] = self._buffers.zeros((rows, int(heads), past, int(size)), self._dtype(name))
+            shape = rows, *(int(size) for size in self._engine.get_tensor_shape(name)[1:])
+            if name.endswith(slotted.POSITION):
+                found[name] = self._buffers.put(slotted.pretended(shape, past))
+            else:
+                shape = shape if self.slots is not None else (*shape[:2], past, shape[3])
+                found[name] = self._buffers.zeros(shape, self._dtype(name))
         return found
 
     def host(self, values: Tensor) -> NDArray[np.float32]:
@@ -238,17 +261,11 @@ def continuing(session: Any) -> Step:
     held = session.empty_cache(1)
 
     def step(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Any:
-        nonlocal held
-        found = session.run({**session.tokens(ids, mask), **held})
-        held = present(found, held)
-        return found[session.main][0, -1]
+        for found in slotted.read(session, ids, mask, held):
+            last = found[0, -1]
+        return last
 
     return step
-
-
-def present(found: Mapping[str, Any], cache: Iterable[str]) -> dict[str, Any]:
-    """What a call put out for the cache, as the next call's inputs."""
-    return {name: found[name.replace(PAST, PRESENT)] for name in cache}
 
 
 def _probed(folder: Path, _: int) -> EngineSession:

@@ -8,17 +8,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.export.tensorrt.engine import present
+from compress.export.tensorrt import slotted
 from compress.runtime.left_padded import Floats, Ids, LeftPadded
 from compress.target import Placement
 
 A = TypeVar("A", bound=np.generic)
 
 
-class Batched(Protocol):
+class Batched(slotted.Computes, Protocol):
     """What a session offers here. Values stay wherever they are computed, an engine's on the GPU."""
-
-    main: str
 
     @property
     def placement(self) -> Placement:
@@ -28,22 +26,6 @@ class Batched(Protocol):
     @property
     def most_rows(self) -> int:
         """That it takes at once."""
-        ...
-
-    def tokens(self, ids: Ids, mask: Ids) -> dict[str, Any]:
-        """Inputs but for the cache: ids (batch, length), mask (batch, past + length)."""
-        ...
-
-    def empty_cache(self, rows: int) -> dict[str, Any]:
-        """Of no tokens."""
-        ...
-
-    def run(self, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Inputs → outputs by name."""
-        ...
-
-    def host(self, values: Any) -> Floats:
-        """A copy in this machine's memory."""
         ...
 
 
@@ -65,12 +47,11 @@ class Runner(LeftPadded[Batched]):
         return [self._session.empty_cache(len(rows)) for rows in self._split(ids)]
 
     def _run(self, ids: Ids) -> Floats:
-        last, caches = [], []
+        last = []
         for rows, mask, cache in zip(self._split(ids), self._split(self._mask), self._cache, strict=True):
-            found = self._session.run({**self._session.tokens(rows, mask), **cache})
-            last.append(self._session.host(found[self._session.main][:, -1]))
-            caches.append(present(found, cache))
-        self._cache = caches
+            for found in slotted.read(self._session, rows, mask, cache):
+                logits = found[:, -1]
+            last.append(self._session.host(logits))
         return np.concatenate(last)
 
     def _main(self, found: Mapping[str, Any]) -> Floats:

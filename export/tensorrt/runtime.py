@@ -17,26 +17,31 @@ from compress.errors import InputError, UnsupportedError
 from compress.export.onnx.files import GRAPH
 from compress.export.onnx.providers import CPU
 from compress.export.onnx.runtime import load_onnxruntime
+from compress.export.onnx.slot_session import STATE
+from compress.export.tensorrt import slotted
 from compress.export.tensorrt.engine import continuing, lacks
 from compress.export.tensorrt.record import Record
+from compress.export.tensorrt.slotted import PAST
 from compress.runtime.greedy import greedy
 from compress.target import Placement
 
 MISTAKEN = ["ReluQuantRewrite"]
 """It drops a Relu in front of a QuantizeLinear to FP8, which has negative numbers (onnxruntime 1.31.1)."""
-TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+TYPES = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int8)": np.int8}
 
 
 class Session:
     """See compress.target.Session. `built_for` names the engine's runtime, `name` what computes here.
 
+    Args: whole: `logits` reads rows at once, so that slots, where the cache is slots, drop and round nothing of them.
     Raises: InputError when the graph does not load.
     """
 
     most_rows = 1 << 30
 
-    def __init__(self, folder: Path, kept: Record, threads: int) -> None:
-        self.record = kept
+    def __init__(self, folder: Path, kept: Record, threads: int, *, whole: bool = False) -> None:
+        self.record, self._folder, self._threads, self._whole = kept, folder, threads, whole
+        self.slots = slotted.slots_of(kept.ranges)
         ort = load_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -55,22 +60,32 @@ class Session:
         self._outputs = [item.name for item in self._session.get_outputs()]
         inputs = self._session.get_inputs()
         self._cache = {
-            item.name: (int(item.shape[1]), int(item.shape[3]), TYPES[item.type])
+            item.name: ([0 if isinstance(size, str) else int(size) for size in item.shape[1:]], item.type)
             for item in inputs
-            if item.name.startswith("past_key_values.")
+            if item.name.startswith((PAST, STATE))
         }
         self._images = inputs[0].name == "images"
         self.main = self._outputs[0]
         self.placement = Placement(f"onnxruntime {ort.__version__}", "CPU", threads, f"{folder.name}/{GRAPH}")
         self.is_decoder = self.main == "logits" and not self._images
 
+    @property
+    def plain(self) -> Session:
+        """The same model, without what slots lose."""
+        return Session(self._folder, self.record, self._threads, whole=True) if self.slots is not None else self
+
     def tokens(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """See EngineSession."""
-        return {"input_ids": ids, "attention_mask": mask}
+        return dict(slotted.inputs_of(ids, mask, self.slots))
 
     def empty_cache(self, rows: int) -> dict[str, NDArray[Any]]:
         """See EngineSession."""
-        return {name: np.zeros((rows, heads, 0, size), kind) for name, (heads, size, kind) in self._cache.items()}
+        return {
+            name: slotted.pretended((rows, *shape), 0)
+            if name.endswith(slotted.POSITION)
+            else np.zeros((rows, *shape), TYPES[kind])
+            for name, (shape, kind) in self._cache.items()
+        }
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Inputs → outputs by name."""
@@ -86,7 +101,9 @@ class Session:
         return self.tokens(ids, np.ones(ids.shape, np.int64)) | self.empty_cache(len(ids))
 
     def logits(self, ids: NDArray[Any]) -> NDArray[np.float32]:
-        """See compress.target.Session."""
+        """See compress.target.Session. Slots read token by token, unless `whole`."""
+        if self.slots is not None and not self._whole:
+            return slotted.one_by_one(self, ids)
         found: NDArray[np.float32] = self._session.run([self.main], self._feeds(ids))[0]
         return found
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.export.onnx.capture import cache_shapes
+from compress.export.onnx.slot_session import STATE
+from compress.export.onnx.slots import state
 from compress.hwprofiles import Profile
 from compress.models.model import Model, Task
 
@@ -30,6 +32,13 @@ def ranges(model: Model, profile: Profile) -> dict[str, Ranges]:
     if model.task is Task.ENCODER:
         span: Range = ([1, 1], [first, usual], [batch, longest])
         return {"whole": {"input_ids": span, "attention_mask": span}}
+    if model.kv:
+        chunk = min(spec.chunk for spec in model.kv)
+        rows = (1, first, batch)
+        return {
+            "prefill": _slots(model, rows, (1, min(usual, chunk), chunk)),
+            "decode": _slots(model, rows, (1, 1, 1)),
+        }
     after = min((profile.grid.decode or cells)[0][1], longest - 1)
     # a whole prompt at once: sizes of all inputs must fit each other at the largest too, and a past beside the longest
     # prompt would be more positions than the model has
@@ -55,6 +64,17 @@ def _decoder(model: Model, batch: Three, length: Three, past: Three) -> Ranges:
         for part in ("key", "value"):
             cells = ([rows, heads, old, size] for rows, old in zip(batch, past, strict=True))
             found[f"past_key_values.{index}.{part}"] = _range(*cells)
+    return found
+
+
+def _slots(model: Model, batch: Three, length: Three) -> Ranges:
+    """Of a cache that drops tokens (compress/export/onnx/slots.py): its shapes are fixed but for the rows."""
+    span = _range(*([rows, new] for rows, new in zip(batch, length, strict=True)))
+    found: Ranges = {"input_ids": span, "position_ids": span}
+    for index, (spec, (heads, size)) in enumerate(zip(model.kv, cache_shapes(model), strict=True)):
+        for name, held in state(spec, heads, size, size).items():
+            sizes = [int(each) for each in held.shape[1:]]
+            found[f"{STATE}{index}.{name}"] = _range(*([rows, *sizes] for rows in batch))
     return found
 
 

@@ -8,27 +8,32 @@ artifact is verified on one that has: until then the folder holds the graph, ten
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from compress.export.onnx import experts, files, providers, transforms
+from compress.export.onnx import experts, files, providers, slots, transforms
 from compress.export.onnx import target as portable
 from compress.export.onnx.capture import capture_graph
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.lowering import by_user, sources_of
-from compress.export.tensorrt import builder, building, engine, flavours, record, rules, shapes, sparsity
+from compress.export.tensorrt import builder, building, engine, flavours, record, rules, shapes, slotted, sparsity
 from compress.export.tensorrt.engine import EngineSession
 from compress.export.tensorrt.half import KINDS, halve, halve_cache
 from compress.export.tensorrt.lowering import LOWERS, PARSER
 from compress.export.tensorrt.runner import Runner
 from compress.export.tensorrt.runtime import Session, not_timed
 from compress.hwprofiles import Profile, Runtime
+from compress.kv.spec import KvSpec
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
 from compress.runtime import probing
 from compress.target import Lowered, Refusal, accepted, as_dense, granted
+from compress.target import Session as AnySession
 
 RUNTIME = rules.RTX
 FOLDER = "tensorrt"
@@ -47,7 +52,7 @@ RECORD_BYTES = 2_000
 # the interface of compress.target
 __all__ = ["FOLDER", "ON_GPU", "RUNTIME", "capture", "plan_layer", "predict_bytes", "predict_deployed_bytes"]
 __all__ += ["complete", "deployed_bytes", "misfit", "probe_command", "require_tools", "runner", "session", "timed_here"]
-__all__ += ["HONOURS", "predict_parts", "write", "write_baseline"]
+__all__ += ["HONOURS", "compare_graphs", "predict_parts", "takes_caches", "write", "write_baseline"]
 
 
 def _builds(profile: Profile) -> bool:
@@ -66,6 +71,11 @@ def require_tools(profile: Profile) -> None:
 
 def _runtime(profile: Profile) -> Runtime:
     return granted(rules.runtime_of(profile), "tensorrt", profile)
+
+
+def takes_caches(specs: Sequence[KvSpec], profile: Profile) -> Refusal | None:
+    """See Target: caches that drop tokens, as slots of an engine that TensorRT-RTX builds."""
+    return slotted.refusal(specs, profile)
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> rules.EngineChoice | Refusal:
@@ -137,7 +147,14 @@ def _write(model: Model, profile: Profile, folder: Path, graph: bytes | None, bu
 
 
 def _lower(document: ir.Model, model: Model, choices: Mapping[str, rules.EngineChoice], runtime: Runtime) -> None:
-    portable.lower(document, by_user(sources_of(model, choices)), model)
+    sources = by_user(sources_of(model, choices))
+    if model.kv:
+        lowering = slots.Slots(model.kv, KINDS.get(runtime.float_dtype, ir.DataType.FLOAT))
+        lowering.open(document.graph)
+        portable.lower(document, sources, model, lowering)
+        lowering.close(document)
+    else:
+        portable.lower(document, sources, model)
     if runtime.float_dtype in KINDS:
         halve(document.graph, KINDS[runtime.float_dtype])
         halve_cache(document.graph, KINDS[runtime.float_dtype])
@@ -204,8 +221,17 @@ def session(folder: Path, threads: int, exact: bool = False) -> Session | Engine
     round nothing by themselves."""
     kept = record.read(folder)
     if not exact and not engine.misfit(kept):
-        return EngineSession(folder, kept)
-    return Session(folder, kept, threads)
+        return EngineSession(folder, kept, partial(Session, folder, kept, threads, whole=True))
+    return Session(folder, kept, threads, whole=exact)
+
+
+def compare_graphs(
+    session: AnySession, exact: AnySession, ids: NDArray[np.int64], limit: float, room: int
+) -> tuple[bool, tuple[str, ...]]:
+    """See Target: of slots, whose logits of whole rows are those of the graph on the CPU; nothing where there are
+    none."""
+    assert isinstance(session, Session | EngineSession)
+    return slotted.agree(session, exact, ids, limit) if session.slots is not None else (True, ())
 
 
 def timed_here(profile: Profile) -> bool:
