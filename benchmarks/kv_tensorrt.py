@@ -1,11 +1,11 @@
-"""Caches that drop tokens as slots of a TensorRT-RTX engine: what the builder takes, by scorer, store and chip. Needs the
-extra tensorrt-rtx, no GPU; nothing runs.
+"""Caches that drop tokens as slots of a TensorRT-RTX engine: what the builder takes, by scorer, store and chip.
 
-    python benchmarks/kv_tensorrt.py [--blocks 2]
+    python benchmarks/kv_tensorrt.py [--blocks 1]
 
-A Llama of random weights (4 heads of 16 on 2 key-value heads), products in float16, 64 slots, prompts 16 tokens at a
-time: one engine with a profile of shapes for prompts and one for decoding. Refused or not, the answers are the builder's
-own. `float64`: what its parser makes of that type. Writes results/kv_tensorrt.json.
+Needs the extra tensorrt-rtx, no GPU; nothing runs. A Llama of random weights (4 heads of 16 on 2 key-value heads),
+products in float16, 64 slots, prompts 16 tokens at a time: one engine with a profile of shapes for prompts and one for
+decoding. Taken or refused, the answers are the builder's own. `float64 becomes`: what its parser makes of that type.
+Writes results/kv_tensorrt.json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from digits import rounded
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
@@ -30,6 +31,7 @@ from compress.export.onnx.files import GRAPH
 from compress.export.tensorrt import builder, shapes, slotted, target
 from compress.kv.spec import KvSpec
 from compress.manifest import versions
+from compress.models.cache_tensors import write_tensors
 from compress.models.model import Model
 
 RESULT = Path(__file__).parent / "results" / "kv_tensorrt.json"
@@ -41,6 +43,8 @@ SCORERS: tuple[dict[str, Any], ...] = (
     {"scorer": "h2o"},
     {"scorer": "h2o", "decay": 0.99, "by_age": True},
     {"scorer": "tova"},
+    {"scorer": "locret", "head_width": 64},
+    {"scorer": "kvzap"},
 )
 STORES: tuple[dict[str, str], ...] = ({}, INT8)
 
@@ -56,6 +60,7 @@ def model_of(folder: Path, blocks: int) -> Model:
 def answers(model: Model, graph: bytes, spec: KvSpec, folder: Path, sms: tuple[int, ...]) -> dict[str, Any]:
     """By SM the engine's bytes, or the builder's reason."""
     made = replace(model, kv=(spec,) * len(model.attentions))
+    write_tensors(model.path, heads_of(made))
     target.write_baseline(made, PROFILE, folder, graph)
     ranges, found = shapes.as_json(shapes.ranges(made, PROFILE)), {}
     for sm in sms:
@@ -63,6 +68,17 @@ def answers(model: Model, graph: bytes, spec: KvSpec, folder: Path, sms: tuple[i
         request = {"onnx": str(folder / GRAPH), "sm": sm, "ranges": ranges, "engine": str(engine)}
         answer = builder.compile_engine(request)
         found[str(sm)] = answer["error"] or engine.stat().st_size
+    return found
+
+
+def heads_of(model: Model) -> list[dict[str, Tensor]]:
+    """Random ones, for caches that want them."""
+    found = []
+    for spec, (heads, kv_heads, size) in zip(model.kv, model.attentions, strict=True):
+        inputs = (heads + 2 * kv_heads) * size if spec.scorer == "locret" else heads * size
+        shapes = {"head.first": (spec.head_width, inputs), "head.second": (kv_heads, spec.head_width or inputs)}
+        shapes |= {"head.first_bias": (spec.head_width,), "head.second_bias": (kv_heads,)}
+        found.append({name: torch.randn(shapes[name]) for name in spec.wants})
     return found
 
 
@@ -86,7 +102,7 @@ def made_of_float64(folder: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=1)
     given = parser.parse_args()
     small = {"budget": 64, "sinks": 4, "recent": 16, "chunk": 16}
     large = {"scorer": "h2o", "budget": 5000}

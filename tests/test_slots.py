@@ -40,6 +40,9 @@ SCORERS: list[dict[str, Any]] = [
     {"scorer": "h2o", "decay": 0.9},
     {"scorer": "h2o", "by_age": True},
     {"scorer": "tova"},
+    {"scorer": "locret", "head_width": 24},
+    {"scorer": "kvzap"},
+    {"scorer": "kvzap", "head_width": 24},
 ]
 LENGTH = 104
 Write = Callable[..., SlotSession]
@@ -67,8 +70,9 @@ def write(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Write:
 
     def made(*specs: KvSpec) -> SlotSession:
         caches = specs if len(specs) == 2 else specs * 2
-        folder = tmp_path_factory.mktemp("slots")
-        target.write(replace(model, kv=caches), PROFILE, folder, graph)
+        folder, caching = tmp_path_factory.mktemp("slots"), replace(model, kv=caches)
+        caching.__dict__["kv_tensors"] = heads_of(*caches)
+        target.write(caching, PROFILE, folder, graph)
         session = target.session(folder, 1)
         assert isinstance(session, SlotSession)
         return session
@@ -76,11 +80,22 @@ def write(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Write:
     return made
 
 
+def heads_of(*specs: KvSpec) -> tuple[dict[str, torch.Tensor], ...]:
+    """Random heads for the model of two blocks: 2 key-value heads, hidden states 64 and projections 128 wide."""
+    generator, made = torch.Generator().manual_seed(1), []
+    for spec in specs:
+        inputs, width = 128 if spec.scorer == "locret" else 64, spec.head_width
+        shapes = {"head.first": (width, inputs), "head.second": (2, width or inputs)}
+        shapes |= {"head.first_bias": (width,), "head.second_bias": (2,)}
+        made.append({name: torch.randn(shapes[name], generator=generator) for name in spec.wants})
+    return tuple(made)
+
+
 @torch.no_grad()
 def compared(session: SlotSession, model: Any, specs: tuple[KvSpec, ...], ids: np.ndarray) -> float:
     """Both read a prompt in pieces, and the rest token by token. Every slot set must be the same. Returns: the largest
     difference of logits, as a share of the largest logit."""
-    cache, torch_cache, widest = session.cache(len(ids), 0), KvCache.attach(model, specs), 0.0
+    cache, torch_cache, widest = session.cache(len(ids), 0), KvCache.attach(model, specs, heads_of(*specs)), 0.0
     pieces = [(at, at + session.chunk) for at in range(0, 24, session.chunk)]
     for start, stop in [*pieces, *((at, at + 1) for at in range(pieces[-1][1], ids.shape[1]))]:
         found = cache.run(ids[:, start:stop], np.ones((len(ids), stop), np.int64))

@@ -93,15 +93,24 @@ def catch(model: nn.Module) -> None:
                 each.register_forward_hook(_project)
 
 
+def kept(module: nn.Module) -> tuple[Tensor, ...]:
+    """What goes into an attention that computes now, and what its projections put out; nothing where `catch` was not
+    called."""
+    caught = _caught.get()
+    if caught is None or caught.module is not module:
+        return ()
+    return caught.hidden, *(caught.outputs[each] for each in projections(module))
+
+
 def features_of(scorer: str, module: nn.Module) -> Tensor:
     """What a learned scorer looks at, of the tokens that an attention computes now: (batch, n, inputs).
 
     Raises: UsageError where nothing was kept.
     """
-    caught = _caught.get()
-    if caught is None or caught.module is not module:
+    found = kept(module)
+    if not found:
         raise UsageError(
             f"Scores by {scorer} look at what goes into the attention, which was not kept. Make the cache by "
             "KvCache.attach(model, …), again where modules of the model were exchanged after it."
         )
-    return caught.hidden if scorer == "kvzap" else torch.cat([caught.outputs[each] for each in projections(module)], -1)
+    return found[0] if scorer == "kvzap" else torch.cat(found[1:], -1)

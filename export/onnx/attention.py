@@ -9,6 +9,8 @@ from compress.export.onnx.graph import GraphBuilder
 
 # Added to masked scores: far below any score, yet finite, so that a row with nothing to see gives no NaN.
 MASKED = -1e9
+CACHED = 5
+"""Inputs of an attention with a cache; more are for learned scorers (`interfaces`)."""
 
 
 def mask_bias(graph: GraphBuilder, ids: ir.Value, mask: ir.Value, *, before: int, after: int) -> ir.Value:
@@ -73,7 +75,7 @@ def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value)
     query, key, value = node.inputs[:3]
     assert query is not None and key is not None and value is not None
     results: list[ir.Value] = []
-    if len(node.inputs) == 5:
+    if len(node.inputs) >= CACHED:
         key = graph.node("Concat", [node.inputs[3], key], {"axis": 2})
         value = graph.node("Concat", [node.inputs[4], value], {"axis": 2})
         results = [key, value]

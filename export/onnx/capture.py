@@ -24,6 +24,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from compress.errors import UnsupportedError
 from compress.export.onnx import conv, interfaces
 from compress.export.onnx.interfaces import DOMAIN, PLACEHOLDER, PastSlots
+from compress.kv import heads
+from compress.kv.observed import attentions_in
 from compress.layer import LayerSpec
 from compress.models import experts
 from compress.models.model import Model, Task
@@ -187,6 +189,8 @@ def capture_graph(model: Model, opset: int) -> bytes:
             return _export(_Images(module), _image_inputs(model.image.shape, parameters), opset)
         if model.task is Task.ENCODER:
             return _export(_Encoder(module), _encoder_inputs(parameters), opset)
+        if attentions_in(module):
+            heads.catch(module)
         return _export(_Decoder(module), _decoder_inputs(model, parameters), opset)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from compress.export.onnx import angles, half, multi_head
-from compress.export.onnx.attention import dim, float_of, int_of
+from compress.export.onnx import angles, half, multi_head, slot_heads
+from compress.export.onnx.attention import CACHED, dim, float_of, int_of
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.pattern import made_by
@@ -39,7 +39,7 @@ def refusal(graph: ir.Graph, runtime: Runtime) -> str:
 def _reason(node: ir.Node, narrow: bool) -> str:
     heads, size = dim(node.inputs[0], 1), dim(node.inputs[0], 3)
     kv_heads, value_size = dim(node.inputs[1], 1), dim(node.inputs[2], 3)
-    if len(node.inputs) != 5:
+    if len(node.inputs) < CACHED:
         return "an attention has no cache"
     if int_of(node, "after"):
         return "an attention is not causal"
@@ -60,7 +60,7 @@ def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value,
     mask (batch, total) holds ones first, then zeros, in each row; ids are not looked at. positions: tokens of the
     longest sequence; the operator rotates queries and keys itself where it can look their angles up.
     """
-    query, key, value, past_key, past_value = node.inputs
+    query, key, value, past_key, past_value = node.inputs[:CACHED]
     assert query is not None and key is not None
     heads, kv_heads, size = dim(query, 1), dim(key, 1), dim(query, 3)
     baked = angles.bake(graph, query, key, positions)
@@ -113,13 +113,14 @@ def refer(document: ir.Model, stored: ir.Model, location: str) -> None:
     """Make the initializers of a second graph references to what the first keeps in its file of weights.
 
     stored: the first graph as it was saved. What it holds inline stays inline here too. Nothing is stored twice, and no
-    weight is made again. What the first has not, the angles of rotary embeddings, is appended to the file.
+    weight is made again. What the first has not, the angles of rotary embeddings and the heads of caches, is appended to
+    the file.
     """
     kept = {name: value.const_value for name, value in stored.graph.initializers.items()}
     folder = next(each.base_dir for each in kept.values() if isinstance(each, ir.ExternalTensor))
     for name, value in document.graph.initializers.items():
         own, first = value.const_value, kept.get(name)
-        if name.startswith(angles.NAME) and own is not None:
+        if name.startswith((angles.NAME, slot_heads.NAME)) and own is not None:
             value.const_value = _append(own, Path(folder), location)
         if own is None or not isinstance(first, ir.ExternalTensor):
             continue

@@ -1,6 +1,7 @@
 """transformers' attention, mask and experts interfaces as placeholder nodes, for `capture`.
 
-Domain `compress`: `Attention(q, k, v[, past_k, past_v]) {scale, softcap, before, after}` with q, k after rotary;
+Domain `compress`: `Attention(q, k, v[, past_k, past_v[, hidden, projections …]]) {scale, softcap, before, after}` with
+q, k after rotary; the last are what learned scorers of a cache look at (compress/kv/heads.py), read by nothing else;
 `ExpertInput(hidden[, bias]) {layer}` and `Experts(input, activated, top_k_index, top_k_weights[, bias]) {layer,
 count}`, between which the graph holds one expert's activation, to be repeated for each.
 """
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from compress.errors import UnsupportedError
+from compress.kv import heads
 from compress.models import experts
 
 DOMAIN = "compress"
@@ -164,7 +166,7 @@ def _cached(
     )
     out, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Attention",
-        (query, key, value, past_key, past_value),
+        (query, key, value, past_key, past_value, *heads.kept(module)),
         attributes,
         dtypes=(query.dtype,) * 3,
         shapes=shapes,

@@ -21,12 +21,18 @@ State = Mapping[str, ir.Value]
 
 
 def attend(
-    graph: GraphBuilder, node: ir.Node, spec: KvSpec, state: State, positions: ir.Value
+    graph: GraphBuilder,
+    node: ir.Node,
+    spec: KvSpec,
+    state: State,
+    positions: ir.Value,
+    judged: ir.Value | None = None,
 ) -> tuple[ir.Value, dict[str, ir.Value]]:
     """An attention's output (batch, n, heads, size), and the state after it.
 
     Args: node: the placeholder, of queries, keys and values (batch, heads, n, size) with their rotation; state: see
-    `slots`; positions (batch, n) int64, −1 for padding.
+    `slots`; positions (batch, n) int64, −1 for padding; judged (batch, kv heads, n): scores of the new tokens by a
+    learned head.
     """
     query, key, value = node.inputs[:3]
     assert query is not None and key is not None and value is not None
@@ -38,7 +44,7 @@ def attend(
         held = graph.node("Mul", [held, _row(graph, scale)])
     out = graph.node("MatMul", [held, _floats(graph, state["value"])])
     out = graph.node("Add", [out, graph.node("MatMul", [fresh, value])])
-    after = Update(graph, spec, state, tokens).after(key, value, weights, out)
+    after = Update(graph, spec, state, tokens, judged).after(key, value, weights, out)
     parts = [graph.constant([0, dim(query, 1)]), tokens.length, graph.constant([dim(value, 3)])]
     apart = graph.node("Reshape", [out, graph.node("Concat", parts, {"axis": 0}, dtype=INT)])
     return graph.node("Transpose", [apart], {"perm": [0, 2, 1, 3]}), after

@@ -39,10 +39,17 @@ class Choice(NamedTuple):
 
 
 class Update:
-    """Of one layer."""
+    """Of one layer. Args: judged (batch, kv heads, n): scores of the new tokens by a learned head."""
 
-    def __init__(self, graph: GraphBuilder, spec: KvSpec, state: Mapping[str, ir.Value], tokens: Tokens) -> None:
-        self._graph, self._spec, self._state, self._tokens = graph, spec, state, tokens
+    def __init__(
+        self,
+        graph: GraphBuilder,
+        spec: KvSpec,
+        state: Mapping[str, ir.Value],
+        tokens: Tokens,
+        judged: ir.Value | None = None,
+    ) -> None:
+        self._graph, self._spec, self._state, self._tokens, self._judged = graph, spec, state, tokens, judged
         self._known: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def after(self, key: ir.Value, value: ir.Value, weights: ir.Value, out: ir.Value) -> dict[str, ir.Value]:
@@ -70,6 +77,8 @@ class Update:
         graph, spec = self._graph, self._spec
         if spec.scorer == "position":
             return None, None
+        if self._judged is not None:
+            return self._state["score"], self._judged
         if spec.scorer == "key_norm":
             norms = graph.node("ReduceL2", [key, graph.constant([3])], {"keepdims": 0})
             return self._state["score"], graph.node("Neg", [norms])

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from compress.errors import UnsupportedError
-from compress.export.onnx import half
-from compress.export.onnx.attention import dim, float_of, int_of
+from compress.export.onnx import half, slot_heads
+from compress.export.onnx.attention import CACHED, dim, float_of, int_of
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.interfaces import DOMAIN
 from compress.export.onnx.providers import CPU
@@ -31,13 +31,13 @@ from compress.export.onnx.slot_attention import attend
 from compress.export.onnx.slot_session import AFTER, FACTS, STATE
 from compress.formats.int_grid import IntGrid
 from compress.hwprofiles import Runtime
-from compress.kv.spec import KvSpec, row_format
+from compress.kv.spec import KvSpec, LayerTensors, row_format
 from compress.target import Refusal
 
 POSITIONS = "position_ids"
 MASK, PAST = "attention_mask", "past_key_values."
-SCORERS = ("position", "key_norm", "h2o", "tova")
-_COUNTED = ("key_norm", "h2o", "tova")  # scores that do not follow from the position
+SCORERS = ("position", "key_norm", "h2o", "tova", "locret", "kvzap")
+_COUNTED = SCORERS[1:]  # scores that do not follow from the position
 
 
 def refusal(specs: Sequence[KvSpec], runtime: Runtime) -> Refusal | None:
@@ -72,11 +72,13 @@ def reason(spec: KvSpec) -> str:
 class Slots:
     """The lowering of a decoder's attentions, as `lower` takes it: `open` a captured graph, lower it, `close` it.
 
-    Args: kind: type of keys and values that are not codes.
+    Args: tensors: by layer, those that the specs want; kind: type of keys and values that are not codes.
     """
 
-    def __init__(self, specs: Sequence[KvSpec], kind: ir.DataType = ir.DataType.FLOAT) -> None:
-        self.specs, self.kind = specs, kind
+    def __init__(
+        self, specs: Sequence[KvSpec], tensors: Sequence[LayerTensors] = (), kind: ir.DataType = ir.DataType.FLOAT
+    ) -> None:
+        self.specs, self.tensors, self.kind = specs, tensors or [{}] * len(specs), kind
         self.positions: ir.Value | None = None
 
     def open(self, graph: ir.Graph) -> None:
@@ -90,8 +92,12 @@ class Slots:
             _check(node)
             past = node.inputs[3]
             assert past is not None and past.name is not None
-            node.attributes["cache"] = ir.AttrInt64("cache", int(past.name.split(".")[1]))
-            node.resize_inputs(3)
+            layer = int(past.name.split(".")[1])
+            node.attributes["cache"] = ir.AttrInt64("cache", layer)
+            kept = [*node.inputs[:3], *_features(node, self.specs[layer])]
+            node.resize_inputs(len(kept))
+            for place, value in enumerate(kept):
+                node.replace_input_with(place, value)
             for value in node.outputs[1:]:
                 graph.outputs.remove(value)
             node.resize_outputs(1)
@@ -104,7 +110,9 @@ class Slots:
         sizes = dim(node.inputs[1], 1), dim(node.inputs[1], 3), dim(node.inputs[2], 3)
         held = state(spec, *sizes, self.kind)
         before = {name: _value(f"{STATE}{layer}.{name}", *each) for name, each in held.items()}
-        out, after = attend(graph, node, spec, before, self.positions)
+        features = [value for value in node.inputs[3:] if value is not None]
+        judged = slot_heads.scores(graph, layer, features, self.tensors[layer]) if features else None
+        out, after = attend(graph, node, spec, before, self.positions, judged)
         graph.graph.inputs.extend(before.values())
         for name, value in before.items():
             new = after[name]
@@ -136,11 +144,31 @@ def _check(node: ir.Node) -> None:
     """Raises: UnsupportedError for what the torch cache does not attend with either."""
     odd = {"a soft cap": float_of(node, "softcap") > 0, "a window": int_of(node, "before") >= 0}
     found = [name for name, is_there in odd.items() if is_there]
-    if found or int_of(node, "after") or len(node.inputs) != 5:
+    if found or int_of(node, "after") or len(node.inputs) < CACHED:
         what = " and ".join(found) or "no causal cache"
         raise UnsupportedError(
             f"{node.name} attends with {what}, which the slot graph does not do. Leave kv_evict out."
         )
+
+
+def _features(node: ir.Node, spec: KvSpec) -> list[ir.Value | None]:
+    """What the layer's head looks at. Raises: UnsupportedError where the captured graph does not have it."""
+    if not spec.learned:
+        return []
+    if len(node.inputs) == CACHED:
+        raise UnsupportedError(
+            f"{node.name} has projections under names that are not known, which {spec.scorer} looks at. Take another "
+            "scorer for kv_evict."
+        )
+    hidden, *projected = node.inputs[CACHED:]
+    return [hidden] if spec.scorer == "kvzap" else projected
+
+
+def forget_features(graph: ir.Graph) -> None:
+    """Let attentions of a captured graph read no more than they attend to, but those that `Slots.open` has prepared."""
+    for node in graph:
+        if node.domain == DOMAIN and node.op_type == "Attention" and "cache" not in node.attributes:
+            node.resize_inputs(min(len(node.inputs), CACHED))
 
 
 class Tensor(NamedTuple):

@@ -21,6 +21,7 @@ from compress.export.onnx import (
     half,
     providers,
     qdq_edges,
+    slot_heads,
     slots,
     transforms,
 )
@@ -118,6 +119,7 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     layers = len(choices)
     graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
     if model.kv:
+        graphs += slot_heads.predict_bytes(model)
         graphs += SLOTS_BASE_BYTES + layers * SHARED_LAYER_BYTES + len(model.kv) * SLOTS_CACHE_BYTES + nodes
         graphs += sum(
             SLOTS_ROUNDED_BYTES * len([text for text in (each.keys, each.values) if text]) for each in model.kv
@@ -173,7 +175,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
         attend = partial(grouped_query.attention, positions=model.longest)
         _beside(_document(ir.from_proto(document), sources, model, runtime, attend), folder / SHARED)
     if drops:
-        lowering, opened = slots.Slots(model.kv), ir.from_proto(document)
+        lowering, opened = slots.Slots(model.kv, model.kv_tensors), ir.from_proto(document)
         lowering.open(opened.graph)
         slotted = _document(opened, sources, model, runtime, lowering)
         lowering.close(slotted)
@@ -226,6 +228,7 @@ def lower(
     """Turn parameters into initializers and each placeholder into its lowering's nodes, in place. sources: by user."""
     graph = document.graph
     builder = GraphBuilder(graph)
+    slots.forget_features(graph)
     _parameters_to_initializers(graph, builder, model)
     inputs = {value.name: value for value in graph.inputs}
     for node in list(graph):

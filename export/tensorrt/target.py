@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from compress.export.onnx import experts, files, providers, slots, transforms
+from compress.export.onnx import experts, files, providers, slot_heads, slots, transforms
 from compress.export.onnx import target as portable
 from compress.export.onnx.capture import capture_graph
 from compress.export.onnx.interfaces import DOMAIN
@@ -112,6 +112,7 @@ def _predicted(specs: Sequence[LayerSpec], model: Model, profile: Profile) -> tu
     specs = [spec.as_dense for spec in specs]
     choices = [choice for spec in specs if not isinstance(choice := plan_layer(spec, profile), Refusal)]
     weights = sum(choice.stored_bytes for choice in choices) + model.plain_bytes + transforms.stored_bytes(specs)
+    weights += slot_heads.predict_bytes(model) if model.kv else 0
     graph = weights + portable.GRAPH_BASE_BYTES + len(choices) * portable.GRAPH_LAYER_BYTES
     base = ENGINE_BYTES.get(model.task, IMAGE_ENGINE_BYTES)
     decoded = sum(choice.decoded_bytes for choice in choices)
@@ -149,7 +150,7 @@ def _write(model: Model, profile: Profile, folder: Path, graph: bytes | None, bu
 def _lower(document: ir.Model, model: Model, choices: Mapping[str, rules.EngineChoice], runtime: Runtime) -> None:
     sources = by_user(sources_of(model, choices))
     if model.kv:
-        lowering = slots.Slots(model.kv, KINDS.get(runtime.float_dtype, ir.DataType.FLOAT))
+        lowering = slots.Slots(model.kv, model.kv_tensors, KINDS.get(runtime.float_dtype, ir.DataType.FLOAT))
         lowering.open(document.graph)
         portable.lower(document, sources, model, lowering)
         lowering.close(document)
