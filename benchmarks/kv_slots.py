@@ -7,7 +7,8 @@ Parity: two blocks of random weights, teacher-forced token by token in two rows,
 token occurs twice, since two keys of one token have one norm but for rounding. Time: four blocks of random weights, one
 row, one thread, one step of decoding after so many tokens, in processor time (other work on the machine counts little),
 arms in turn; the growing cache is that of GroupQueryAttention in one buffer, and that of the portable graph. What slots
-take does not depend on how many tokens came before. Writes results/kv_slots.json.
+take does not depend on how many tokens came before. Heads of learned scorers are random. Writes
+results/kv_slots.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from digits import rounded
+from heads import random_heads
 from paired import rounds
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -30,10 +32,12 @@ import compress
 from compress import hwprofiles
 from compress.export.onnx import target
 from compress.export.onnx.runtime import PORTABLE, SHARED, Session
-from compress.export.onnx.slot_session import SlotSession
+from compress.export.onnx.slot_session import Slots, SlotSession
 from compress.kv.cache import KvCache
 from compress.kv.spec import KvSpec
+from compress.kv.stores import RowStore
 from compress.manifest import versions
+from compress.models.cache_tensors import read_tensors, write_tensors
 from compress.models.model import Model
 from compress.stats.intervals import speedup
 
@@ -47,6 +51,9 @@ SCORERS: dict[str, dict[str, Any]] = {
     "h2o": {"scorer": "h2o"},
     "h2o, decay 0.99": {"scorer": "h2o", "decay": 0.99},
     "h2o by age": {"scorer": "h2o", "by_age": True},
+    "tova": {"scorer": "tova"},
+    "locret": {"scorer": "locret", "head_width": 256},
+    "kvzap": {"scorer": "kvzap"},
 }
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TIMED = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -64,8 +71,23 @@ def saved(folder: Path, vocabulary: int, sizes: dict[str, int]) -> Model:
 
 
 def slots_of(model: Model, graph: bytes, spec: KvSpec, folder: Path) -> SlotSession:
-    target.write(replace(model, kv=(spec,) * len(model.attentions)), PROFILE, folder, graph)
+    made = replace(model, kv=(spec,) * len(model.attentions))
+    write_tensors(model.path, random_heads(made))
+    target.write(made, PROFILE, folder, graph)
     return SlotSession(folder, 1)
+
+
+def codes_apart(cache: Slots, torch_cache: KvCache) -> float | None:
+    """The share of codes that differ, of what both hold in the end; None where they hold floats."""
+    differing, count = 0, 0
+    for layer, held in enumerate(torch_cache.layers):
+        order, first = held.position.argsort(-1).numpy(), np.argsort(cache.held(layer, "position"), -1)
+        for name, store in zip(("key", "value"), held.stores, strict=True):
+            if isinstance(store, RowStore):
+                expected = np.take_along_axis(store.held["codes"].numpy(), order[..., None], 2)
+                found = np.take_along_axis(cache.held(layer, name), first[..., None], 2).astype(int) + 128
+                differing, count = differing + int((found != expected).sum()), count + found.size
+    return differing / count if count else None
 
 
 @torch.no_grad()
@@ -81,7 +103,8 @@ def parity(scratch: Path, steps: int) -> list[dict[str, Any]]:
         for store, formats in STORES.items():
             spec = KvSpec(budget=64, sinks=4, recent=16, **settings, **formats)
             session = slots_of(model, graph, spec, scratch / f"parity {name} {store}")
-            cache, torch_cache = session.cache(2, 0), KvCache.attach(in_torch, [spec] * 2)
+            heads = read_tensors(model.path, [spec] * 2)
+            cache, torch_cache = session.cache(2, 0), KvCache.attach(in_torch, [spec] * 2, heads)
             widest, differing, bytes_before = 0.0, 0, cache.nbytes
             for at in range(steps):
                 token = ids[:, at : at + 1]
@@ -94,7 +117,8 @@ def parity(scratch: Path, steps: int) -> list[dict[str, Any]]:
                 )
             assert cache.nbytes == bytes_before
             row = {"scorer": name, "store": store, "steps past the budget": steps - spec.budget}
-            rows.append({**row, "largest relative difference": widest, "steps with other slots": differing})
+            row |= {"largest relative difference": widest, "steps with other slots": differing}
+            rows.append({**row, "codes that differ at the end": codes_apart(cache, torch_cache)})
             print(json.dumps(rounded(rows[-1])), flush=True)
     return rows
 
@@ -106,7 +130,7 @@ def timing(scratch: Path, budget_s: float) -> list[dict[str, Any]]:
     target.write(model, PROFILE, plain, graph)
     growing = {GROWING: Session(plain, 1, graph=SHARED), CONCATENATED: Session(plain, 1, graph=PORTABLE)}
     held = {}
-    for name in ("position", "key_norm", "h2o"):
+    for name in ("position", "key_norm", "h2o", "tova", "locret"):
         for store, formats in STORES.items():
             spec = KvSpec(budget=KEPT, **SCORERS[name], **formats)
             held[f"{KEPT} slots, {name}, {store}"] = slots_of(model, graph, spec, scratch / f"timed {name} {store}")

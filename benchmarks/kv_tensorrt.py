@@ -22,7 +22,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from digits import rounded
-from torch import Tensor
+from heads import random_heads
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
@@ -60,7 +60,7 @@ def model_of(folder: Path, blocks: int) -> Model:
 def answers(model: Model, graph: bytes, spec: KvSpec, folder: Path, sms: tuple[int, ...]) -> dict[str, Any]:
     """By SM the engine's bytes, or the builder's reason."""
     made = replace(model, kv=(spec,) * len(model.attentions))
-    write_tensors(model.path, heads_of(made))
+    write_tensors(model.path, random_heads(made))
     target.write_baseline(made, PROFILE, folder, graph)
     ranges, found = shapes.as_json(shapes.ranges(made, PROFILE)), {}
     for sm in sms:
@@ -68,17 +68,6 @@ def answers(model: Model, graph: bytes, spec: KvSpec, folder: Path, sms: tuple[i
         request = {"onnx": str(folder / GRAPH), "sm": sm, "ranges": ranges, "engine": str(engine)}
         answer = builder.compile_engine(request)
         found[str(sm)] = answer["error"] or engine.stat().st_size
-    return found
-
-
-def heads_of(model: Model) -> list[dict[str, Tensor]]:
-    """Random ones, for caches that want them."""
-    found = []
-    for spec, (heads, kv_heads, size) in zip(model.kv, model.attentions, strict=True):
-        inputs = (heads + 2 * kv_heads) * size if spec.scorer == "locret" else heads * size
-        shapes = {"head.first": (spec.head_width, inputs), "head.second": (kv_heads, spec.head_width or inputs)}
-        shapes |= {"head.first_bias": (spec.head_width,), "head.second_bias": (kv_heads,)}
-        found.append({name: torch.randn(shapes[name]) for name in spec.wants})
     return found
 
 

@@ -20,11 +20,13 @@ from compress.errors import UnsupportedError, UsageError
 from compress.export.onnx import graphs, slots, target
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.runtime import PORTABLE, SHARED, SLOTS, Session
+from compress.export.onnx.slot_attention import attend
 from compress.export.onnx.slot_session import SlotSession
 from compress.export.onnx.slot_tokens import Tokens
 from compress.export.onnx.slot_update import Update
-from compress.kv.cache import KvCache
+from compress.kv.cache import KvCache, KvLayer, _attend
 from compress.kv.spec import KvSpec
+from compress.kv.stores import RowStore
 from compress.models.model import Model
 from compress.passes import KvEvict, KvQuant
 from compress.pipeline import Pipeline
@@ -136,6 +138,53 @@ def test_codes_are_those_of_the_torch_cache(
         assert apart.max() <= 1 and apart.mean() < 1e-3
         scales = np.take_along_axis(cache.held(0, f"{name}_scale"), places, 2)
         np.testing.assert_allclose(scales, store.held["scale"][..., 0].numpy(), rtol=1e-3)  # type: ignore[attr-defined]
+
+
+def test_equal_keys_and_values_get_equal_codes() -> None:
+    """The store itself is exact, far past the budget: in a model, codes differ where products are summed in another
+    order."""
+    spec = KvSpec(**SMALL, scorer="h2o", **INT8)
+    run, layer, random = attention_alone(spec), KvLayer(spec), torch.Generator().manual_seed(0)
+    held: dict[str, np.ndarray] = {}
+    for at in range(80):
+        query, key, value = (torch.randn(2, heads, 1, 16, generator=random) for heads in (4, 2, 2))
+        found, held = run(query.numpy(), key.numpy(), value.numpy(), np.full((2, 1), at), held)
+        expected, _ = _attend(torch.nn.Identity(), query, *layer.update(key, value), None, scaling=0.25)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+        ours, theirs = (
+            np.argsort(held["position"][:, :, :-1], -1)[..., -layer.valid.shape[2] :],
+            layer.position.argsort(-1),
+        )
+        for name, store in zip(("key", "value"), layer.stores, strict=True):
+            assert isinstance(store, RowStore)
+            codes = store.held["codes"].gather(2, theirs[..., None].expand(-1, -1, -1, 16)).numpy()
+            np.testing.assert_array_equal(np.take_along_axis(held[name], ours[..., None], 2).astype(int) + 128, codes)
+
+
+def attention_alone(spec: KvSpec) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """4 heads of 16 on 2 of keys and values, two rows: (query, key, value, positions, state or nothing) → output, state."""
+    kinds = {name: ([2, heads, 1, 16], np.float32) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
+    kinds |= {"positions": ([2, 1], np.int64)}
+    state = {name: ([2, *held.shape[1:]], held.dtype.numpy()) for name, held in slots.state(spec, 2, 16, 16).items()}
+    values = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(np.dtype(kind))), shape=ir.Shape(shape))
+        for name, (shape, kind) in (*kinds.items(), *((f"held.{name}", each) for name, each in state.items()))
+    ]
+    graph = ir.Graph(values, [], nodes=[], opset_imports={"": 21}, name="attention")
+    builder, node = GraphBuilder(graph), ir.node("Attention", values[:3], {"scale": 0.25})
+    out, after = attend(builder, node, spec, dict(zip(state, values[4:], strict=True)), values[3])
+    graph.extend(builder.nodes)
+    graph.outputs.extend([out, *(after[name] for name in state)])
+    made = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
+    empty = {name: np.full(shape, -1 if name == "position" else 0, kind) for name, (shape, kind) in state.items()}
+
+    def run(*given: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        held = {f"held.{name}": value for name, value in (given[4] or empty).items()}
+        found = session.run(None, dict(zip(kinds, given[:4], strict=True)) | held)
+        return found[0], dict(zip(state, found[1:], strict=True))
+
+    return run
 
 
 @pytest.mark.parametrize("settings", [*SCORERS[1:4], SCORERS[5]], ids=str)
