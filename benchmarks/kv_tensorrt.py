@@ -4,8 +4,8 @@
 
 Needs the extra tensorrt-rtx, no GPU; nothing runs. A Llama of random weights (4 heads of 16 on 2 key-value heads),
 products in float16, 64 slots, prompts 16 tokens at a time: one engine with a profile of shapes for prompts and one for
-decoding. Taken or refused, the answers are the builder's own. `float64 becomes`: what its parser makes of that type.
-Writes results/kv_tensorrt.json.
+decoding. Taken or refused, the answers are the builder's own. `float64 becomes`: what its parser makes of that type;
+`most of TopK`: what a layer that chooses so many is answered. Writes results/kv_tensorrt.json.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import compress
 from compress import hwprofiles
 from compress.export.onnx.files import GRAPH
+from compress.export.onnx.graph import GraphBuilder
 from compress.export.tensorrt import builder, shapes, slotted, target
 from compress.kv.spec import KvSpec
 from compress.manifest import versions
@@ -46,6 +47,8 @@ SCORERS: tuple[dict[str, Any], ...] = (
     {"scorer": "locret", "head_width": 64},
     {"scorer": "kvzap"},
 )
+EVERYWHERE, ENDS = ("h2o", "locret"), (75, 120)
+"""Scorers that are built for all chips; the others for an old and a new one."""
 STORES: tuple[dict[str, str], ...] = ({}, INT8)
 
 
@@ -89,30 +92,42 @@ def made_of_float64(folder: Path) -> list[str]:
     return sorted({each.get_output(0).dtype.name for each in layers})
 
 
+def choosing(count: int, folder: Path) -> str:
+    """The builder's reason against a layer that chooses so many of 5000; empty where it builds it."""
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 5000]))
+    graph = ir.Graph([value], [], nodes=[], opset_imports={"": 21}, name="graph")
+    place = GraphBuilder(graph)
+    found = place.node("TopK", [value, place.constant([count])], {"axis": -1}, outputs=2)
+    graph.extend(place.nodes)
+    found.shape = ir.Shape([1, count])
+    graph.outputs.append(found)
+    ir.save(ir.Model(graph, ir_version=10), folder / "top.onnx")
+    request = {"onnx": str(folder / "top.onnx"), "sm": 89, "ranges": {}, "engine": str(folder / "engine")}
+    return str(builder.compile_engine(request)["error"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=1)
     given = parser.parse_args()
     small = {"budget": 64, "sinks": 4, "recent": 16, "chunk": 16}
-    large = {"scorer": "h2o", "budget": 5000}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         model = model_of(scratch / "model", given.blocks)
         graph = target.capture(model, PROFILE)
         specs = [KvSpec(**small, **each, **store) for each in SCORERS for store in STORES]
-        most = slotted.MOST_CHUNK
-        asked = [(spec, builder.CAPABILITIES) for spec in specs]
-        asked += [(KvSpec(**large, chunk=chunk), (89,)) for chunk in (most, most + 1)]
-        for place, (spec, sms) in enumerate(asked):
+        for place, spec in enumerate(specs):
+            sms = builder.CAPABILITIES if spec.scorer in EVERYWHERE and not spec.by_age else ENDS
             begun = time.process_time()
             found = answers(model, graph, spec, scratch / str(place), sms)
             rows.append({"cache": spec.as_data(), "engine bytes or refusal by SM": found})
             print(json.dumps(rounded({**rows[-1], "cpu_s": time.process_time() - begun})), flush=True)
         wide = made_of_float64(scratch)
+        most = {str(count): choosing(count, scratch) for count in (slotted.MOST_CHUNK, slotted.MOST_CHUNK + 1)}
     told = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0], "versions": versions()}
     told |= {"builder": f"TensorRT-RTX {builder.load_module().__version__}", "profile": PROFILE.id}
-    told |= {"blocks": given.blocks, "float64 becomes": wide, "rows": rows}
+    told |= {"blocks": given.blocks, "float64 becomes": wide, "most of TopK": most, "rows": rows}
     RESULT.write_text(json.dumps(rounded(told), indent=1) + "\n")
 
 

@@ -162,7 +162,7 @@ def test_equal_keys_and_values_get_equal_codes() -> None:
 
 
 def attention_alone(spec: KvSpec) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """4 heads of 16 on 2 of keys and values, two rows: (query, key, value, positions, state or nothing) → output, state."""
+    """4 heads of 16 on 2 of keys and values, two rows: (query, key, value, positions, state or {}) → output, state."""
     kinds = {name: ([2, heads, 1, 16], np.float32) for name, heads in (("query", 4), ("key", 2), ("value", 2))}
     kinds |= {"positions": ([2, 1], np.int64)}
     state = {name: ([2, *held.shape[1:]], held.dtype.numpy()) for name, held in slots.state(spec, 2, 16, 16).items()}

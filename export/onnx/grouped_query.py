@@ -113,8 +113,8 @@ def refer(document: ir.Model, stored: ir.Model, location: str) -> None:
     """Make the initializers of a second graph references to what the first keeps in its file of weights.
 
     stored: the first graph as it was saved. What it holds inline stays inline here too. Nothing is stored twice, and no
-    weight is made again. What the first has not, the angles of rotary embeddings and the heads of caches, is appended to
-    the file.
+    weight is made again. What the first has not, angles of rotary embeddings and heads of caches, is appended to the
+    file.
     """
     kept = {name: value.const_value for name, value in stored.graph.initializers.items()}
     folder = next(each.base_dir for each in kept.values() if isinstance(each, ir.ExternalTensor))

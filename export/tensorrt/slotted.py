@@ -19,7 +19,8 @@ from compress.target import Refusal
 PAST, PRESENT = "past_key_values.", "present."
 POSITION = ".position"
 MOST_CHUNK = 3840
-"""What TensorRT's TopK chooses at most (1.7.1 refuses 3841 of 4096), of the slots and of the new tokens."""
+"""What TensorRT's TopK chooses at most, of the slots and of the new tokens: 1.7.1 does not build one of 3841, and does
+not look where the number follows from a shape."""
 ROWS = 4
 """Of tokens, of which slots are compared."""
 
