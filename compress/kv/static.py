@@ -66,6 +66,6 @@ def encode(form: StaticFormat, states: Tensor, scale: Tensor) -> Tensor:
 def decode(form: StaticFormat, packed: Tensor, scale: Tensor, size: int) -> Tensor:
     """What `encode` gave, float32: (batch, kv heads, n, size)."""
     codes = grid.unpack_bits(packed.reshape(-1, packed.shape[-1]), form.bits, size).reshape(*packed.shape[:-1], size)
-    if isinstance(form, FloatGrid):
-        return floats.decode(codes, form.kind) * scale[None, :, None]
-    return (codes.float() - 2 ** (form.bits - 1)) * scale[None, :, None]
+    steps: Tensor
+    steps = floats.decode(codes, form.kind) if isinstance(form, FloatGrid) else codes.float() - 2 ** (form.bits - 1)
+    return steps * scale[None, :, None]
