@@ -394,8 +394,8 @@ def test_attention_by_an_index_is_near_that_by_exact_search(monkeypatch: pytest.
         keys, values = torch.randn(2, 2, 2, count, 16, generator=generator)
         outputs = {}
         for name, layer in layers.items():
-            layer.recall = layer.recall or Recall()  # type: ignore[attr-defined]
-            outputs[name] = layer.attend(query, *layer.update(keys, values), None, 0.25)
+            layer.recall = layer.recall or Recall()
+            outputs[name] = layer.attend(torch.nn.Module(), query, *layer.update(keys, values), None, 0.25)
     for name in ("hnsw", "linked"):
         layer = layers[name]
         assert isinstance(layer, RetrievalLayer) and layer.recall is not None
