@@ -18,8 +18,8 @@ _ONLY = {"token_select": ("page", "reuse"), "retrieval": ("index", "links", "eff
 
 
 class KvSelect(KvPass):
-    """Tokens are chosen by the query, and none is dropped: it saves time at long context, not memory. The first tokens
-    (`sinks`) and the newest (`recent`) are always attended to; all keep their true positions.
+    """Tokens are chosen by the query, and none is dropped: it saves no memory, and is meant for time at long context.
+    The first tokens (`sinks`) and the newest (`recent`) are always attended to; all keep their true positions.
 
     Settings: `by`: `token_select`, one choice for all heads of a layer by the sum of their softmaxes (Wu et al. 2024,
     arXiv 2411.02886), of a prompt for each `chunk` tokens by their mean query; `retrieval`, each query head's nearest
