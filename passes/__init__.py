@@ -60,7 +60,10 @@ PASSES: dict[str, Entry] = {
     "adaquant": Entry("compress.passes.adaquant:AdaQuant", "learn weights and grids layer by layer; needs data"),
     "block_tune": Entry("compress.passes.block_tune:BlockTune", "train codebooks, scales, norms by block; needs data"),
     "pv_tuning": Entry("compress.passes.pv_tuning:PvTuning", "train codes with entries, scales and norms; needs data"),
-    "kv_quant": Entry("compress.passes.kv_quant:KvQuant", "cache keys and values in few bits; needs no data"),
+    "kv_quant": Entry(
+        "compress.passes.kv_quant:KvQuant",
+        "cache keys and values in few bits; static scales and sparing sensitive layers take data",
+    ),
     "kv_evict": Entry("compress.passes.kv_evict:KvEvict", "keep a number of tokens in the cache; needs no data"),
     "kv_select": Entry("compress.passes.kv_select:KvSelect", "attend to chosen tokens of the cache; needs no data"),
     "tune": Entry("compress.passes.tune:Tune", "tune scales, norms and biases by the whole model's output; needs data"),

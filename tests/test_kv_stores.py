@@ -246,15 +246,15 @@ def test_the_length_of_a_slow_pair_holds_at_positions_that_calibration_never_saw
     config = LlamaConfig(**USUAL, num_key_value_heads=2, attention_bias=True, rope_theta=50_000.0)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 50_000.0}
     near = attended(config, 32, k6=8.0, k22=8.0)
-    far = attended(config, 32, first=20_000, k6=8.0, k22=8.0)
+    far = attended(config, 32, first=5_000, k6=8.0, k22=8.0)
     spec = KvSpec(keys="int8(channel)", values="int8(channel)", static=True)
     errors = {}
     for envelope in (True, False):
         scales = calibrating.scales(spec, [near], Ranges("minmax", envelope=envelope))
         errors[envelope] = calibrating.lost(spec, scales, [far])
         assert calibrating.lost(spec, scales, [near]).keys < 0.02
-    assert errors[False].keys > 10 * errors[True].keys
-    assert errors[False].output > 10 * errors[True].output
+    assert errors[False].keys > 50 * errors[True].keys
+    assert errors[False].output > errors[True].output
     assert errors[True].keys < 0.02
 
 
