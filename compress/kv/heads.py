@@ -61,7 +61,8 @@ _caught: ContextVar[_Caught | None] = ContextVar("_caught", default=None)
 
 
 def _enter(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-    _caught.set(_Caught(module, given[0] if given else named["hidden_states"]))
+    hidden = given[0] if given else named.get("hidden_states")
+    _caught.set(_Caught(module, hidden) if isinstance(hidden, Tensor) else None)
 
 
 def _project(module: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
@@ -95,11 +96,13 @@ def catch(model: nn.Module) -> None:
 
 def kept(module: nn.Module) -> tuple[Tensor, ...]:
     """What goes into an attention that computes now, and what its projections put out; nothing where `catch` was not
-    called."""
+    called, or the attention computes otherwise."""
     caught = _caught.get()
     if caught is None or caught.module is not module:
         return ()
-    return caught.hidden, *(caught.outputs[each] for each in projections(module))
+    outputs = [caught.outputs.get(each) for each in projections(module)]
+    found = [each for each in outputs if each is not None]
+    return (caught.hidden, *found) if len(found) == len(outputs) else ()
 
 
 def features_of(scorer: str, module: nn.Module) -> Tensor:
