@@ -1,7 +1,7 @@
 """The slot graph (export/onnx/slots.py) in ONNX Runtime: against the torch cache over many steps, and its time per step
 against the growing cache.
 
-    python benchmarks/kv_slots.py [--steps 600] [--budget 20]
+    python benchmarks/kv_slots.py [--steps 570] [--budget 20] [--part parity|timing]
 
 Parity: two blocks of random weights, teacher-forced token by token in two rows, nearly all steps past the budget; no
 token occurs twice, since two keys of one token have one norm but for rounding. Time: four blocks of random weights, one
@@ -44,7 +44,10 @@ from compress.stats.intervals import speedup
 RESULT = Path(__file__).parent / "results" / "kv_slots.json"
 PROFILE = hwprofiles.load("cpu-x86-avx512-vnni")
 INT8 = {"keys": "int8(token)", "values": "int8(token)"}
-STORES: dict[str, dict[str, str]] = {"float": {}, "int8(token)": INT8}
+FLOAT, CODES = "float", "int8(token)"
+STORES: dict[str, dict[str, str]] = {FLOAT: {}, CODES: INT8}
+ASKED = ("key_norm", "h2o", "locret")
+"""Scorers that are compared with codes too."""
 SCORERS: dict[str, dict[str, Any]] = {
     "position": {"scorer": "position"},
     "key_norm": {"scorer": "key_norm"},
@@ -77,35 +80,48 @@ def slots_of(model: Model, graph: bytes, spec: KvSpec, folder: Path) -> SlotSess
     return SlotSession(folder, 1)
 
 
-def codes_apart(cache: Slots, torch_cache: KvCache) -> float | None:
-    """The share of codes that differ, of what both hold in the end; None where they hold floats."""
-    differing, count = 0, 0
+def take_codes(cache: Slots, torch_cache: KvCache) -> tuple[int, int]:
+    """Let the slots hold the codes and scales that torch holds of the same tokens. Returns: how many codes differed of
+    those that the last call wrote, and how many it wrote."""
+    differing, written = 0, 0
     for layer, held in enumerate(torch_cache.layers):
-        order, first = held.position.argsort(-1).numpy(), np.argsort(cache.held(layer, "position"), -1)
+        ours, theirs = cache.held(layer, "position"), held.position.numpy()
+        first, order = np.argsort(ours, -1)[..., -theirs.shape[-1] :], np.argsort(theirs, -1)
+        if not np.array_equal(np.take_along_axis(ours, first, -1), np.take_along_axis(theirs, order, -1)):
+            continue  # counted as a step with other slots
         for name, store in zip(("key", "value"), held.stores, strict=True):
-            if isinstance(store, RowStore):
-                expected = np.take_along_axis(store.held["codes"].numpy(), order[..., None], 2)
-                found = np.take_along_axis(cache.held(layer, name), first[..., None], 2).astype(int) + 128
-                differing, count = differing + int((found != expected).sum()), count + found.size
-    return differing / count if count else None
+            assert isinstance(store, RowStore)
+            codes = np.take_along_axis(store.held["codes"].numpy(), order[..., None], 2).astype(np.int16) - 128
+            differing += int((np.take_along_axis(cache.held(layer, name), first[..., None], 2) != codes).sum())
+            written += int(codes[:, :, 0].size)
+            _overwrite(cache, f"slots.{layer}.{name}", first[..., None], codes)
+            scales = np.take_along_axis(store.held["scale"][..., 0].float().numpy(), order, 2)
+            _overwrite(cache, f"slots.{layer}.{name}_scale", first, scales)
+    return differing, written
+
+
+def _overwrite(cache: Slots, name: str, index: np.ndarray, values: np.ndarray) -> None:
+    whole = cache._buffers[name].numpy().copy()
+    np.put_along_axis(whole, index, values.astype(whole.dtype), 2)
+    cache._buffers[name].update_inplace(whole)
 
 
 @torch.no_grad()
 def parity(scratch: Path, steps: int) -> list[dict[str, Any]]:
     """A row per scorer and store: the largest relative difference of logits, and at how many steps any slot set
-    differs."""
+    differs; of codes also where each step begins with those of torch, so that what remains is not of earlier codes."""
     model = saved(scratch / "small", 2 * steps, SMALL)
     graph = target.capture(model, PROFILE)
     in_torch = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).eval()
     ids = np.random.default_rng(0).permutation(2 * steps).reshape(2, steps)
     rows = []
     for name, settings in SCORERS.items():
-        for store, formats in STORES.items():
-            spec = KvSpec(budget=64, sinks=4, recent=16, **settings, **formats)
-            session = slots_of(model, graph, spec, scratch / f"parity {name} {store}")
+        for store, takes in ((FLOAT, False), (CODES, False), (CODES, True))[: 3 if name in ASKED else 1]:
+            spec = KvSpec(budget=64, sinks=4, recent=16, **settings, **STORES[store])
+            session = slots_of(model, graph, spec, scratch / f"parity {name} {store} {takes}")
             heads = read_tensors(model.path, [spec] * 2)
             cache, torch_cache = session.cache(2, 0), KvCache.attach(in_torch, [spec] * 2, heads)
-            widest, differing, bytes_before = 0.0, 0, cache.nbytes
+            widest, differing, codes, bytes_before = 0.0, 0, [0, 0], cache.nbytes
             for at in range(steps):
                 token = ids[:, at : at + 1]
                 found = cache.read(token, np.full((2, 1), at))
@@ -115,10 +131,13 @@ def parity(scratch: Path, steps: int) -> list[dict[str, Any]]:
                     not np.array_equal(np.sort(cache.held(layer, "position"), -1), np.sort(held.position.numpy(), -1))
                     for layer, held in enumerate(torch_cache.layers)
                 )
+                if takes:
+                    codes = [a + b for a, b in zip(codes, take_codes(cache, torch_cache), strict=True)]
             assert cache.nbytes == bytes_before
             row = {"scorer": name, "store": store, "steps past the budget": steps - spec.budget}
             row |= {"largest relative difference": widest, "steps with other slots": differing}
-            rows.append({**row, "codes that differ at the end": codes_apart(cache, torch_cache)})
+            row |= {"codes of torch are taken": True, "codes that differed": codes[0], "of": codes[1]} if takes else {}
+            rows.append(row)
             print(json.dumps(rounded(rows[-1])), flush=True)
     return rows
 
@@ -150,18 +169,20 @@ def timing(scratch: Path, budget_s: float) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600, help="tokens that are compared with torch")
+    parser.add_argument("--part", choices=("parity", "timing"), help="only one of the two; the other stays as it is")
+    parser.add_argument("--steps", type=int, default=570, help="tokens that are compared with torch")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of timing per context")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    found = {}
+    about = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0], "versions": versions()}
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        compared, timed = parity(scratch, given.steps), timing(scratch, given.budget)
-    told = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0], "versions": versions()}
-    models = {"parity": SMALL, "timing": TIMED}
-    RESULT.write_text(
-        json.dumps(rounded({**told, "models": models, "parity": compared, "timing": timed}), indent=1) + "\n"
-    )
+        for part in (given.part,) if given.part else ("parity", "timing"):
+            rows = parity(Path(name), given.steps) if part == "parity" else timing(Path(name), given.budget)
+            found[part] = {**about, "rows": rows}
+    told = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    told |= {"models": {"parity": SMALL, "timing": TIMED}, **found}
+    RESULT.write_text(json.dumps(rounded(told), indent=1) + "\n")
 
 
 if __name__ == "__main__":
