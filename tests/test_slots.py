@@ -1,5 +1,6 @@
 """The slot graph drops the tokens that the torch cache drops, and computes what that computes."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -138,6 +139,23 @@ def test_codes_are_those_of_the_torch_cache(
         assert apart.max() <= 1 and apart.mean() < 1e-3
         scales = np.take_along_axis(cache.held(0, f"{name}_scale"), places, 2)
         np.testing.assert_allclose(scales, store.held["scale"][..., 0].numpy(), rtol=1e-3)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scorer", [{"scorer": "locret", "head_width": 24}, {"scorer": "kvzap"}], ids=str)
+def test_heads_look_at_what_quantized_projections_put_out(
+    scorer: dict[str, Any], model: Model, in_torch: Any, ids: np.ndarray, tmp_path: Path
+) -> None:
+    """Weights in int4, whose products are joined: against torch with the same weights decoded."""
+    made, specs = Pipeline.parse("rtn(format=int4(group=32))").run(model).model, (KvSpec(**SMALL, **scorer),) * 2
+    decoded = copy.deepcopy(in_torch)
+    for name, spec in made.structure.layers.items():
+        decoded.get_submodule(name).weight.data = made.reader.layer(spec).float_weight()
+    caching = replace(made, kv=specs)
+    caching.__dict__["kv_tensors"] = heads_of(*specs)
+    target.write(caching, PROFILE, tmp_path / "out")
+    operators = [node.op_type for node in onnx.load(str(tmp_path / "out" / SLOTS), load_external_data=False).graph.node]
+    assert "MatMulNBits" in operators and "Sigmoid" in operators
+    assert compared(SlotSession(tmp_path / "out", 1, exact=True), decoded, specs, ids[:, :48]) < 1e-4
 
 
 def test_equal_keys_and_values_get_equal_codes() -> None:

@@ -46,6 +46,9 @@ FP4_OPSET, FP4_IR = 23, 11
 # two optimization profiles, each with code of its own.
 ENGINE_BYTES = {Task.CAUSAL_LM: 2_000_000, Task.ENCODER: 900_000}
 ENGINE_LAYER_BYTES = {Task.CAUSAL_LM: 310_000, Task.ENCODER: 190_000}
+# And of slots (benchmarks/kv_tensorrt.py, 1 and 2 blocks): the whole, each cache, keys or values that are codes; where
+# tokens are not ranked by position alone, as much again of the first two.
+SLOTS_BYTES, SLOTS_CACHE_BYTES, SLOTS_ROUNDED_BYTES = 2_100_000, 1_300_000, 320_000
 IMAGE_ENGINE_BYTES, IMAGE_ENGINE_LAYER_BYTES = 300_000, 120_000
 RECORD_BYTES = 2_000
 
@@ -117,7 +120,17 @@ def _predicted(specs: Sequence[LayerSpec], model: Model, profile: Profile) -> tu
     base = ENGINE_BYTES.get(model.task, IMAGE_ENGINE_BYTES)
     decoded = sum(choice.decoded_bytes for choice in choices)
     engine = weights + decoded + base + len(choices) * ENGINE_LAYER_BYTES.get(model.task, IMAGE_ENGINE_LAYER_BYTES)
-    return graph, engine
+    return graph, engine + _slots_bytes(model.kv)
+
+
+def _slots_bytes(specs: Sequence[KvSpec]) -> int:
+    """Code of an engine whose cache drops tokens."""
+    if not specs:
+        return 0
+    ranked = [spec for spec in specs if spec.scorer != "position"]
+    rounded = sum(bool(text) for spec in specs for text in (spec.keys, spec.values))
+    caches = SLOTS_CACHE_BYTES * (len(specs) + len(ranked)) + SLOTS_ROUNDED_BYTES * rounded
+    return SLOTS_BYTES * (2 if ranked else 1) + caches
 
 
 def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = None) -> Lowered:
