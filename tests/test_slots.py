@@ -339,6 +339,9 @@ def chosen(
         (KvSpec(keys="int8(token)"), "fixed number of slots; add kv_evict"),
         (KvSpec(**SMALL, scorer="h2o", values="int4(group=8)"), "int4(group=8) is not stored"),
         (KvSpec(**SMALL, scorer="h2o", keys="int8(token, asymmetric)"), "asymmetric) is not stored"),
+        (KvSpec(**SMALL, scorer="snapkv", window=4), "scorer snapkv is not in the slot graph"),
+        (KvSpec(**SMALL, scorer="h2o", keys="int8(token)", rotated=True), "rotated vectors are not in the slot graph"),
+        (KvSpec(**SMALL, scorer="h2o", pool=3), "does not know pool of a cache"),
     ],
 )
 def test_what_slots_do_not_hold_is_refused_by_name(spec: KvSpec, told: str) -> None:

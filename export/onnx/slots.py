@@ -37,6 +37,7 @@ from compress.target import Refusal
 POSITIONS = "position_ids"
 MASK, PAST = "attention_mask", "past_key_values."
 SCORERS = ("position", "key_norm", "h2o", "tova", "locret", "kvzap")
+_SETTINGS = {"keys", "values", "scorer", "budget", "sinks", "recent", "decay", "by_age", "chunk", "head_width"}
 _COUNTED = SCORERS[1:]  # scores that do not follow from the position
 
 
@@ -66,6 +67,8 @@ def reason(spec: KvSpec) -> str:
         form = row_format(text)
         if form != IntGrid(8, "channel"):
             return f"{text} is not stored by the slot graph, which has float and int8(token)"
+    if unknown := sorted(set(spec.as_data()) - _SETTINGS):
+        return f"the slot graph does not know {', '.join(unknown)} of a cache"
     return ""
 
 
