@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from compress.engine.kv_pass import KvPass
+from compress.engine import kv_heads
+from compress.engine.kv_pass import KvPass, Observed, Settled
 from compress.errors import UsageError
 from compress.kv.spec import KvSpec
+from compress.training import retaining
+
+_LEARNED = ("locret", "kvzap")
+_LEARNING = ("labels", "width", "steps", "lr", "seed")
+
+
+WIDTH = 256
+"""Of a head of locret, where none is given."""
 
 
 class KvEvict(KvPass):
@@ -23,15 +34,26 @@ class KvEvict(KvPass):
     token, one choice for all heads (Oren et al. 2024, arXiv 2401.06104); `snapkv`, most by the newest `window` queries,
     averaged over the `pool` positions around (Li et al. 2024, arXiv 2404.14469); `expected`, most by queries that are
     yet to come, as far as those seen tell, weighed by the length of values, anew every `interval` tokens (arXiv
-    2510.00636); `sinks`, `recent`; `decay` of H2O's sums at each token; `by_age` whether they are divided by how long a
-    token has been there; `chunk`.
+    2510.00636); `locret` and `kvzap`, those that a trained head scores highest as they are written; `sinks`, `recent`;
+    `decay` of H2O's sums at each token; `by_age` whether they are divided by how long a token has been there (of a
+    trained head: whether it loses with the logarithm of that, as fast as data tell, so that nothing old stays for ever);
+    `chunk`.
+
+    Heads are trained by layer on the finished model, on calibration windows of which an eighth is held out. One of
+    `locret` (Huang et al. 2024, arXiv 2410.01805) sees a token's query, key and value, one of `kvzap` (arXiv
+    2601.07891) what goes into the attention. Settings: `labels` what they learn to say: `logits`, the largest product
+    with the queries of a window's last quarter (Locret's, and its default); `replay`, the logarithm of the largest
+    attention, times what the value adds, when the text is repeated (KVzap's, and its default); `attention`, the
+    logarithm of the sum of what the last quarter gives it; `outputs`, of that times what its value adds; `width`
+    between a head's two layers, 0 for a linear one by ridge regression (default 256 for `locret`, 0 for `kvzap`);
+    `steps`, `lr` of Adam where there are two; `seed`.
     """
 
     name: ClassVar[str] = "kv_evict"
     fills_cache: ClassVar[str] = "which tokens are attended to"
 
     budget: int = Field(default=1024, ge=1)
-    by: Literal["streaming", "key_norm", "h2o", "tova", "snapkv", "expected"] = "h2o"
+    by: Literal["streaming", "key_norm", "h2o", "tova", "snapkv", "expected", "locret", "kvzap"] = "h2o"
     sinks: int = Field(default=4, ge=0)
     recent: int = Field(default=32, ge=1)
     decay: float = Field(default=1.0, gt=0, le=1)
@@ -40,15 +62,27 @@ class KvEvict(KvPass):
     window: int = Field(default=32, ge=1)
     pool: int = Field(default=5, ge=1)
     interval: int = Field(default=16, ge=1)
+    labels: kv_heads.Labels | None = None
+    width: int | None = Field(default=None, ge=0)
+    steps: int = Field(default=400, ge=1)
+    lr: float = Field(default=0.003, gt=0, le=1)
+    seed: int = 0
 
     @model_validator(mode="after")
     def _check_score(self) -> Self:
-        if self.by != "h2o" and (self.decay != 1 or self.by_age):
+        if self.by != "h2o" and (self.decay != 1 or (self.by_age and self.by not in _LEARNED)):
             raise UsageError(f"{self.name}: decay and by_age are of by=h2o, not of {self.by}. Leave them out.")
         for names, scorer in ((("window", "pool"), "snapkv"), (("interval",), "expected")):
             given = sorted(self.model_fields_set & set(names))
             if given and self.by != scorer:
                 raise UsageError(f"{self.name}: {given[0]} is of by={scorer}, not of {self.by}. Leave it out.")
+        if self.by_age and self.by in _LEARNED and self._labels == "replay":
+            raise UsageError(
+                f"{self.name}: by_age learns how fast tokens lose with age, which labels=replay do not tell, since all "
+                "are asked for after as many tokens. Take labels=attention."
+            )
+        if self.by not in _LEARNED and (odd := next((name for name in _LEARNING if name in self.model_fields_set), "")):
+            raise UsageError(f"{self.name}: {odd} is of by=locret and by=kvzap, not of {self.by}. Leave it out.")
         self.fill(KvSpec(), 0)
         return self
 
@@ -65,4 +99,34 @@ class KvEvict(KvPass):
             window=self.window,
             pool=self.pool,
             interval=self.interval,
+            head_width=self._width,
         )
+
+    @property
+    def _width(self) -> int:
+        if self.width is None:
+            return WIDTH if self.by == "locret" else 0
+        return self.width
+
+    @property
+    def _labels(self) -> kv_heads.Labels:
+        return self.labels or ("logits" if self.by == "locret" else "replay")
+
+    @property
+    def measures(self) -> bool:
+        return self.by in _LEARNED
+
+    def windows(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        kv_heads.check_windows(batches, self._labels, self.sinks, self.recent)
+        return kv_heads.repeated(batches) if self._labels == "replay" else batches
+
+    def observe(self, spec: KvSpec, layer: int, seen: Observed) -> dict[str, Tensor]:
+        smooth = retaining.SMOOTH if self._labels == "logits" else 0.0
+        how = retaining.Fitting(self._width, self.by == "kvzap", self.steps, self.lr, smooth, self.seed)
+        return kv_heads.learned(spec, seen, self._labels, how)
+
+    def conclude(self, caches: Sequence[KvSpec], found: Sequence[Mapping[str, Tensor]]) -> Sequence[Settled]:
+        return [
+            Settled(spec, kv_heads.tensors_of(spec, taken), kv_heads.told(taken[kv_heads.FIGURES], self._labels))
+            for spec, taken in zip(caches, found, strict=True)
+        ]

@@ -2,18 +2,28 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import compress
+from compress.engine import kv_heads, store
 from compress.errors import InputError, UsageError
-from compress.kv import heads
+from compress.inputs.datasets import Calibration, calibrate
+from compress.kv import heads, importance, scorers
 from compress.kv.cache import KvCache, KvLayer
+from compress.kv.observed import Attended
 from compress.kv.spec import KvSpec
+from compress.models.model import Model
+from compress.pipeline import Pipeline
+from compress.training import retaining
 
 LENGTH, KV, HIDDEN, PROJECTED = 48, 2, 64, 128
 KINDS: dict[str, dict[str, Any]] = {
@@ -98,7 +108,7 @@ def test_a_head_is_two_layers_or_one(kind: str) -> None:
                 assert math.isclose(float(found[row, head, token]), expected, rel_tol=1e-4, abs_tol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, LENGTH])
+@pytest.mark.parametrize("chunk", [7, LENGTH])
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_room_for_everything_logits_are_those_of_no_compression(
     model: Any, ids: Tensor, kind: str, chunk: int
@@ -151,11 +161,10 @@ def test_padded_rows_are_as_alone(model: Any, ids: Tensor, kind: str) -> None:
     mask = torch.ones_like(ids)
     for row, count in enumerate((0, 6, 12, 24)):
         mask[row, :count] = 0
-    for chunk in (1, 6):
-        found = through(model, cache_of(model, **settings), ids, chunk, mask)
-        for row, count in enumerate((0, 6, 12, 24)):
-            alone = through(model, cache_of(model, **settings), ids[row : row + 1, count:], chunk)
-            torch.testing.assert_close(found[row : row + 1, count:], alone, rtol=1e-3, atol=1e-3)
+    found = through(model, cache_of(model, **settings), ids, 6, mask)
+    for row, count in enumerate((0, 6, 12, 24)):
+        alone = through(model, cache_of(model, **settings), ids[row : row + 1, count:], 6)
+        torch.testing.assert_close(found[row : row + 1, count:], alone, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_that_was_watched_is_as_before(model: Any, ids: Tensor) -> None:
@@ -234,3 +243,176 @@ def test_a_captured_graph_holds_the_very_same_head(kind: str) -> None:
     module = Scoring(head_of(spec, 0))
     captured = torch.export.export(module, (features,), strict=False).module()
     torch.testing.assert_close(captured(features), module(features))
+
+
+def attended(batch: int = 2, length: int = 16) -> Attended:
+    """An attention of two query heads to each of two keys' heads, with random states."""
+    generator = torch.Generator().manual_seed(5)
+    module = torch.nn.Module()
+    module.o_proj = torch.nn.Linear(4 * 4, 12).requires_grad_(False)
+    shapes = ((batch, length, 12), (batch, 4, length, 4), (batch, KV, length, 4), (batch, KV, length, 4))
+    hidden, query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    return Attended(module, hidden, query, key, value, scaling=0.5)
+
+
+def test_labels_are_what_later_queries_say_of_a_token() -> None:
+    """Slow twins, query by query."""
+    seen, tokens = attended(), importance.judged(16, 1, 3)
+    assert (tokens.start, tokens.stop) == (1, 9)
+    logits, mass, weighed, again = (torch.zeros(2, KV, 8) for _ in range(4))
+    module: Any = seen.module
+    for row in range(2):
+        for head in range(KV):
+            largest, best = dict.fromkeys(range(9), -math.inf), dict.fromkeys(range(9), 0.0)
+            for query_head in (2 * head, 2 * head + 1):
+                matrix = module.o_proj.weight[:, 4 * query_head : 4 * query_head + 4]
+                for query in range(8, 16):
+                    near = seen.key[row, head, : query + 1] @ seen.query[row, query_head, query] * 0.5
+                    for place in range(1, 9):
+                        share = float(near.softmax(0)[place])
+                        worth = share * float((matrix @ seen.value[row, head, place]).norm())
+                        best[place] = max(best[place], worth)
+                        if query >= 12:
+                            largest[place] = max(largest[place], float(near[place]))
+                            mass[row, head, place - 1] += share
+                            weighed[row, head, place - 1] += worth
+            logits[row, head] = torch.tensor([largest[place] for place in range(1, 9)])
+            again[row, head] = torch.tensor([math.log(best[place]) for place in range(1, 9)])
+    torch.testing.assert_close(importance.largest_logits(seen, tokens), logits)
+    torch.testing.assert_close(importance.attention_mass(seen, tokens), mass)
+    torch.testing.assert_close(importance.attention_mass(seen, tokens, weighed=True), weighed)
+    torch.testing.assert_close(importance.replayed(seen, slice(1, 8)), again[..., :7])
+    assert importance.log_ages(16, tokens).exp().round().tolist() == [11, 10, 9, 8, 7, 6, 5, 4]
+
+
+def test_the_first_half_of_a_window_is_a_window() -> None:
+    seen = attended()
+    half = importance.first_half(seen)
+    assert half.hidden.shape[1] == half.key.shape[2] == 8
+    assert torch.equal(half.logits(slice(6, 8)), seen.logits(slice(6, 8))[..., :8])
+    assert torch.equal(kv_heads.repeated([torch.arange(10).reshape(2, 5)])[0][0], torch.tensor([0, 1, 0, 1]))
+
+
+def test_ranks_are_compared_as_spearman_does() -> None:
+    first, second = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1))
+    twin = [spearmanr(a, b).statistic for a, b in zip(first.numpy(), second.numpy(), strict=True)]
+    np.testing.assert_allclose(importance.rank_correlation(first, second).numpy(), twin)
+
+
+def examples(ages: Tensor | None) -> list[retaining.Batch]:
+    """Labels that a linear head says but for noise; with ages they fall, twice as fast in the second head."""
+    generator = torch.Generator().manual_seed(2)
+    true = torch.randn(KV, 6, generator=generator)
+    found = []
+    for _ in range(8):
+        features = torch.randn(3, 20, 6, generator=generator) * torch.tensor([1, 1, 1, 1, 1, 30.0])
+        labels = 4 + (features @ true.T).transpose(1, 2) + 0.01 * torch.randn(3, KV, 20, generator=generator)
+        found.append((features, labels if ages is None else labels - torch.tensor([[1.0], [2.0]]) * ages))
+    return found
+
+
+@pytest.mark.parametrize("aged", [False, True])
+def test_a_linear_head_is_what_least_squares_say(aged: bool) -> None:
+    ages = importance.log_ages(40, slice(4, 24)) if aged else None
+    batches = examples(ages)
+    found = retaining.train(batches, retaining.Fitting(0, True, 0, 0.1, ages=ages))
+    assert found.held and found.after < 0.01 * found.before
+    rows = torch.cat([features.reshape(-1, 6) for at, (features, _) in enumerate(batches) if at != 7])
+    labels = torch.cat([each.transpose(1, 2).reshape(-1, KV) for at, (_, each) in enumerate(batches) if at != 7])
+    columns = [rows, torch.ones(len(rows), 1)]
+    if ages is not None:
+        columns.append(-ages.repeat(len(rows) // 20)[:, None])
+    twin = torch.linalg.lstsq(torch.cat(columns, 1), labels).solution
+    scale = twin[7] if aged else torch.ones(KV)
+    torch.testing.assert_close(found.tensors["head.second"], (twin[:6] / scale).T, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("aged", [False, True])
+def test_a_head_of_two_layers_learns_and_keeps_the_best(aged: bool) -> None:
+    ages = importance.log_ages(40, slice(4, 24)) if aged else None
+    how = retaining.Fitting(16, True, 400, 0.03, ages=ages)
+    found = retaining.train(examples(ages), how)
+    assert found.after < 0.2 * found.before
+    again = retaining.train(examples(ages), how)
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in found.tensors.items())
+    assert set(found.tensors) == set(KvSpec(scorer="kvzap", budget=64, head_width=16).wants)
+
+
+def test_learned_scores_lose_the_logarithm_of_their_age() -> None:
+    spec = KvSpec(scorer="kvzap", budget=64, sinks=0, recent=1, by_age=True)
+    scores, positions = torch.tensor([[[1.0, 1.5, 0.0, 9.0]]]), torch.tensor([[[0, 6, 8, 9]]])
+    found = scorers.ranked(spec, scores, positions, torch.ones(1, 1, 4, dtype=torch.bool), torch.tensor([9]))
+    worth = [1 - math.log(10), 1.5 - math.log(4), -math.log(2)]
+    assert found[0, 0].tolist() == [3, *sorted(range(3), key=lambda place: -worth[place])]
+
+
+@pytest.fixture(scope="module")
+def data(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Calibration]:
+    model = compress.load(llama)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("ids") / "ids.txt"
+    path.write_text("\n".join(" ".join(str(int(each)) for each in row) for row in torch.randint(1, 250, (80, 32))))
+    return model, calibrate(model, path, length=96)
+
+
+SETTINGS = "budget=24, sinks=2, recent=4"
+CODEBOOK = "rtn(format=codebook(vector=2, entries=16))"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"kv_evict({SETTINGS}, by=locret, width=8, steps=8)",
+        f"kv_evict({SETTINGS}, by=kvzap)",
+        f"kv_evict({SETTINGS}, by=kvzap, labels=attention, by_age=true, width=8, steps=8), {CODEBOOK}",
+    ],
+)
+def test_heads_are_trained_on_the_finished_model_and_go_with_it(
+    text: str, data: tuple[Model, Calibration], tmp_path: Path
+) -> None:
+    result = Pipeline.parse(text).run(*data, folder=tmp_path / "model")
+    stored = store.open_store(tmp_path / "model")
+    assert [set(held) for held in stored.kv_tensors] == [set(spec.wants) for spec in stored.kv]
+    row = next(row for row in result.passes[0].layers if row.layer == "model.layers.0.cache")
+    assert re.search(
+        r"head trained by (logits|replay|attention) of [\d,]+ tokens in \d+ s, held-out loss", row.notes[0]
+    )
+    assert re.search(r"held-out rank correlation with later attention -?[\d.]+; short keys", row.notes[1])
+    assert float(re.findall(r"loss ([\d.e-]+) → ([\d.e-]+)", row.notes[0])[0][1]) < 10
+    artifact = compress.export(result, profile="cpu-x86-avx2", target="native", out=tmp_path / "out")
+    session = artifact.session()
+    ids = np.random.default_rng(0).integers(1, 256, (1, 32))
+    off = 0.1 if CODEBOOK in text else 1e-3  # kernels of one token and of many round differently
+    np.testing.assert_allclose(session.plain.logits(ids)[:, :20], session.logits(ids)[:, :20], rtol=off, atol=off)
+    expected = session.greedy(ids[0].tolist(), 4)
+    assert session.greedy(ids[0].tolist(), 4) == expected
+
+
+def test_the_same_data_and_seed_give_the_same_heads(data: tuple[Model, Calibration], tmp_path: Path) -> None:
+    found = []
+    for place, seed in enumerate((0, 0, 1)):
+        text = f"kv_evict({SETTINGS}, by=locret, width=8, steps=4, seed={seed})"
+        Pipeline.parse(text).run(*data, folder=tmp_path / str(place))
+        found.append(store.open_store(tmp_path / str(place)).kv_tensors[0]["head.first"])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("by=h2o, width=8", "width is of by=locret and by=kvzap, not of h2o"),
+        ("by=kvzap, by_age=true", "Take labels=attention"),
+        ("by=locret, width=0", "two layers"),
+        ("by=locret, decay=0.9", "are of by=h2o"),
+    ],
+)
+def test_settings_that_do_nothing_are_refused(settings: str, told: str, data: tuple[Model, Calibration]) -> None:
+    with pytest.raises(UsageError, match=told):
+        Pipeline.parse(f"kv_evict(budget=64, {settings})")
+
+
+def test_windows_that_are_too_short_are_told(data: tuple[Model, Calibration]) -> None:
+    with pytest.raises(UsageError, match=r"Windows of 48 tokens leave 0 to learn from"):
+        Pipeline.parse("kv_evict(budget=64, by=kvzap)").run(*data)
+    with pytest.raises(UsageError, match="needs calibration data"):
+        Pipeline.parse("kv_evict(budget=64, by=kvzap)").run(data[0])

@@ -56,7 +56,8 @@ def ranks(spec: KvSpec, scores: Tensor, positions: Tensor, valid: Tensor, now: T
     """
     rank = scores.double()
     if spec.by_age:
-        rank = rank / (now[:, None, None] - positions + 1).clamp(min=1)
+        age = (now[:, None, None] - positions + 1).clamp(min=1)
+        rank = rank - age.double().log() if spec.learned else rank / age  # learned scores are logarithms
     fixed = (positions < spec.sinks) | (positions > now[:, None, None] - spec.recent)
     return rank.masked_fill(fixed, torch.inf).masked_fill(~valid, -torch.inf)
 
