@@ -81,6 +81,8 @@ def trained(model: Model, name: str, given: argparse.Namespace) -> tuple[Arm, di
 def ranks(module: Any, windows: list[Tensor], arms: dict[str, Arm]) -> dict[str, Any]:
     """Rank correlation with later attention by arm: mean and interval over windows, and the mean of each layer."""
     found: dict[str, list[list[list[float]]]] = {name: [] for name in arms}
+    if not arms:
+        return {}
     use_seen(module)
     tokens = importance.judged(windows[0].shape[1], SINKS, RECENT)
     for ids in windows:
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--arms", nargs="+", default=[*FIXED, *TRAINED])
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--no-ranks", action="store_true", help="leave the rank correlations out")
     parser.add_argument("--out", default="kv_heads.json", help="in results/; - for none")
     given = parser.parse_args()
     given.models.mkdir(parents=True, exist_ok=True)
@@ -198,7 +201,8 @@ def main() -> None:
     whole = datasets.quality_windows(model, given.model / "text" / f"{given.text}.txt.gz", samples=given.windows)
     windows = list(torch.split(whole.ids, given.batch))  # type: ignore[union-attr]
     module = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    correlated = ranks(module, windows, {name: arm for name, arm in arms.items() if name != "h2o"})
+    ranked = {} if given.no_ranks else {name: arm for name, arm in arms.items() if name != "h2o"}
+    correlated = ranks(module, windows, ranked)
     for name, row in correlated.items():
         print(name, json.dumps(rounded(row)), flush=True)
     rows, reference = [], wholes(module, windows)
