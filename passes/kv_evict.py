@@ -36,8 +36,8 @@ class KvEvict(KvPass):
     yet to come, as far as those seen tell, weighed by the length of values, anew every `interval` tokens (arXiv
     2510.00636); `locret` and `kvzap`, those that a trained head scores highest as they are written; `sinks`, `recent`;
     `decay` of H2O's sums at each token; `by_age` whether they are divided by how long a token has been there (of a
-    trained head: whether it loses with the logarithm of that, as fast as data tell, so that nothing old stays for ever);
-    `chunk`.
+    trained head: whether it loses with the logarithm of that, as fast as data tell, so that nothing old stays for
+    ever); `chunk`.
 
     Heads are trained by layer on the finished model, on calibration windows of which an eighth is held out. One of
     `locret` (Huang et al. 2024, arXiv 2410.01805) sees a token's query, key and value, one of `kvzap` (arXiv

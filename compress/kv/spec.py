@@ -33,13 +33,13 @@ class KvSpec:
     vector of one head at one position, or runs of its channels by group=N) or `channel` (runs of `group` tokens of one
     channel, as KIVI has keys); residual: newest tokens that stay in float; static: formats by `channel`, `head` or
     `tensor` have scales that all tokens share, tensors of the layer; rotated: vectors are turned by a Hadamard matrix
-    before they are rounded, and back as they are read. scorer: by what tokens are dropped, empty
-    where all are kept; budget: tokens that each head keeps; sinks: first tokens that are never dropped; recent: newest
-    ones that are not. decay: of H2O's sums per step; by_age: whether they are divided by a token's age (of learned
-    scores, which are logarithms: whether its logarithm is taken off); chunk: tokens of a prompt that are read at once;
-    head_width: of the head of a learned scorer (compress/kv/heads.py) between its two layers, 0 for one that is linear.
-    window: newest queries whose attention is SnapKV's score; pool: neighbours
-    that it is averaged over, by position. interval: steps after which expected attention is computed anew.
+    before they are rounded, and back as they are read. scorer: by what tokens are dropped, empty where all are kept;
+    budget: tokens that each head keeps; sinks: first tokens that are never dropped; recent: newest ones that are not.
+    decay: of H2O's sums per step; by_age: whether they are divided by a token's age (of learned scores, which are
+    logarithms: whether its logarithm is taken off); chunk: tokens of a prompt that are read at once; head_width: of the
+    head of a learned scorer (compress/kv/heads.py) between its two layers, 0 for one that is linear. window: newest
+    queries whose attention is SnapKV's score; pool: neighbours that it is averaged over, by position. interval: steps
+    after which expected attention is computed anew.
 
     Where all tokens stay and each step attends to some: selector: by what they are chosen, empty where all are attended
     to; select: tokens that are chosen beside `sinks` and `recent`; page: tokens that are chosen together; reuse: cosine
