@@ -9,15 +9,15 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from compress.engine import kv_heads
+from compress.engine import kv_budgets, kv_heads
 from compress.engine.kv_pass import KvPass, Observed, Settled
 from compress.errors import UsageError
-from compress.kv.spec import KvSpec
+from compress.kv.spec import Heads, KvSpec
+from compress.maths import budgets
 from compress.training import retaining
 
 _LEARNED = ("locret", "kvzap")
 _LEARNING = ("labels", "width", "steps", "lr", "seed")
-
 
 WIDTH = 256
 """Of a head of locret, where none is given."""
@@ -47,6 +47,12 @@ class KvEvict(KvPass):
     logarithm of the sum of what the last quarter gives it; `outputs`, of that times what its value adds; `width`
     between a head's two layers, 0 for a linear one by ridge regression (default 256 for `locret`, 0 for `kvzap`);
     `steps`, `lr` of Adam where there are two; `seed`.
+
+    `layers`: `even`, the budget is that of each layer; `pyramid`, it falls in equal steps to budget / `beta` in the
+    last layer (PyramidKV, Cai et al. 2024, arXiv 2406.02069); `measured`, the budgets that lose the least attention on
+    calibration windows longer than the budget. The total is the same. `heads`: `even`, or `adaptive`: the heads of a
+    layer share heads · budget tokens by their scores, each at least `floor` of its budget (AdaKV, Feng et al. 2024,
+    arXiv 2407.11550); what each holds is what is stored.
     """
 
     name: ClassVar[str] = "kv_evict"
@@ -67,6 +73,10 @@ class KvEvict(KvPass):
     steps: int = Field(default=400, ge=1)
     lr: float = Field(default=0.003, gt=0, le=1)
     seed: int = 0
+    layers: Literal["even", "pyramid", "measured"] = "even"
+    beta: float = Field(default=20.0, gt=1)
+    heads: Heads = "even"
+    floor: float = Field(default=0.2, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check_score(self) -> Self:
@@ -83,6 +93,15 @@ class KvEvict(KvPass):
             )
         if self.by not in _LEARNED and (odd := next((name for name in _LEARNING if name in self.model_fields_set), "")):
             raise UsageError(f"{self.name}: {odd} is of by=locret and by=kvzap, not of {self.by}. Leave it out.")
+        if self.layers == "measured" and self.by in _LEARNED and self._labels == "replay":
+            raise UsageError(
+                f"{self.name}: labels=replay reads every text twice, so layers=measured would see what no text has. Take "
+                "labels=attention."
+            )
+        if "beta" in self.model_fields_set and self.layers != "pyramid":
+            raise UsageError(f"{self.name}: beta is of layers=pyramid, not of {self.layers}. Leave it out.")
+        if "floor" in self.model_fields_set and self.heads != "adaptive":
+            raise UsageError(f"{self.name}: floor is of heads=adaptive, not of {self.heads}. Leave it out.")
         self.fill(KvSpec(), 0)
         return self
 
@@ -100,7 +119,16 @@ class KvEvict(KvPass):
             pool=self.pool,
             interval=self.interval,
             head_width=self._width,
+            heads=self.heads,
+            floor=self.floor,
         )
+
+    def filled(self, caches: Sequence[KvSpec]) -> tuple[KvSpec, ...]:
+        specs = super().filled(caches)
+        if self.layers != "pyramid":
+            return specs
+        shares = budgets.pyramid(self.budget, len(specs), self.beta, self.sinks + self.recent + 1)
+        return tuple(replace(spec, budget=share) for spec, share in zip(specs, shares, strict=True))
 
     @property
     def _width(self) -> int:
@@ -114,19 +142,35 @@ class KvEvict(KvPass):
 
     @property
     def measures(self) -> bool:
-        return self.by in _LEARNED
+        return self.by in _LEARNED or self.layers == "measured"
 
     def windows(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.layers == "measured":
+            kv_budgets.check_windows(batches, self.budget)
+        if self.by not in _LEARNED:
+            return batches
         kv_heads.check_windows(batches, self._labels, self.sinks, self.recent)
         return kv_heads.repeated(batches) if self._labels == "replay" else batches
 
     def observe(self, spec: KvSpec, layer: int, seen: Observed) -> dict[str, Tensor]:
-        smooth = retaining.SMOOTH if self._labels == "logits" else 0.0
-        how = retaining.Fitting(self._width, self.by == "kvzap", self.steps, self.lr, smooth, self.seed)
-        return kv_heads.learned(spec, seen, self._labels, how)
+        found = {kv_budgets.LOSSES: kv_budgets.losses(spec, seen)} if self.layers == "measured" else {}
+        if self.by in _LEARNED:
+            smooth = retaining.SMOOTH if self._labels == "logits" else 0.0
+            how = retaining.Fitting(self._width, self.by == "kvzap", self.steps, self.lr, smooth, self.seed)
+            found |= kv_heads.learned(spec, seen, self._labels, how)
+        return found
 
     def conclude(self, caches: Sequence[KvSpec], found: Sequence[Mapping[str, Tensor]]) -> Sequence[Settled]:
+        settled = [Settled(spec) for spec in caches]
+        if self.layers == "measured":
+            settled = kv_budgets.shared(caches, found, self.budget)
+        if self.by not in _LEARNED:
+            return settled
         return [
-            Settled(spec, kv_heads.tensors_of(spec, taken), kv_heads.told(taken[kv_heads.FIGURES], self._labels))
-            for spec, taken in zip(caches, found, strict=True)
+            Settled(
+                each.spec,
+                kv_heads.tensors_of(each.spec, taken),
+                each.notes + kv_heads.told(taken[kv_heads.FIGURES], self._labels),
+            )
+            for each, taken in zip(settled, found, strict=True)
         ]

@@ -398,3 +398,24 @@ def test_floats_are_compared_with_the_portable_graph_while_slots_are_free(write:
     exact = target.session(session.folder, 1, exact=True)
     assert graphs.compare_graphs(session, exact, ids, 1e-4, 128)[0]
     assert not graphs.compare_graphs(session, exact, ids, 0.0, 128)[0]
+
+
+def test_layers_have_budgets_of_their_own(write: Write, in_torch: Any, ids: np.ndarray, model: Model) -> None:
+    for by in ("key_norm", "h2o"):
+        specs = Pipeline(KvEvict(by=by, layers="pyramid", **SMALL)).run(model).model.kv
+        assert [spec.budget for spec in specs] == [25, 7]
+        assert compared(write(*specs), in_torch, specs, ids) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"scorer": "snapkv", "window": 4}, "the scorer snapkv is not in the slot graph"),
+        ({"scorer": "expected", "interval": 4}, "the scorer expected is not in the slot graph"),
+        ({"scorer": "h2o", "heads": "adaptive"}, "as many slots for each head"),
+    ],
+    ids=str,
+)
+def test_what_is_not_in_the_graph_is_told(settings: dict[str, Any], told: str) -> None:
+    refused = target.takes_caches([KvSpec(**SMALL, **settings)] * 2, PROFILE)
+    assert refused is not None and told in refused.reason

@@ -63,6 +63,10 @@ class KvPass(Pass, ABC):
     def fill(self, spec: KvSpec, layer: int) -> KvSpec:
         """What the cache of a layer becomes, as far as it is known without data. Raises: UsageError."""
 
+    def filled(self, caches: Sequence[KvSpec]) -> tuple[KvSpec, ...]:
+        """What the caches of all layers become, as far as it is known without data. Raises: UsageError."""
+        return tuple(self.fill(spec, layer) for layer, spec in enumerate(caches))
+
     @property
     def measures(self) -> bool:
         """Whether these settings take calibration data: then `observe` and `conclude` are called."""
@@ -111,16 +115,15 @@ def check_filled(passes: Sequence[Pass], count: int) -> None:
                 f"{parts[item.fills_cache]} and {item} both say {item.fills_cache} of the cache. Leave one of them out."
             )
         parts[item.fills_cache] = str(item)
-    for layer in range(count):
-        spec = KvSpec()
-        for item in ours:
-            spec = item.fill(spec, layer)
+    caches = (KvSpec(),) * count
+    for item in ours:
+        caches = item.filled(caches)
 
 
 def refilled(item: KvPass, caches: Sequence[KvSpec], model: Model) -> tuple[KvSpec, ...]:
     """The caches of a model after a pass. caches: before it, none where no pass was about them. Raises: UsageError."""
     before = caches or [KvSpec()] * len(cached_blocks(model))
-    return tuple(item.fill(spec, layer) for layer, spec in enumerate(before))
+    return item.filled(before)
 
 
 def cached_blocks(model: Model) -> list[int]:

@@ -263,11 +263,14 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
 
 def layer_of(spec: KvSpec, tensors: LayerTensors | None = None, rotation: Rotation | None = None) -> KvLayer:
     """An empty layer that does as it says."""
-    if not spec.selects:
+    if not spec.selects and spec.heads == "even":
         return KvLayer(spec, tensors, rotation)
-    from compress.kv.retrieval import RetrievalLayer  # which are made of `KvLayer`
+    from compress.kv.flat import FlatLayer  # which are made of `KvLayer`
+    from compress.kv.retrieval import RetrievalLayer
     from compress.kv.token_select import TokenSelectLayer
 
+    if not spec.selects:
+        return FlatLayer(spec, tensors, rotation)
     made = TokenSelectLayer if spec.selector == "token_select" else RetrievalLayer
     return made(spec, tensors)
 

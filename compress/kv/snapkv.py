@@ -47,15 +47,16 @@ def pooled(scores: Tensor, positions: Tensor, valid: Tensor, before: Tensor, poo
     far = torch.where(valid, positions, torch.full_like(positions, -(2**40)))
     order = far.argsort(dim=-1, stable=True)
     place, value, there = (each.gather(-1, order) for each in (far, scores, valid))
-    value = value * there
-    total, number = value.clone(), there.float()
+    total, number = torch.zeros_like(value), torch.zeros_like(value)
     own, slots = place > before, scores.shape[-1]
-    for away in range(1, min(pool // 2, slots - 1) + 1):  # sorted, a neighbour is no farther in slots than in positions
-        low, high = slice(None, slots - away), slice(away, None)
-        near = (place[..., high] - place[..., low] <= pool // 2) & (own[..., high] == own[..., low])
-        near &= there[..., low] & there[..., high]
-        total[..., low] += value[..., high] * near
-        total[..., high] += value[..., low] * near
-        number[..., low] += near
-        number[..., high] += near
+    reach = min(pool // 2, slots - 1)
+    # sorted, a neighbour is no farther in slots than in positions; always from the first to the last, so that tokens
+    # with the same neighbours have the same mean to the last bit, and the older goes
+    for away in range(-reach, reach + 1):
+        mine = slice(max(-away, 0), slots - max(away, 0))
+        other = slice(max(away, 0), slots - max(-away, 0))
+        near = (place[..., other] - place[..., mine]).abs() <= pool // 2
+        near &= (own[..., other] == own[..., mine]) & there[..., other] & there[..., mine]
+        total[..., mine] += value[..., other] * near
+        number[..., mine] += near
     return torch.empty_like(total).scatter_(-1, order, total / number.clamp(min=1))

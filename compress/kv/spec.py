@@ -20,6 +20,7 @@ Scorer = Literal["", "position", "key_norm", "h2o", "tova", "snapkv", "expected"
 Axis = Literal["token", "channel"]
 Selector = Literal["", "token_select", "retrieval"]
 Index = Literal["exact", "hnsw", "linked"]
+Heads = Literal["even", "adaptive"]
 
 LayerTensors = Mapping[str, Tensor]
 """What one layer's cache needs beside its `KvSpec`, by name (`KvSpec.wants`)."""
@@ -39,7 +40,8 @@ class KvSpec:
     logarithms: whether its logarithm is taken off); chunk: tokens of a prompt that are read at once; head_width: of the
     head of a learned scorer (compress/kv/heads.py) between its two layers, 0 for one that is linear. window: newest
     queries whose attention is SnapKV's score; pool: neighbours that it is averaged over, by position. interval: steps
-    after which expected attention is computed anew.
+    after which expected attention is computed anew. heads: whether each head keeps `budget` tokens, or all of them
+    together heads · budget, each at least `floor` · budget.
 
     Where all tokens stay and each step attends to some: selector: by what they are chosen, empty where all are attended
     to; select: tokens that are chosen beside `sinks` and `recent`; page: tokens that are chosen together; reuse: cosine
@@ -64,6 +66,8 @@ class KvSpec:
     window: int = 32
     pool: int = 5
     interval: int = 16
+    heads: Heads = "even"
+    floor: float = 0.2
 
     selector: Selector = ""
     select: int = 0
@@ -88,6 +92,7 @@ class KvSpec:
         if self.evicts:
             self._check_eviction()
         self._check_head()
+        self._check_heads()
         for text in filter(None, (self.keys, self.values)):
             static_format(text) if self.static and has_static(text) else row_format(text)
         if self.keys_by == "channel":
@@ -162,6 +167,23 @@ class KvSpec:
                 )
         if self.scorer == "snapkv" and (self.pool < 1 or self.pool % 2 == 0):
             raise UsageError(f"pool={self.pool} is not odd: as many neighbours before as after. Give 1, 3, 5 or 7.")
+
+    def _check_heads(self) -> None:
+        if self.heads not in get_args(Heads):
+            raise UsageError(f"heads={self.heads} is not one of {', '.join(get_args(Heads))}.")
+        if not 0 <= self.floor <= 1:
+            raise UsageError(f"floor={self.floor} is not in [0, 1]: it is a share of the budget.")
+        if self.heads == "adaptive" and self.scorer in ("", "position", "tova"):
+            why = f"{self.scorer} scores alike for all heads" if self.scorer else "nothing is dropped"
+            raise UsageError(
+                f"heads=adaptive shares tokens out by the scores of heads, and {why}. Take the scorer key_norm, h2o, "
+                "snapkv or expected, or heads=even."
+            )
+        if self.heads == "adaptive" and self.static:
+            raise UsageError(
+                "heads=adaptive stores the tokens of all heads together, and static scales are of each head. Quantize "
+                "by token, or take heads=even."
+            )
 
     def _check_channel(self) -> None:
         form = row_format(self.keys) if self.keys else None
@@ -238,7 +260,8 @@ class KvSpec:
         if self.selects:
             how = f"{self.selector}, {self.index}" if self.selector == "retrieval" else self.selector
             return f"{stored}, {self.select} attended to by {how}"
-        return f"{stored}, {self.budget} tokens by {self.scorer}" if self.evicts else stored
+        shared = f" shared out by heads (at least {self.floor:g} of it each)" if self.heads == "adaptive" else ""
+        return f"{stored}, {self.budget} tokens{shared} by {self.scorer}" if self.evicts else stored
 
     def as_data(self) -> dict[str, Any]:
         """For JSON: what is not the default."""

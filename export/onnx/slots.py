@@ -65,6 +65,8 @@ def reason(spec: KvSpec) -> str:
     if spec.static or spec.rotated:
         what = "scales fitted to data (static)" if spec.static else "rotated vectors"
         return f"{what} are not in the slot graph, which has float and int8(token)"
+    if spec.heads != "even":
+        return "the slot graph has as many slots for each head, so heads share none (heads=adaptive); take heads=even"
     for text in filter(None, (spec.keys, spec.values)):
         form = row_format(text)
         if form != IntGrid(8, "channel"):

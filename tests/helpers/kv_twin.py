@@ -56,10 +56,7 @@ def twin(model: Any, ids: Tensor, specs: list[KvSpec], pieces: list[int]) -> tup
     for at, count in zip(accumulate(pieces, initial=0), pieces, strict=False):
         new = list(range(at, at + count))
         hidden = model.model.embed_tokens(ids[new])
-        # row i of an identity, turned: column i of the matrix
-        square = torch.eye(model.model.layers[0].self_attn.head_dim)
-        steps = range(1, 513) if any(spec.scorer == "expected" for spec in specs) else ()
-        ahead = sum((turned(square, new[-1] + step).T.double() for step in steps), torch.zeros(())) / 512
+        ahead = mean_rotation(model, new[-1]) if any(spec.scorer == "expected" for spec in specs) else torch.zeros(())
         for block, heads, spec in zip(model.model.layers, layers, specs, strict=True):
             attend, normed = block.self_attn, block.input_layernorm(hidden)
             size = attend.head_dim
@@ -89,12 +86,32 @@ def twin(model: Any, ids: Tensor, specs: list[KvSpec], pieces: list[int]) -> tup
     return torch.cat(logits), layers
 
 
+def mean_rotation(model: Any, now: int) -> Tensor:
+    """Of the next 512 positions, (size, size) float64."""
+    square = torch.eye(model.model.layers[0].self_attn.head_dim)
+    cos, sin = model.model.rotary_emb(square, torch.arange(now + 1, now + 513)[None])
+    half = len(square) // 2
+    other = torch.cat([-square[:, half:], square[:, :half]], -1)
+    # row i of an identity, turned: column i of the matrix
+    turned = square[:, None] * cos + other[:, None] * sin
+    return turned.double().mean(1).T
+
+
 def drop(spec: KvSpec, heads: list[Head], now: int) -> None:
     """What is over the budget goes, the least important first."""
-    for head in heads:
-        free = [j for j in head.held if spec.sinks <= j <= now - spec.recent]
-        for victim in sorted(free, key=lambda j: (head.score[j], j))[: max(len(head.held) - spec.budget, 0)]:
-            head.held.remove(victim)
+
+    def free(head: Head) -> list[int]:
+        return sorted((j for j in head.held if spec.sinks <= j <= now - spec.recent), key=lambda j: (head.score[j], j))
+
+    if spec.heads == "even":
+        for head in heads:
+            for victim in free(head)[: max(len(head.held) - spec.budget, 0)]:
+                head.held.remove(victim)
+        return
+    for _ in range(sum(len(head.held) for head in heads) - spec.budget * len(heads)):
+        may = [head for head in heads if len(head.held) > math.ceil(spec.floor * spec.budget) and free(head)]
+        worst = min(may, key=lambda head: head.score[free(head)[0]])
+        worst.held.remove(free(worst)[0])
 
 
 def by_norm(spec: KvSpec, head: Head, seen: Seen) -> None:
