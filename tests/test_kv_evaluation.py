@@ -162,7 +162,7 @@ def test_outliers_cost_scales_per_token_much_and_scales_per_channel_little(load:
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 192, (4, 160)))
     changed = LlamaForCausalLM(model.config).eval()
     changed.load_state_dict(model.state_dict())
-    load("inject").inject(changed)
+    load("inject").inject(changed, channels=0)
     four = "int4(group=32, float_zero)"
     by_token, by_channel = KvSpec(keys="int4(token)"), KvSpec(keys=four, keys_by="channel", residual=32)
     worse = {}

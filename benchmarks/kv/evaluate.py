@@ -48,6 +48,7 @@ SEVERAL = ("passkey", "induction", "recency")
 RECALLED = ("passkey", "needles", "recall", "induction")
 BOUNDS = ("full", "oracle", "random", "random, one choice")
 PARTS = ("context", "question", "answer")
+CELL = ("protocol", "task", "method", "kept")
 SOLVED, SPREAD = 0.95, 0.05
 
 Right = NDArray[np.bool_]
@@ -189,7 +190,8 @@ def main() -> None:
     given.out.write_text(json.dumps(rounded(told | {"rows": rows}), indent=1) + "\n", encoding="utf8")
     if given.answers:
         given.answers.mkdir(parents=True, exist_ok=True)
-        np.savez(given.answers / "answers.npz", **answers)
+        sizes = {"/".join(["bytes", *(str(each[part]) for part in CELL)]): np.array(each["bytes"]) for each in rows}
+        np.savez(given.answers / "answers.npz", **answers, **sizes)
         examples = {f"{name}/{part}": getattr(each, part) for name, each in asked.items() for part in PARTS}
         np.savez(given.answers / "examples.npz", **examples)
 

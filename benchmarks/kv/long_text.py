@@ -1,6 +1,6 @@
 """Perplexity of a long text that a model reads token by token with a cache that forgets or rounds.
 
-    python benchmarks/kv/long_text.py ASSETS/pycoder [--windows 24] [--length 768] [--budgets 256 128 64]
+    python benchmarks/kv/long_text.py ASSETS/pycoder [--windows 8] [--length 576] [--budgets 128]
 
 Teacher-forced one token at a time, as in decoding, so that what is dropped is missed by every later token; KL from the
 model with the full cache and top-token agreement, overall and by position; bytes are those of the tensors held at the
@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from methods import evicting, storing
-from numpy.typing import NDArray
-from texts import agreement, divergence, read, surprise, windows
+from texts import mean, read, scored, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +29,6 @@ from compress import hwprofiles
 from compress.kv.cache import KvCache
 from compress.kv.spec import KvSpec
 from compress.manifest import versions
-from compress.stats.intervals import cluster_interval, paired_difference
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -44,31 +42,23 @@ BUCKET = 128
 
 def row(full: Tensor, logits: Tensor, ids: Tensor) -> dict[str, Any]:
     """Figures of one cache: each a value with its interval over windows; KL by position too."""
-    wanted = ids[:, 1:]
-    nats, plain = surprise(logits[:, :-1], wanted), surprise(full[:, :-1], wanted)
-    kl, same = divergence(full[:, :-1], logits[:, :-1]), agreement(full[:, :-1], logits[:, :-1])
-    counts = np.full(len(ids), wanted.shape[1])
-    loss, interval = paired_difference(nats.sum(1), plain.sum(1), counts)
-    found: dict[str, Any] = {"perplexity": math.exp(nats.mean()), "kl": _interval(kl), "same top": _interval(same)}
-    found["nats more than full"] = [loss, interval and interval.low, interval and interval.high]
+    scores = scored(full, logits, ids)
+    nats, plain = (np.stack(each) for each in zip(*((score.nll, score.reference_nll) for score in scores), strict=True))
+    found: dict[str, Any] = {"perplexity": math.exp(nats.mean()), "nats more than full": mean(nats - plain)}
+    found["kl"], found["same top"] = mean(score.kl for score in scores), mean(score.agreed for score in scores)
     found["kl by position"] = {
-        f"{start}-{min(start + BUCKET, kl.shape[1]) - 1}": _interval(kl[:, start : start + BUCKET])
-        for start in range(0, kl.shape[1], BUCKET)
+        f"{start}-{min(start + BUCKET, nats.shape[1]) - 1}": mean(score.kl[start : start + BUCKET] for score in scores)
+        for start in range(0, nats.shape[1], BUCKET)
     }
     return found
-
-
-def _interval(values: NDArray[np.float64]) -> list[float | None]:
-    value, interval = cluster_interval(values.sum(1), np.full(len(values), values.shape[1]))
-    return [value, interval.low if interval else None, interval.high if interval else None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the model, with text/test.txt.gz")
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--length", type=int, default=768)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 128, 64])
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=576)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[128])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
@@ -80,16 +70,16 @@ def main() -> None:
     methods |= {name: (None, specs) for name, specs in storing(layers).items()}
     for budget in given.budgets:
         methods |= {f"{name}, {budget}": (budget, specs) for name, specs in evicting(layers, budget).items()}
-    full, rows = torch.empty(0), []
+    told: dict[str, Any] = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0]}
+    told |= {"versions": versions(), "model": given.model.name, "windows": given.windows, "length": given.length}
+    full, rows = torch.empty(0), list[dict[str, Any]]()
     for name, (budget, specs) in methods.items():
         cache = KvCache.attach(model, specs)
         logits = read(model, ids, cache, 1)
         full = logits if name == "full" else full
         rows.append({"cache": name, "tokens": budget, "bytes": cache.nbytes / len(ids)} | row(full, logits, ids))
         print(json.dumps(rounded(rows[-1])), flush=True)
-    told: dict[str, Any] = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0]}
-    told |= {"versions": versions(), "model": given.model.name, "windows": given.windows, "length": given.length}
-    given.out.write_text(json.dumps(rounded(told | {"rows": rows}), indent=1) + "\n", encoding="utf8")
+        given.out.write_text(json.dumps(rounded(told | {"rows": rows}), indent=1) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

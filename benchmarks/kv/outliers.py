@@ -1,10 +1,11 @@
 """What stores of keys and values cost where keys have outlier channels: attention-output error, KL, counted bytes.
 
-    python benchmarks/kv/outliers.py ASSETS/pycoder [--windows 32]
+    python benchmarks/kv/outliers.py ASSETS/pycoder [--windows 12]
 
-The model as it is, and with outliers injected that do not change what it computes (`inject.py`). A context of 448
-tokens is read at once and stored; the next 64 attend to what was stored. The error of an attention's output is that of
-each attention by itself, on the hidden states of the model with a float cache. Writes results/kv_outliers.json.
+The model as it is, and with outliers injected into keys, or keys and values, that do not change what it computes
+(`inject.py`). A context of 448 tokens is read at once and stored; the next 64 attend to what was stored. The error of
+an attention's output is that of each attention by itself, on the hidden states of the model with a float cache. Writes
+results/kv_outliers.json.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from inject import FACTOR, inject
+from inject import CHANNELS, FACTOR, inject
 from methods import storing
 from numpy.typing import NDArray
-from texts import agreement, divergence, windows
+from texts import mean, scored, windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,6 @@ from compress import hwprofiles
 from compress.kv.cache import KvCache
 from compress.kv.spec import KvSpec
 from compress.manifest import versions
-from compress.stats.intervals import cluster_interval
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -39,6 +38,7 @@ from digits import rounded  # noqa: E402  (the benchmarks folder is no package)
 
 RESULT = HERE.parent / "results" / "kv_outliers.json"
 CONTEXT, ASKED = 448, 64
+INJECTED = {"as it is": None, "outliers in keys": 0, "outliers in keys and values": CHANNELS}
 Call = tuple[nn.Module, dict[str, Any], Tensor]
 """An attention, what it was called with, what it gave."""
 
@@ -83,7 +83,7 @@ def table(model: nn.Module, ids: Tensor) -> list[dict[str, Any]]:
     config: Any = model.config
     layers = config.num_hidden_layers
     before, after, full = recorded(model, ids)
-    counts, rows = np.full(len(ids), ASKED), []
+    rows = []
     values = 2 * config.num_key_value_heads * config.head_dim * layers * CONTEXT * len(ids)
     for name, specs in ({"float": [KvSpec()] * layers} | storing(layers)).items():
         errors = attention_error(model, specs, before, after)
@@ -93,24 +93,18 @@ def table(model: nn.Module, ids: Tensor) -> list[dict[str, Any]]:
             held = cache.nbytes
             logits = model(ids[:, CONTEXT:], past_key_values=cache, use_cache=True).logits
         row: dict[str, Any] = {"store": name, "bits per value": 8 * held / values, "bytes": held / len(ids)}
-        scored: dict[str, Callable[[Tensor, Tensor], NDArray[np.float64]]] = {"kl": divergence, "same top": agreement}
-        row["attention error"] = _interval(errors.mean(0), np.ones(len(ids)))
+        row["attention error"] = mean(errors.T)
         row["attention error by layer"] = errors.mean(1).tolist()
-        for what, score in scored.items():
-            row[what] = _interval(score(full, logits).sum(1), counts)
+        scores = scored(full, logits, ids[:, CONTEXT:])
+        row["kl"], row["same top"] = mean(score.kl for score in scores), mean(score.agreed for score in scores)
         rows.append(row)
     return rows
-
-
-def _interval(sums: NDArray[np.float64], counts: NDArray[Any]) -> list[float | None]:
-    value, interval = cluster_interval(sums, counts)
-    return [value, interval.low if interval else None, interval.high if interval else None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the model, with text/test.txt.gz")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
@@ -119,10 +113,12 @@ def main() -> None:
     told: dict[str, Any] = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0]}
     told |= {"versions": versions(), "model": given.model.name, "windows": given.windows}
     told |= {"context": CONTEXT, "asked": ASKED, "factor": FACTOR}
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    found = {"as it is": table(model, ids)}
-    inject(model)
-    found["with outliers"] = table(model, ids)
+    found = {}
+    for name, channels in INJECTED.items():
+        model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+        if channels is not None:
+            inject(model, channels=channels)
+        found[name] = table(model, ids)
     for name, rows in found.items():
         for row in rows:
             print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoTokenizer
+
+from compress.quality.token_scores import TokenScores, score_tokens
+from compress.stats.intervals import cluster_interval
 
 
 def windows(folder: Path, text: Path, count: int, length: int) -> Tensor:
@@ -28,21 +31,20 @@ def windows(folder: Path, text: Path, count: int, length: int) -> Tensor:
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def divergence(full: Tensor, found: Tensor) -> NDArray[np.float64]:
-    """KL of what was found from the full model, nats per token (rows, tokens): logits (rows, tokens, vocabulary)."""
-    full_log, found_log = functional.log_softmax(full.float(), -1), functional.log_softmax(found.float(), -1)
-    return np.asarray((full_log.exp() * (full_log - found_log)).sum(-1).clamp(min=0).double().numpy())
+def scored(full: Tensor, found: Tensor, ids: Tensor) -> list[TokenScores]:
+    """Of each row: what was found against the model with a full cache, and the text. Logits (rows, tokens, vocabulary);
+    ids (rows, tokens)."""
+    return [
+        score_tokens(reference[:-1], logits[:-1], row[1:])
+        for reference, logits, row in zip(full, found, ids, strict=True)
+    ]
 
 
-def agreement(full: Tensor, found: Tensor) -> NDArray[np.float64]:
-    """Whether both find the same token likeliest, (rows, tokens) 0 or 1."""
-    return np.asarray((full.argmax(-1) == found.argmax(-1)).double().numpy())
-
-
-def surprise(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
-    """Negative log likelihood of tokens, nats (rows, tokens)."""
-    flat = functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none")
-    return np.asarray(flat.view(ids.shape).double().numpy())
+def mean(rows: Iterable[NDArray[np.generic]]) -> list[float | None]:
+    """Mean over the tokens of all rows with its interval over rows; the rows are as long as each other."""
+    values = np.stack([row.astype(np.float64) for row in rows])
+    value, interval = cluster_interval(values.sum(1), np.full(len(values), values.shape[1]))
+    return [value, interval and interval.low, interval and interval.high]
 
 
 @torch.no_grad()
