@@ -180,6 +180,22 @@ def test_a_model_that_normalizes_its_keys_is_refused(load: Any) -> None:
         load("inject").inject(Qwen3ForCausalLM(config))
 
 
+def test_where_a_cache_of_fixed_size_begins_to_pay_lies_on_the_line_between_two_contexts(load: Any) -> None:
+    crossing = load("break_even").crossing
+    assert crossing([1000, 3000, 9000], [0.5, 1.5, 4.5]) == 2000
+    assert crossing([1000, 3000], [1.2, 1.5]) == 1000, "always"
+    assert crossing([1000, 3000], [0.5, 0.9]) is None, "never, as far as was measured"
+
+
+def test_a_method_is_worse_only_where_the_interval_of_the_paired_difference_says_so(load: Any) -> None:
+    paired = load("against_kvpress").paired
+    theirs = np.ones(100, bool)
+    few, many = theirs.copy(), theirs.copy()
+    few[:1], many[:20] = False, False
+    assert not paired(few, theirs)["shown worse"]
+    assert paired(many, theirs)["shown worse"] and not paired(theirs, many)["shown worse"]
+
+
 def _float(model: LlamaForCausalLM) -> KvCache:
     return KvCache.attach(model, [KvSpec()] * 2)
 

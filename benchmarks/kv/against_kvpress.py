@@ -12,6 +12,7 @@ nothing. Writes results/kv_against_kvpress.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -105,6 +106,14 @@ def _right(answers: Answers) -> Answers:
     return {key: right for key, right in answers.items() if not key.startswith("bytes/")}
 
 
+def is_of(out: Path, *read: Path) -> bool:
+    """Whether the client has answered just these examples by this model."""
+    if not out.is_file():
+        return False
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in read]
+    return bool(json.loads(str(np.load(out)["told"]))["of"] == digests)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -112,19 +121,13 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True, help="that of the environment of kvpress")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
-    out = given.answers.absolute() / "kvpress.npz"
-    if not out.is_file() or out.stat().st_mtime < (given.answers / "examples.npz").stat().st_mtime:
-        command = [
-            given.python,
-            HERE / "kvpress_client.py",
-            given.model.absolute(),
-            given.answers / "examples.npz",
-            out,
-        ]
+    examples, out = given.answers.absolute() / "examples.npz", given.answers.absolute() / "kvpress.npz"
+    if not is_of(out, given.model / "model.safetensors", examples):
+        command = [given.python, HERE / "kvpress_client.py", given.model.absolute(), examples, out]
         subprocess.run([str(part) for part in command], check=True, env={**os.environ, "PYTHONPATH": ""})
     ours, theirs = dict(np.load(given.answers / "answers.npz")), dict(np.load(out))
     told: dict[str, Any] = {"machine": hwprofiles.machine_summary(), "versions": versions()}
-    told["their versions"] = json.loads(str(theirs.pop("versions")))
+    told["their versions"] = json.loads(str(theirs.pop("told")))["versions"]
     rows, best = shared_rows(ours, theirs), best_rows(ours, theirs)
     told["worse"] = [row for row in rows if row["shown worse"] and row["method"] not in BOUNDS]
     told["more bytes"] = [row for row in rows if row["bytes"] > row["their bytes"]]

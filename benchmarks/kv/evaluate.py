@@ -1,7 +1,7 @@
 """Accuracy of a small model whose cache keeps a share of the context, beside what is best and what chance.
 
     python benchmarks/kv/train.py --out MODEL
-    python benchmarks/kv/evaluate.py MODEL [--examples 256] [--length 160] [--answers FOLDER]
+    python benchmarks/kv/evaluate.py MODEL [--examples 128] [--length 160] [--answers FOLDER]
 
 Every method answers the same examples. `full` keeps all, `oracle` the needed tokens first, `random` any (per head, or
 one choice for all heads and layers). Checks say whether the tasks tell methods apart at all. Writes
@@ -164,7 +164,7 @@ def sink(model: nn.Module, asked: Batch) -> list[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="what train.py made")
-    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--length", type=int, default=160, help="tokens of a context")
     parser.add_argument("--answers", type=Path, help="folder for the examples, and which answers were right")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -174,6 +174,10 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     asked = {name: batch(name, SEED, given.examples, given.length) for name in given.tasks}
+    if given.answers:
+        given.answers.mkdir(parents=True, exist_ok=True)
+        examples = {f"{name}/{part}": getattr(each, part) for name, each in asked.items() for part in PARTS}
+        np.savez(given.answers / "examples.npz", **examples)
     told: dict[str, Any] = {"machine": hwprofiles.machine_summary(), "load_average": os.getloadavg()[0]}
     told |= {"versions": versions(), "examples": given.examples, "length": given.length}
     told["trained"] = json.loads((given.model / "train.json").read_text(encoding="utf8"))
@@ -189,11 +193,8 @@ def main() -> None:
         print(json.dumps(rounded(each)), flush=True)
     given.out.write_text(json.dumps(rounded(told | {"rows": rows}), indent=1) + "\n", encoding="utf8")
     if given.answers:
-        given.answers.mkdir(parents=True, exist_ok=True)
         sizes = {"/".join(["bytes", *(str(each[part]) for part in CELL)]): np.array(each["bytes"]) for each in rows}
         np.savez(given.answers / "answers.npz", **answers, **sizes)
-        examples = {f"{name}/{part}": getattr(each, part) for name, each in asked.items() for part in PARTS}
-        np.savez(given.answers / "examples.npz", **examples)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ cache and the masks hold.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import kvpress
@@ -98,7 +100,9 @@ def main() -> None:
                         found[f"bytes/{protocol}/{task}/{name}/{kept}"] = np.array(size / len(whole[0]))
             print(name, flush=True)
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
-    np.savez(out, versions=np.array(json.dumps(versions)), **found)
+    read = (Path(folder) / "model.safetensors", Path(examples))
+    told = {"versions": versions, "of": [hashlib.sha256(path.read_bytes()).hexdigest() for path in read]}
+    np.savez(out, told=np.array(json.dumps(told)), **found)
 
 
 if __name__ == "__main__":
