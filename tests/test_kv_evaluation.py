@@ -142,6 +142,13 @@ def test_a_cache_that_keeps_less_holds_less(load: Any, model: LlamaForCausalLM) 
         assert protocol.examine(model, asked, protocol.plain(model, specs), "blind").nbytes < full / 2
 
 
+@pytest.mark.parametrize("budget", [16, 40, 80])
+def test_every_method_keeps_its_budget_and_lets_scores_choose(load: Any, budget: int) -> None:
+    for specs in load("methods").evicting(2, budget).values():
+        assert {spec.budget for spec in specs} == {budget}
+        assert all(spec.sinks + spec.recent <= budget // 2 for spec in specs)
+
+
 def test_injected_outliers_leave_the_model_as_it_was(load: Any, model: LlamaForCausalLM) -> None:
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 192, (4, LENGTH)))
     changed = LlamaForCausalLM(model.config).eval()

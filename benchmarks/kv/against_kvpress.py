@@ -34,11 +34,13 @@ from digits import rounded  # noqa: E402  (the benchmarks folder is no package)
 
 RESULT = HERE.parent / "results" / "kv_against_kvpress.json"
 SHARED = {
-    "streaming": "streaming_llm",
-    "key_norm": "knorm",
-    "tova": "tova",
-    "h2o by age": "observed_attention",
-    "random": "random",
+    "streaming": ("streaming_llm",),
+    "key_norm": ("knorm",),
+    "tova": ("tova",),
+    "h2o by age": ("observed_attention",),
+    "snapkv": ("snapkv", "snapkv, window=16"),
+    "expected": ("expected_attention",),
+    "random": ("random",),
 }
 """Our name of a method, and kvpress's. Its observed attention divides by a token's age."""
 BOUNDS = ("full", "oracle", "random", "random, one choice")
@@ -61,10 +63,10 @@ def shared_rows(ours: Answers, theirs: Answers) -> list[dict[str, Any]]:
     rows = []
     for key, right in _right(ours).items():
         protocol, task, method, kept = key.split("/")
-        rival = f"{protocol}/{task}/{SHARED.get(method)}/{kept}"
-        if rival in theirs:
+        for name in SHARED.get(method, ()):
+            rival = f"{protocol}/{task}/{name}/{kept}"
             row: dict[str, Any] = {"protocol": protocol, "task": task, "kept": float(kept), "method": method}
-            row |= {"theirs is": SHARED[method]} | paired(right, theirs[rival])
+            row |= {"theirs is": name} | paired(right, theirs[rival])
             rows.append(row | {"bytes": float(ours[f"bytes/{key}"]), "their bytes": float(theirs[f"bytes/{rival}"])})
     return rows
 
@@ -119,11 +121,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--answers", type=Path, required=True, help="what evaluate.py left there")
     parser.add_argument("--python", type=Path, required=True, help="that of the environment of kvpress")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     examples, out = given.answers.absolute() / "examples.npz", given.answers.absolute() / "kvpress.npz"
     if not is_of(out, given.model / "model.safetensors", examples):
-        command = [given.python, HERE / "kvpress_client.py", given.model.absolute(), examples, out]
+        command = [given.python, HERE / "kvpress_client.py", given.model.absolute(), examples, out, given.processes]
         subprocess.run([str(part) for part in command], check=True, env={**os.environ, "PYTHONPATH": ""})
     ours, theirs = dict(np.load(given.answers / "answers.npz")), dict(np.load(out))
     told: dict[str, Any] = {"machine": hwprofiles.machine_summary(), "versions": versions()}

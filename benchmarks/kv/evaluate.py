@@ -1,7 +1,7 @@
 """Accuracy of a small model whose cache keeps a share of the context, beside what is best and what chance.
 
     python benchmarks/kv/train.py --out MODEL
-    python benchmarks/kv/evaluate.py MODEL [--examples 128] [--length 160] [--answers FOLDER]
+    python benchmarks/kv/evaluate.py MODEL [--examples 128] [--length 160] [--answers FOLDER] [--processes 1]
 
 Every method answers the same examples. `full` keeps all, `oracle` the needed tokens first, `random` any (per head, or
 one choice for all heads and layers). Checks say whether the tasks tell methods apart at all. Writes
@@ -14,7 +14,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ SEED = 2_000_000
 """Of the examples: training's checks use numbers of steps."""
 DEPTHS = 3
 PROTOCOLS: tuple[Protocol, ...] = ("blind", "aware")
-SEVERAL = ("passkey", "induction", "recency")
+SEVERAL = ("passkey", "induction")
 """Tasks with answers of several tokens, which alone tell something once the question was read with the context."""
 RECALLED = ("passkey", "needles", "recall", "induction")
 BOUNDS = ("full", "oracle", "random", "random, one choice")
@@ -87,15 +89,17 @@ def row(right: Right, asked: Batch, full: Right | None = None) -> dict[str, Any]
 
 
 def evaluate(
-    model: nn.Module, name: str, asked: Batch, protocol: Protocol, answers: dict[str, Right]
-) -> list[dict[str, Any]]:
-    """A row per method and share of one task. answers: takes what was right."""
+    folder: Path, name: str, asked: Batch, protocol: Protocol
+) -> tuple[list[dict[str, Any]], dict[str, Right]]:
+    """Of one task: a row per method and share, and by cell which answers were right."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     config: Any = model.config
     length = asked.context.shape[1] + (asked.question.shape[1] if protocol == "aware" else 0)
     whole = examine(model, asked, plain(model, [KvSpec()] * config.num_hidden_layers), protocol)
     told = {"protocol": protocol, "task": name}
     rows = [told | {"method": "full", "kept": 1.0, "bytes": whole.nbytes} | row(whole.right, asked)]
-    answers[f"{protocol}/{name}/full/1.0"] = whole.right
+    answers = {f"{protocol}/{name}/full/1.0": whole.right}
     todo = [(1.0, None, plain(model, specs), method) for method, specs in storing(config.num_hidden_layers).items()]
     for kept in KEPT:
         tokens = budget(length, kept)
@@ -106,7 +110,7 @@ def evaluate(
         facts = {"method": method, "kept": kept, "tokens": tokens, "bytes": found.nbytes}
         rows.append(told | facts | row(found.right, asked, whole.right))
         print(json.dumps(rounded(rows[-1])), flush=True)
-    return rows
+    return rows, answers
 
 
 def checks(
@@ -161,6 +165,15 @@ def sink(model: nn.Module, asked: Batch) -> list[list[float]]:
     return [each[:, :, 16:, 0].mean((0, 2)).tolist() for each in out.attentions]
 
 
+def in_turn(call: Callable[..., Any], work: list[tuple[Any, ...]], processes: int) -> Iterator[Any]:
+    """What a call gives for each piece of work, in their order."""
+    if processes == 1:
+        yield from (call(*each) for each in work)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(call, *zip(*work, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="what train.py made")
@@ -168,10 +181,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=160, help="tokens of a context")
     parser.add_argument("--answers", type=Path, help="folder for the examples, and which answers were right")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     asked = {name: batch(name, SEED, given.examples, given.length) for name in given.tasks}
     if given.answers:
@@ -184,10 +196,10 @@ def main() -> None:
     told["attention_to_the_first_token"] = sink(model, next(iter(asked.values())))
     rows: list[dict[str, Any]] = []
     answers: dict[str, Right] = {}
-    for protocol in PROTOCOLS:
-        for name in asked:
-            if protocol == "blind" or name in SEVERAL:
-                rows += evaluate(model, name, asked[name], protocol, answers)
+    cells = [(protocol, name) for protocol in PROTOCOLS for name in asked if protocol == "blind" or name in SEVERAL]
+    work = [(given.model, name, asked[name], protocol) for protocol, name in cells]
+    for more, right in in_turn(evaluate, work, given.processes):
+        rows, answers = rows + more, answers | right
     told["checks"] = checks(rows, asked, answers) if set(asked) == set(TASKS) else []
     for each in told["checks"]:
         print(json.dumps(rounded(each)), flush=True)

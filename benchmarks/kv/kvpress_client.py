@@ -1,6 +1,6 @@
 """kvpress's presses on the examples of evaluate.py: runs in an environment of its own (kvpress.txt).
 
-    python benchmarks/kv/kvpress_client.py MODEL EXAMPLES.npz OUT.npz
+    python benchmarks/kv/kvpress_client.py MODEL EXAMPLES.npz OUT.npz PROCESSES
 
 As its pipeline does it: the context is read under the press, which drops what it drops at its end; the question follows
 at its true positions, without the press. Settings are kvpress's own defaults; `window=16` besides, since the default
@@ -14,7 +14,10 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 ROWS = 64
 KEPT = (0.5, 0.25, 0.1)
-SEVERAL = ("passkey", "induction", "recency")
+SEVERAL = ("passkey", "induction")
 EAGER = ("observed_attention",)
 
 PRESSES: dict[str, Callable[[float], Any]] = {
@@ -73,32 +76,41 @@ def examine(model: Any, press: Any, parts: list[Tensor], aware: bool) -> tuple[T
     return (logits.argmax(-1) == answer).all(1), size
 
 
-def main() -> None:
-    folder, examples, out = sys.argv[1:4]
+def answer(folder: str, examples: str, task: str) -> dict[str, Any]:
+    """Of one task, by cell: which answers were right, and bytes per example."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     found: dict[str, Any] = {}
-    asked = dict(np.load(examples))
-    tasks = sorted({name.split("/")[0] for name in asked})
-    for implementation in ("sdpa", "eager"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation)
-        model.eval()
-        for name, make in PRESSES.items():
-            if (name in EAGER) != (implementation == "eager"):
-                continue
-            for task in tasks:
-                whole = [torch.from_numpy(asked[f"{task}/{part}"]) for part in ("context", "question", "answer")]
-                for kept in KEPT:
-                    for protocol in ("blind", "aware") if task in SEVERAL else ("blind",):
-                        right, size = [], 0
-                        for start in range(0, len(whole[0]), ROWS):
-                            rows = [part[start : start + ROWS] for part in whole]
-                            part_right, part_size = examine(model, make(1 - kept), rows, protocol == "aware")
-                            right.append(part_right)
-                            size += part_size
-                        found[f"{protocol}/{task}/{name}/{kept}"] = torch.cat(right).numpy()
-                        found[f"bytes/{protocol}/{task}/{name}/{kept}"] = np.array(size / len(whole[0]))
-            print(name, flush=True)
+    asked = np.load(examples)
+    whole = [torch.from_numpy(asked[f"{task}/{part}"]) for part in ("context", "question", "answer")]
+    protocols = ("blind", "aware") if task in SEVERAL else ("blind",)
+    for name, make in PRESSES.items():
+        attention = "eager" if name in EAGER else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+        for kept, protocol in product(KEPT, protocols):
+            right, size = [], 0
+            for start in range(0, len(whole[0]), ROWS):
+                torch.manual_seed(start)
+                rows = [part[start : start + ROWS] for part in whole]
+                part_right, part_size = examine(model, make(1 - kept), rows, protocol == "aware")
+                right.append(part_right)
+                size += part_size
+            cell = f"{protocol}/{task}/{name}/{kept}"
+            found[cell], found[f"bytes/{cell}"] = torch.cat(right).numpy(), np.array(size / len(whole[0]))
+    print(task, flush=True)
+    return found
+
+
+def main() -> None:
+    folder, examples, out, processes = sys.argv[1:5]
+    tasks = sorted({name.split("/")[0] for name in np.load(examples)})
+    work, found = [(folder, examples, task) for task in tasks], dict[str, Any]()
+    if processes == "1":
+        for each in work:
+            found |= answer(*each)
+    else:
+        with ProcessPoolExecutor(int(processes), get_context("spawn")) as pool:
+            for more in pool.map(answer, *zip(*work, strict=True)):
+                found |= more
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
     read = (Path(folder) / "model.safetensors", Path(examples))
     told = {"versions": versions, "of": [hashlib.sha256(path.read_bytes()).hexdigest() for path in read]}

@@ -42,7 +42,7 @@ BUCKET = 128
 
 def row(full: Tensor, logits: Tensor, ids: Tensor) -> dict[str, Any]:
     """Figures of one cache: each a value with its interval over windows; KL by position too."""
-    scores = scored(full, logits, ids)
+    scores = scored(full[:, :-1], logits[:, :-1], ids[:, 1:])
     nats, plain = (np.stack(each) for each in zip(*((score.nll, score.reference_nll) for score in scores), strict=True))
     found: dict[str, Any] = {"perplexity": math.exp(nats.mean()), "nats more than full": mean(nats - plain)}
     found["kl"], found["same top"] = mean(score.kl for score in scores), mean(score.agreed for score in scores)

@@ -16,8 +16,14 @@ EVICTING: dict[str, dict[str, Any]] = {
     "h2o by age": {"scorer": "h2o", "by_age": True},
     "h2o, decay 0.99": {"scorer": "h2o", "decay": 0.99},
     "tova": {"scorer": "tova"},
+    "snapkv": {"scorer": "snapkv"},
+    "expected": {"scorer": "expected"},
     "h2o, int8(token)": {"scorer": "h2o", "keys": "int8(token)", "values": "int8(token)"},
 }
+NO_WIDER = {"snapkv": "window", "expected": "interval"}
+"""Settings that are what stays, at most: the newest queries, the steps until a score is made."""
+WINDOW = 16
+"""Of SnapKV, where the budget has room for it."""
 STORING: dict[str, dict[str, Any]] = {
     "int8(token)": {"keys": "int8(token)", "values": "int8(token)"},
     "int4(token)": {"keys": "int4(token)", "values": "int4(token)"},
@@ -46,7 +52,14 @@ def recent(budget: int) -> int:
 def evicting(layers: int, budget: int) -> dict[str, list[KvSpec]]:
     """Caches that keep `budget` tokens per head. To add one is to add a row above, or here where layers differ."""
     kept = {"budget": budget, "sinks": SINKS, "recent": recent(budget)}
-    return {name: [KvSpec(**kept, **settings)] * layers for name, settings in EVICTING.items()}
+    return {
+        name: [KvSpec(**kept, **settings, **_narrow(settings, budget))] * layers for name, settings in EVICTING.items()
+    }
+
+
+def _narrow(settings: dict[str, Any], budget: int) -> dict[str, int]:
+    name = NO_WIDER.get(settings["scorer"])
+    return {name: min(WINDOW, recent(budget))} if name else {}
 
 
 def storing(layers: int) -> dict[str, list[KvSpec]]:

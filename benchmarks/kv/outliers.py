@@ -95,7 +95,7 @@ def table(model: nn.Module, ids: Tensor) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"store": name, "bits per value": 8 * held / values, "bytes": held / len(ids)}
         row["attention error"] = mean(errors.T)
         row["attention error by layer"] = errors.mean(1).tolist()
-        scores = scored(full, logits, ids[:, CONTEXT:])
+        scores = scored(full, logits, ids[:, CONTEXT:])  # any targets do: neither figure below asks for the truth
         row["kl"], row["same top"] = mean(score.kl for score in scores), mean(score.agreed for score in scores)
         rows.append(row)
     return rows

@@ -31,13 +31,10 @@ def windows(folder: Path, text: Path, count: int, length: int) -> Tensor:
     return torch.tensor([ids[start : start + length] for start in starts])
 
 
-def scored(full: Tensor, found: Tensor, ids: Tensor) -> list[TokenScores]:
-    """Of each row: what was found against the model with a full cache, and the text. Logits (rows, tokens, vocabulary);
-    ids (rows, tokens)."""
-    return [
-        score_tokens(reference[:-1], logits[:-1], row[1:])
-        for reference, logits, row in zip(full, found, ids, strict=True)
-    ]
+def scored(full: Tensor, found: Tensor, targets: Tensor) -> list[TokenScores]:
+    """Of each row: what was found against the model with a full cache. Logits (rows, tokens, vocabulary); targets
+    (rows, tokens): what comes next in truth."""
+    return [score_tokens(*each) for each in zip(full, found, targets, strict=True)]
 
 
 def mean(rows: Iterable[NDArray[np.generic]]) -> list[float | None]:
