@@ -86,19 +86,26 @@ def attention(graph: GraphBuilder, node: ir.Node, ids: ir.Value, mask: ir.Value)
     if groups > 1:  # (b, heads, s, d) → (b, kv heads, groups · s, d): keys are read once per group
         scaled = graph.node("Reshape", [scaled, graph.constant([0, kv_heads, -1, size])])
     scores = graph.node("MatMul", [scaled, graph.node("Transpose", [key], {"perm": [0, 1, 3, 2]})])
-    weights = _softmax(graph, node, scores, ids, mask, kv_heads, groups)
+    weights = softmax(graph, node, scores, ids, mask, kv_heads, groups)
     out = graph.node("MatMul", [weights, value])
-    if groups > 1:
+    return [heads_apart(graph, out, ids, heads, kv_heads, value_size), *results]
+
+
+def heads_apart(
+    graph: GraphBuilder, out: ir.Value, ids: ir.Value, heads: int, kv_heads: int, value_size: int
+) -> ir.Value:
+    """(b, kv heads, groups · s, d) → (b, s, heads, d)."""
+    if heads > kv_heads:
         length = graph.node("Shape", [ids], {"start": 1, "end": 2}, dtype=ir.DataType.INT64)
         parts = [graph.constant([0, heads]), length, graph.constant([value_size])]
         out = graph.node("Reshape", [out, graph.node("Concat", parts, {"axis": 0}, dtype=ir.DataType.INT64)])
-    return [graph.node("Transpose", [out], {"perm": [0, 2, 1, 3]}), *results]
+    return graph.node("Transpose", [out], {"perm": [0, 2, 1, 3]})
 
 
-def _softmax(
+def softmax(
     graph: GraphBuilder, node: ir.Node, scores: ir.Value, ids: ir.Value, mask: ir.Value, kv_heads: int, groups: int
 ) -> ir.Value:
-    """scores (b, kv heads, groups · s, total) → attention weights of the same shape."""
+    """scores (b, kv heads, groups · s, total) of a placeholder → attention weights of the same shape."""
     softcap = float_of(node, "softcap")
     if softcap:
         cap = graph.constant(softcap, np.float32)

@@ -36,10 +36,15 @@ class Concatenated:
     def run(self, ids: Ids, mask: Ids) -> Floats:
         """See `Cache`."""
         feeds = {"input_ids": ids, **self._past} if self._past else self._session.feeds(ids)
-        logits, *present = self._session.session.run(self._session.outputs, {**feeds, "attention_mask": mask})
-        self._past = dict(zip(self._session.cache_names, present, strict=True))
-        result: Floats = logits
+        found = self._session.session.run(self._session.outputs, {**feeds, "attention_mask": mask})
+        named = dict(zip(self._session.outputs, found, strict=True))
+        self._past = {name: named[name.replace("past_key_values.", "present.")] for name in self._session.cache_names}
+        result: Floats = named["logits"]
         return result
+
+    def held(self, name: str) -> NDArray[Any]:
+        """An input of the graph's cache as the next call gets it."""
+        return self._past[name]
 
 
 class Shared:
@@ -63,6 +68,11 @@ class Shared:
         result: Floats = self.binding.get_outputs()[0].numpy()
         return result
 
+    def held(self, name: str) -> NDArray[Any]:
+        """The buffer of an input of the graph's cache."""
+        found: NDArray[Any] = self._buffers[name].numpy()
+        return found
+
     def bind(self, ids: Ids, mask: Ids) -> None:
         """Set what the next call reads."""
         if mask.shape[1] > self._room:
@@ -79,7 +89,7 @@ class Shared:
         from onnxruntime import OrtValue
 
         for name, (heads, size) in self._session.cache_shapes.items():
-            array = np.zeros((self._batch, heads, room, size), self._session.cache_type)
+            array = np.zeros((self._batch, heads, room, size), self._session.cache_types[name])
             if name in self._buffers:
                 array[:, :, : self._room] = self._buffers[name].numpy()
             buffer = self._buffers[name] = OrtValue.ortvalue_from_numpy(array, self._session.device)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError
+from compress.export.onnx import grouped_codes
 from compress.export.onnx.capture import cache_shapes
 from compress.export.onnx.providers import GENAI
 from compress.export.onnx.runtime import PORTABLE, SHARED
+from compress.kv.static import static_format
 from compress.models.model import Model, Task
 
 GRAPH = PORTABLE
@@ -53,7 +55,8 @@ def write(model: Model, folder: Path, shared: bool) -> None:
         shutil.copyfile(path, folder / path.name)
     _rename_tokenizer_class(folder / "tokenizer_config.json")
     (folder / GENAI).unlink(missing_ok=True)
-    if model.task is Task.CAUSAL_LM and not model.kv:  # genai has no such state, and would keep all tokens
+    # a cache that drops tokens, that has scales with each token or layers of several types is none that genai has
+    if model.task is Task.CAUSAL_LM and (not model.kv or (shared and grouped_codes.one_type(model.kv))):
         text = json.dumps(genai_config(model, shared), indent=2) + "\n"
         (folder / GENAI).write_text(text, encoding="utf8")
 
@@ -87,7 +90,7 @@ def genai_config(model: Model, shared: bool) -> dict[str, Any]:
     decoder = {
         "session_options": {"provider_options": []},
         "filename": SHARED if shared else GRAPH,
-        "head_size": head_size,
+        "head_size": head_size // 2 if _packed(model) else head_size,  # it allocates by this, in the graph's type
         "hidden_size": int(config.hidden_size),
         "num_attention_heads": int(config.num_attention_heads),
         "num_hidden_layers": len(shapes),
@@ -129,6 +132,11 @@ def genai_config(model: Model, shared: bool) -> dict[str, Any]:
             "top_p": 1.0,
         },
     }
+
+
+def _packed(model: Model) -> bool:
+    """Whether keys and values are two to a byte."""
+    return bool(model.kv) and static_format(model.kv[0].keys).bits == 4
 
 
 def _special_tokens(model: Model) -> dict[str, Any]:

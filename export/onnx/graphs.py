@@ -1,4 +1,4 @@
-"""The two graphs of a folder against each other: the portable one, and that with GroupQueryAttention or with slots."""
+"""The graphs of a folder against each other: the portable one, and those with GroupQueryAttention, slots or codes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.export.onnx.growing_check import compare_rounded
+from compress.export.onnx.growing_session import GrowingSession
 from compress.export.onnx.runtime import PORTABLE, SHARED, SLOTS, Session
 from compress.export.onnx.slot_session import SlotSession
 from compress.target import Session as AnySession
@@ -29,6 +31,8 @@ def compare_graphs(
     assert isinstance(session, Session) and isinstance(exact, Session)
     if isinstance(session, SlotSession):
         return _compare_slots(SlotSession(session.folder, session.threads, exact=True), exact, ids, limit)
+    if isinstance(session, GrowingSession):
+        return compare_rounded(session.folder, exact, ids[:, :room], limit)
     if not session.is_decoder or not (session.folder / SHARED).is_file():
         return True, ()
     name = PORTABLE if session.shares_cache else SHARED

@@ -8,8 +8,8 @@ from typing import Any
 
 from compress.errors import ResourceError, UnsupportedError
 from compress.export.onnx import providers
+from compress.export.onnx.deployed import deployed
 from compress.export.onnx.runtime import load_onnxruntime
-from compress.export.onnx.slot_session import deployed
 from compress.files import read_json, scratch_folder
 from compress.speed.operators import WARM_CALLS, Bind, Counted, Profiled, repeat
 

@@ -1,5 +1,5 @@
 """Running an exported folder in ONNX Runtime. Imports numpy and onnxruntime only, so that a child process which
-measures memory (`python -m compress.export.onnx.runtime FOLDER`) measures the runtime, not us."""
+measures memory (`python -m compress.export.onnx.deployed FOLDER`) measures the runtime, not us."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ from compress.runtime import probing
 from compress.runtime.greedy import greedy
 
 Ids = NDArray[np.int64]
-PORTABLE, SHARED, SLOTS = "model.onnx", "model_gqa.onnx", "model_slots.onnx"
+PORTABLE, SHARED, SLOTS, ROUNDED = "model.onnx", "model_gqa.onnx", "model_slots.onnx", "model_kv.onnx"
 """The graphs of a folder. The second has GroupQueryAttention, whose cache may be one buffer; not all models can. The
-third is there instead where the model's cache drops tokens (slots.py)."""
+third is there instead where the model's cache drops tokens (slots.py). The fourth is there where the cache keeps all
+tokens in codes (growing.py): then the second, if it is there, has codes too."""
+PAST, PRESENT = "past_key_values.", "present."
+FACTS = "compress.cache"
+"""Metadata of a graph whose growing cache is in codes: JSON, each layer's KvSpec."""
 REASON = "compress.no_shared_cache"
 """Metadata of the portable graph: why there is no other."""
 WIDE = "compress.float32"
 """Metadata of a graph: why it computes in float32 although its profile says float16."""
+_TYPES: dict[str, Any] = {"float": np.float32, "float16": np.float16, "int8": np.int8, "uint8": np.uint8}
+"""Of caches."""
 
 
 def preferred(folder: Path) -> str:
@@ -35,7 +41,7 @@ def preferred(folder: Path) -> str:
     pycoder in INT4, one thread, paired: decode 1.44 times as fast after 128 tokens, 1.53 after 900, 1.18 at batch 4;
     INT8 1.17, 1.28, 1.09; prefill alike.
     """
-    return SHARED if (folder / SHARED).is_file() else PORTABLE
+    return next((name for name in (SHARED, ROUNDED) if (folder / name).is_file()), PORTABLE)
 
 
 class Session:
@@ -85,12 +91,13 @@ class Session:
         names = list(types)
         outputs = {item.name: item.shape for item in self.session.get_outputs()}
         self.outputs = list(outputs)
-        self.cache_names = [name for name in names if name.startswith("past_key_values.")]
-        narrow = any(types[name] == "tensor(float16)" for name in self.cache_names)
-        self.cache_type: Any = np.float16 if narrow else np.float32
+        self.cache_names = [name for name in names if name.startswith(PAST)]
+        self.cache_types = {
+            name: _TYPES[types[name].removeprefix("tensor(").removesuffix(")")] for name in self.cache_names
+        }
         self.device = "cuda" if placed[0][0] == providers.CUDA else "cpu"  # where a shared cache lies
         # heads and head size stand at the outputs; the inputs leave them open (see target.py)
-        present = {name: outputs[name.replace("past_key_values.", "present.")] for name in self.cache_names}
+        present = {name: outputs[name.replace(PAST, PRESENT)] for name in self.cache_names}
         self.cache_shapes = {name: (int(shape[1]), int(shape[3])) for name, shape in present.items()}
         facts = self.session.get_modelmeta().custom_metadata_map
         self.interface = Interface.read(facts[GIVEN]) if GIVEN in facts else None
@@ -111,7 +118,7 @@ class Session:
         batch, length = ids.shape
         feeds: dict[str, NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones((batch, past + length), np.int64)}
         for name, (heads, size) in self.cache_shapes.items():
-            feeds[name] = np.zeros((batch, heads, past, size), self.cache_type)
+            feeds[name] = np.zeros((batch, heads, past, size), self.cache_types[name])
         return feeds
 
     def _rows(self, ids: NDArray[Any]) -> NDArray[np.float32]:
@@ -139,7 +146,8 @@ class Session:
     def cache_use(self) -> tuple[int, int]:
         """Tokens of a sequence as long as the model reads, at most `LONG`, and bytes of its keys and values."""
         tokens = min(probing.LONG, _positions(self.folder))
-        return tokens, tokens * np.dtype(self.cache_type).itemsize * sum(a * b for a, b in self.cache_shapes.values())
+        each = (a * b * np.dtype(self.cache_types[name]).itemsize for name, (a, b) in self.cache_shapes.items())
+        return tokens, tokens * sum(each)
 
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
         """One timed call: ids (batch, length) after `past` cached tokens, all outputs computed."""
@@ -213,7 +221,3 @@ def load_onnxruntime() -> Any:
             "onnxruntime is not installed. Install exactly one of onnxruntime-gpu and onnxruntime."
         ) from error
     return onnxruntime
-
-
-if __name__ == "__main__":
-    probing.main(lambda folder, threads: Session(folder, threads, graph=preferred(folder)))

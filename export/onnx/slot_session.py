@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.export.onnx.cache import Floats, Ids
-from compress.export.onnx.runtime import PORTABLE, SLOTS, Session, preferred
-from compress.runtime import probing
+from compress.export.onnx.runtime import PORTABLE, SLOTS, Session
 from compress.runtime.greedy import greedy
 
 FACTS = "compress.slots"
@@ -80,13 +79,6 @@ class SlotSession(Session):
     def cache_use(self) -> tuple[int, int]:
         """See `Session`."""
         return super().cache_use()[0], self.cache(1, 0).nbytes
-
-
-def deployed(folder: Path, threads: int, profile_to: Path | None = None) -> Session:
-    """The graph that is used and measured here: the one with slots where there is one."""
-    if (folder / SLOTS).is_file():
-        return SlotSession(folder, threads, profile_to=profile_to)
-    return Session(folder, threads, graph=preferred(folder), profile_to=profile_to)
 
 
 class Slots:
@@ -157,7 +149,3 @@ class Slots:
         return sum(
             self._batch * int(np.prod(shape)) * np.dtype(kind).itemsize for kind, shape in self._session.state.values()
         )
-
-
-if __name__ == "__main__":
-    probing.main(SlotSession)

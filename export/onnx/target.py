@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,13 @@ from torch import Tensor
 from compress.export.onnx import (
     angles,
     attention,
+    cache_codes,
     experts,
     files,
     fusions,
+    grouped_codes,
     grouped_query,
+    growing,
     half,
     providers,
     qdq_edges,
@@ -26,6 +28,7 @@ from compress.export.onnx import (
     transforms,
 )
 from compress.export.onnx.capture import PARAMETER, cache_shapes, capture_graph
+from compress.export.onnx.deployed import deployed
 from compress.export.onnx.graph import MICROSOFT, GraphBuilder
 from compress.export.onnx.graphs import compare_graphs
 from compress.export.onnx.interfaces import DOMAIN
@@ -33,10 +36,18 @@ from compress.export.onnx.lowering import Choice, Source, by_user, choose, lower
 from compress.export.onnx.pattern import put_all_for
 from compress.export.onnx.profiler import profile_operators
 from compress.export.onnx.runner import Runner
-from compress.export.onnx.runtime import REASON, SHARED, SLOTS, Session, preferred
+from compress.export.onnx.runtime import (
+    PORTABLE,
+    REASON,
+    ROUNDED,
+    SHARED,
+    SLOTS,
+    Session,
+    preferred,
+)
 from compress.export.onnx.shared_runner import SharedRunner
 from compress.export.onnx.slot_runner import SlotRunner
-from compress.export.onnx.slot_session import SlotSession, deployed
+from compress.export.onnx.slot_session import SlotSession
 from compress.export.tensorrt import shapes
 from compress.honours import combined
 from compress.hwprofiles import Profile, Runtime
@@ -63,10 +74,11 @@ __all__ += ["write"]
 
 def session(folder: Path, threads: int, exact: bool = False) -> Session:
     """A written folder in ONNX Runtime, the graph that decodes faster where it has two; exact: see `Session`, then
-    without what a cache that drops tokens loses."""
+    without what a cache that drops or rounds loses."""
     if not exact:
         return deployed(folder, threads)
-    return Session(folder, threads, exact=True, graph=preferred(folder))
+    plain = (folder / ROUNDED).is_file()
+    return Session(folder, threads, exact=True, graph=PORTABLE if plain else preferred(folder))
 
 
 def timed_here(profile: Profile) -> bool:
@@ -83,13 +95,13 @@ def runner(session: Session, folder: Path) -> Runner:
 
 def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[str]:
     """Runs `runtime.probe` in a process of its own."""
-    module = "slot_session" if (folder / SLOTS).is_file() else "runtime"
-    return probing.command(f"compress.export.onnx.{module}", folder, threads, prompt, tokens)
+    return probing.command("compress.export.onnx.deployed", folder, threads, prompt, tokens)
 
 
 def takes_caches(specs: Sequence[KvSpec], profile: Profile) -> Refusal | None:
     """Why caches cannot be exported; None where they can."""
-    return slots.refusal(specs, profile.runtime(RUNTIME))
+    drops = any(spec.evicts for spec in specs)
+    return (slots if drops else growing).refusal(specs, profile.runtime(RUNTIME))
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
@@ -117,14 +129,17 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
         return weights + model.plain_bytes + nodes
     side = model.side_bytes + CONFIG_BYTES
     layers = len(choices)
-    graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
-    if model.kv:
+    graphs = portable = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
+    drops, reason = any(spec.evicts for spec in model.kv), grouped_codes.refusal(model.kv)
+    if model.kv and not drops:
+        graphs += portable + sum(map(cache_codes.graph_bytes, model.kv))
+    if drops:
         graphs += slot_heads.predict_bytes(model)
         graphs += SLOTS_BASE_BYTES + layers * SHARED_LAYER_BYTES + len(model.kv) * SLOTS_CACHE_BYTES + nodes
         graphs += sum(
             SLOTS_ROUNDED_BYTES * len([text for text in (each.keys, each.values) if text]) for each in model.kv
         )
-    elif model.task is Task.CAUSAL_LM and cache_shapes(model)[0][1] % grouped_query.STEP == 0:
+    elif model.task is Task.CAUSAL_LM and not reason and cache_shapes(model)[0][1] % grouped_query.STEP == 0:
         rotary = angles.predict_bytes(model.config, model.longest) // (2 if half.wanted(runtime) else 1)
         graphs += SHARED_BASE_BYTES + layers * SHARED_LAYER_BYTES + nodes + rotary
     return weights + model.plain_bytes + side + graphs
@@ -161,19 +176,27 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     document = onnx.load_from_string(graph or capture(model, profile))
     sources = by_user(sources_of(model, choices))
     folder.mkdir(parents=True, exist_ok=True)
-    drops = bool(model.kv)
+    drops = any(spec.evicts for spec in model.kv)
     decodes = model.task is Task.CAUSAL_LM and not drops
     reason = grouped_query.refusal(ir.from_proto(document).graph, runtime) if decodes else ""
+    reason = reason or grouped_codes.refusal(model.kv)
     portable = _document(ir.from_proto(document), sources, model, runtime, fusions.attend(runtime))
     if reason:
         portable.metadata_props[REASON] = reason
     ir.save(portable, folder / GRAPH, external_data=DATA)
-    for name in (SHARED, SLOTS):
+    for name in (SHARED, SLOTS, ROUNDED):
         (folder / name).unlink(missing_ok=True)
     shared = decodes and not reason
     if shared:
-        attend = partial(grouped_query.attention, positions=model.longest)
-        _beside(_document(ir.from_proto(document), sources, model, runtime, attend), folder / SHARED)
+        attend = grouped_codes.attend(model)
+        grouped = _document(ir.from_proto(document), sources, model, runtime, attend)
+        grouped.metadata_props.update(growing.facts(model.kv))
+        _beside(grouped, folder / SHARED)
+    if model.kv and not drops:
+        rounding = growing.Growing(model.kv, model.kv_tensors)
+        rounded = _document(ir.from_proto(document), sources, model, runtime, rounding)
+        rounded.metadata_props.update(growing.facts(model.kv))
+        _beside(rounded, folder / ROUNDED)
     if drops:
         lowering, opened = slots.Slots(model.kv, model.kv_tensors), ir.from_proto(document)
         lowering.open(opened.graph)
