@@ -132,7 +132,7 @@ class CompressedTensors:
         return {
             "quant_method": "compressed-tensors",
             "version": metadata.version("compressed-tensors"),
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": sorted(plain),

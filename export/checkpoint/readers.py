@@ -152,7 +152,7 @@ def our_rounding(model: Any) -> None:
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
         args = getattr(scheme, "input_activations", None)
-        if args is None or args.dynamic is not True:
+        if args is None or args.dynamic is not True:  # those of caches are static
             continue
         module.quantization_enabled = False
         act = ActSpec(activation_format(args))

@@ -14,16 +14,18 @@ import time
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from compress.errors import InputError, unread
-from compress.export.checkpoint import codebook_readers, readback, readers, transform_config
+from compress.export.checkpoint import codebook_readers, kv_scheme, readback, readers, transform_config
 from compress.files import read_json
 from compress.models.folder import refuse_code
 from compress.runtime import probing
-from compress.runtime.torch_session import TorchSession
+from compress.runtime.torch_session import Ids, Plain, TorchSession
 
 Level = Literal["ran", "built", "checked"]
 
@@ -52,9 +54,22 @@ class Session(TorchSession):
         passed_over = _attach(model, folder, config)
         super().__init__(model, threads)
         self.load_s = time.perf_counter() - started
-        self.notes = tuple(filter(None, (obstacle, passed_over)))
-        self.level: Level = "checked" if self.notes else "ran"
+        self._rounding = kv_scheme.attached(model)
+        told = kv_scheme.NOTE if self._rounding else ""
+        self.level: Level = "checked" if obstacle or passed_over else "ran"
+        self.notes = tuple(filter(None, (obstacle, passed_over, told)))
+        if exact:
+            kv_scheme.switch(self._rounding, False)
         self.name = _name(config.get("quant_method"), obstacle)
+
+    @property
+    def plain(self) -> Self | Plain:
+        """See TorchSession: here, keys and values as they were computed."""
+        return Plain(self.name, self._in_float, self.level, self.notes) if self._rounding else self
+
+    def _in_float(self, ids: Ids) -> NDArray[np.float32]:
+        with kv_scheme.in_float(self._rounding):
+            return self.logits(ids)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import UnsupportedError
-from compress.export.checkpoint import transform_config
+from compress.export.checkpoint import kv_scheme, transform_config
 from compress.export.checkpoint.aqlm import Aqlm
 from compress.export.checkpoint.awq import Awq
 from compress.export.checkpoint.bitsandbytes import BitsAndBytes
@@ -28,6 +28,7 @@ from compress.export.checkpoint.vptq import Vptq
 from compress.export.checkpoint.writer import SHARD_BYTES, ShardWriter, header_bytes
 from compress.honours import Honours
 from compress.hwprofiles import Profile
+from compress.kv.spec import KvSpec
 from compress.layer import Layer, LayerKind, LayerSpec
 from compress.models.model import Model, Task
 from compress.records import Bounds
@@ -78,6 +79,10 @@ class CheckpointTarget:
         specs = {name: spec.as_dense for name, spec in specs.items()}
         return transform_config.refuse_alone(specs) | self.layout.together(specs)
 
+    def takes_caches(self, specs: Sequence[KvSpec], profile: Profile) -> Refusal | None:
+        """See Target."""
+        return kv_scheme.refusal(specs, self.layout.name)
+
     def predict_bytes(self, specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
         """See Target; a sum over the tensors that will be written, and the files' headers."""
         _require_transformers(model)
@@ -92,6 +97,7 @@ class CheckpointTarget:
         for name, choice in choices.items():
             if isinstance(choice, Choice):
                 entries |= _entries(layers[name], choice, places.get(name, ()))
+        entries |= kv_scheme.entries(model, names)
         plain = model.plain_shapes | transform_config.tensor_specs(_transformed(layers, names))
         entries |= {name: (shape, prod(shape) * dtype.itemsize) for name, (shape, dtype) in plain.items()}
         storable = _storable(choices, places, layers)
@@ -120,6 +126,7 @@ class CheckpointTarget:
             for tensors in self._segment(model, segment, names, packed):
                 writer.add(tensors)
         writer.add(transform_config.tensors(_transformed(specs, names)))
+        writer.add(kv_scheme.tensors(model, names))
         writer.finish()
         for name, text in self._configs(self._config(model, specs, names)).items():
             (folder / name).write_text(text, encoding="utf8")
@@ -190,11 +197,13 @@ class CheckpointTarget:
         quantized = [spec for spec in specs.values() if spec.format is not None]
         if model.structure.head is not None and not any(_is_tied(spec) for spec in specs.values()):
             config["tie_word_embeddings"] = False
-        if not quantized:
+        if not (quantized or model.kv):
             return config
         packed = [Packed(place.module, spec) for spec in quantized for place in names.places(spec)]
         packed += [Packed(names.module_name(user), spec) for spec in quantized for user in spec.users[1:]]
         config["quantization_config"] = self.layout.config(packed, _plain_modules(model, specs, names))
+        if model.kv:
+            config["quantization_config"]["kv_cache_scheme"] = kv_scheme.config(model.kv)
         if moved := _transformed(specs, names):
             config["quantization_config"]["transform_config"] = transform_config.config(moved)
         return config
