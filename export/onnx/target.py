@@ -129,10 +129,11 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
         return weights + model.plain_bytes + nodes
     side = model.side_bytes + CONFIG_BYTES
     layers = len(choices)
-    graphs = portable = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
+    graphs = GRAPH_BASE_BYTES + layers * GRAPH_LAYER_BYTES + nodes
     drops, reason = any(spec.evicts for spec in model.kv), grouped_codes.refusal(model.kv)
     if model.kv and not drops:
-        graphs += portable + sum(map(cache_codes.graph_bytes, model.kv))
+        graphs += GRAPH_BASE_BYTES + layers * ROUNDED_LAYER_BYTES + nodes
+        graphs += sum(map(cache_codes.graph_bytes, model.kv))
     if drops:
         graphs += slot_heads.predict_bytes(model)
         graphs += SLOTS_BASE_BYTES + layers * SHARED_LAYER_BYTES + len(model.kv) * SLOTS_CACHE_BYTES + nodes
@@ -152,6 +153,8 @@ GRAPH_LAYER_BYTES = 1_900
 # and of model_gqa.onnx
 SHARED_BASE_BYTES = 8_000
 SHARED_LAYER_BYTES = 1_200
+# and of model_kv.onnx, but for its codes
+ROUNDED_LAYER_BYTES = 1_400
 # and of model_slots.onnx, by layers, by caches, and by keys or values that are rounded
 SLOTS_BASE_BYTES = 8_000
 SLOTS_CACHE_BYTES = 8_800
