@@ -95,8 +95,8 @@ class KvEvict(KvPass):
             raise UsageError(f"{self.name}: {odd} is of by=locret and by=kvzap, not of {self.by}. Leave it out.")
         if self.layers == "measured" and self.by in _LEARNED and self._labels == "replay":
             raise UsageError(
-                f"{self.name}: labels=replay reads every text twice, so layers=measured would see what no text has. Take "
-                "labels=attention."
+                f"{self.name}: labels=replay reads every text twice, so layers=measured would see what no text has. "
+                "Take labels=attention."
             )
         if "beta" in self.model_fields_set and self.layers != "pyramid":
             raise UsageError(f"{self.name}: beta is of layers=pyramid, not of {self.layers}. Leave it out.")
