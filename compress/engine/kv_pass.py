@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.engine.layerpass import Pass
 from compress.engine.part import Part
 from compress.errors import UnsupportedError, UsageError
-from compress.kv.cache import require_plain
+from compress.kv.attention import require_plain
 from compress.kv.observed import Attended
 from compress.kv.spec import KvSpec, LayerTensors
 from compress.layer import LayerSpec

@@ -9,7 +9,7 @@ budget by more than the tokens of one call.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import reduce
 from typing import Any, Self
@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from compress.errors import UnsupportedError, UsageError
 from compress.kv import heads, scorers, snapkv
-from compress.kv.attention import attended
+from compress.kv.attention import attended, padding_mask, require_plain
 from compress.kv.expected import Call, Expected
 from compress.kv.recall import Recall
 from compress.kv.rotation import Rotation, rotation_of
@@ -328,30 +328,8 @@ def use_attention(model: nn.Module) -> None:
 
     require_plain(model)
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, padding_mask)
     model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
-
-
-def require_plain(model: nn.Module) -> None:
-    """Raises: UnsupportedError for a model, with or without weights, whose attention cannot be exchanged for ours."""
-    config: Any = model.config
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    other = ", ".join(sorted(kinds)) if kinds != {"full_attention"} else ""
-    if other or not model._can_set_attn_implementation():  # type: ignore[operator]
-        what = f"attention of another kind ({other})" if other else "an attention of its own"
-        raise UnsupportedError(
-            f"{type(model).__name__} has {what}, whose cache cannot be compressed. Supported: full attention through "
-            "transformers' interface (Llama, Qwen, Mistral)."
-        )
-
-
-def _mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """transformers' mask interface: which tokens are no padding, (batch, all so far); the slots tell the rest."""
-    from transformers.masking_utils import causal_mask_function
-
-    if mask_function is not causal_mask_function:
-        raise UnsupportedError("A compressed cache goes with plain causal attention, and this model masks otherwise.")
-    return attention_mask
 
 
 def _attend(
