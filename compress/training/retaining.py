@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ class _Scaled:
 def _scale(features: Sequence[Tensor]) -> Tensor:
     """Root mean square of each feature, (inputs,), one where it is always zero."""
     count = sum(each.shape[0] * each.shape[1] for each in features)
-    found = (sum(each.square().sum((0, 1)) for each in features) / count).sqrt()
+    found = (torch.stack([each.square().sum((0, 1)) for each in features]).sum(0) / count).sqrt()
     return torch.where(found > 0, found, torch.ones_like(found))
 
 
@@ -109,7 +110,7 @@ def _descended(
     generator = torch.Generator().manual_seed(how.seed)
 
     def uniform(*shape: int) -> Tensor:
-        return (2 * torch.rand(shape, generator=generator) - 1) / shape[-1] ** 0.5
+        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[-1])
 
     tensors = {"head.first": uniform(how.width, inputs), "head.second": uniform(kv_heads, how.width)}
     if how.biased:
