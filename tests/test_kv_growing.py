@@ -18,6 +18,7 @@ from compress.errors import UnsupportedError
 from compress.export.onnx import cache_codes, graphs, growing, growing_check, target
 from compress.export.onnx.growing_session import GrowingSession
 from compress.export.onnx.runtime import PORTABLE, ROUNDED, SHARED, Session
+from compress.inputs.datasets import calibrate
 from compress.kv.cache import KvCache
 from compress.kv.spec import KvSpec
 from compress.models.model import Model
@@ -285,3 +286,16 @@ def test_an_artifact_with_codes_is_verified_and_generates(model: Model, tmp_path
     assert [len(row.tokens) for row in rows] == [16, 16] and engine.placement.file.endswith(ROUNDED)
     again = engine.generate([[1, 2, 3], [5] * 20], max_new_tokens=16).rows
     assert [row.tokens for row in rows] == [row.tokens for row in again]
+
+
+def test_scales_that_data_give_go_into_the_graphs(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("\n".join(" ".join(str(7 * row + at) for at in range(24)) for row in range(4)))
+    data = calibrate(model, tmp_path / "ids.txt")
+    static = KvQuant(keys="int8(channel)", values="int4(head)", static="minmax", float_layers=(0,))
+    result = Pipeline(static).run(model, data, folder=tmp_path / "model")
+    artifact = compress.export(result, profile=PROFILE, out=tmp_path / "out")
+    found = compress.verify(artifact.folder)
+    assert found.agrees and any("keys and values of other bits" in note for note in found.notes)
+    session = GrowingSession(artifact.folder / "onnx", 1, graph=ROUNDED)
+    codes = growing_check.stored(session)["past_key_values.1.key"]
+    np.testing.assert_array_equal(codes.fixed, result.model.kv_tensors[1]["key_scale"].numpy())  # type: ignore[arg-type]

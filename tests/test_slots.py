@@ -350,8 +350,8 @@ def test_what_slots_do_not_hold_is_refused_by_name(spec: KvSpec, told: str) -> N
 
 
 def test_refusals_come_before_any_work(model: Model) -> None:
-    with pytest.raises(UsageError, match=r"fixed number of slots.*--target native"):
-        make_plan(model, recipe.of_passes("kv_quant"), PROFILE)
+    with pytest.raises(UsageError, match=r"residual of float tokens.*--target native"):
+        make_plan(model, recipe.of_passes("kv_quant(residual=32)"), PROFILE)
     with pytest.raises(UnsupportedError, match="keeps a cache of its own"):
         make_plan(model, recipe.of_passes("kv_evict(budget=64)"), PROFILE.model_copy(update={"target": "openvino"}))
     gpu = slots.refusal((KvSpec(**SMALL, scorer="h2o"),), hwprofiles.load("nvidia-l4").runtime("onnxruntime"))

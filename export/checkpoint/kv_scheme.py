@@ -27,7 +27,7 @@ from compress.target import Refusal
 LAYOUT = "compressed-tensors"
 STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 NAMES = {"key_scale": "k_scale", "value_scale": "v_scale"}
-GIVE = "Give kv_quant(keys=int8(tensor), values=int8(tensor), static=true), or fp8_e4m3, or by head"
+GIVE = "Give kv_quant(keys=int8(tensor), values=int8(tensor), static=minmax), or fp8_e4m3, or by head"
 NOTE = "transformers rounds keys and values by these scales and keeps them in float; vLLM keeps the codes"
 
 
@@ -44,6 +44,8 @@ def refusal(specs: Sequence[KvSpec], layout: str) -> Refusal | None:
 def _reason(spec: KvSpec) -> str:
     if spec.evicts:
         return "kv_cache_scheme drops no tokens"
+    if spec.selects:
+        return "kv_cache_scheme attends to all tokens"
     if not (spec.keys and spec.values):
         return "kv_cache_scheme rounds keys and values of all layers, and some are in float"
     if spec.keys != spec.values:
@@ -84,7 +86,7 @@ def entries(model: Model, names: FileNames) -> dict[str, tuple[tuple[int, ...], 
     if not model.kv:
         return {}
     by_head = _is_by_head(model.kv[0])
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], int]] = {}
     for module, attention in zip(_modules(model, names), model.attentions, strict=True):
         shape = (attention.kv_heads, 1, 1) if by_head else (1,)
         found |= {f"{module}.{name}": (shape, 4 * shape[0]) for name in NAMES.values()}
@@ -93,7 +95,7 @@ def entries(model: Model, names: FileNames) -> dict[str, tuple[tuple[int, ...], 
 
 def tensors(model: Model, names: FileNames) -> dict[str, Tensor]:
     """Those of the files, by name."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for module, held, spec in zip(_modules(model, names), model.kv_tensors, model.kv, strict=True) if model.kv else ():
         by_head = _is_by_head(spec)
         for ours, theirs in NAMES.items():

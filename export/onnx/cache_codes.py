@@ -184,7 +184,7 @@ def graph_bytes(spec: KvSpec) -> int:
     """About what the nodes of a layer's codes take in a graph, fitted on Llamas of 2 and 4 blocks."""
     parts = [part for part in PARTS if text_of(spec, part)]
     own = sum(not spec.static_part(part) for part in parts)
-    packed = sum(getattr(_form(spec, part), "bits", 8) == 4 for part in parts)
+    packed = sum(bool(getattr(_form(spec, part), "bits", 8) == 4) for part in parts)
     return 2_300 * len(parts) + 2_900 * own + 2_300 * packed
 
 

@@ -49,6 +49,8 @@ def refusal(specs: Sequence[KvSpec], runtime: Runtime) -> Refusal | None:
 def _reason(spec: KvSpec) -> str:
     if spec.evicts:
         return "a graph drops tokens in all layers or in none"
+    if spec.selects:
+        return "kv_select searches a cache of all tokens on the host, which a graph does not; take the target native"
     if spec.keys_by == "channel":
         return "keys by channel wait for a whole run of tokens, which a graph does not do"
     if spec.residual:

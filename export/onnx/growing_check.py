@@ -73,7 +73,11 @@ def _apart(session: GrowingSession, plain: Session, ids: NDArray[np.int64]) -> A
         logits = cache.run(ids[:, at : at + 1], np.ones((rows, at + 1), np.int64))
         after = {name: _decoded(name, cache, codes, at + 1) for name in plain.cache_names}
         past, mask = (after, [1] * (at + 1) + [0]) if session.shares_cache else (before, [1] * (at + 1))
-        feeds = {"input_ids": ids[:, at : at + 1], "attention_mask": np.tile(np.int64(mask), (rows, 1)), **past}
+        feeds = {
+            "input_ids": ids[:, at : at + 1],
+            "attention_mask": np.tile(np.array(mask, np.int64), (rows, 1)),
+            **past,
+        }
         found = dict(zip(plain.outputs, plain.session.run(None, feeds), strict=True))
         widest = max(widest, _largest(logits - found["logits"]))
         scale = max(scale, _largest(found["logits"]))
@@ -123,7 +127,7 @@ def stored(session: Session) -> dict[str, Codes]:
     document = onnx.load(str(session.folder / session.graph), load_external_data=False)
     facts = session.session.get_modelmeta().custom_metadata_map[FACTS]
     held = {each.name: each for each in document.graph.initializer}
-    found = {}
+    found: dict[str, Codes] = {}
     for layer, data in enumerate(json.loads(facts)):
         spec = KvSpec.from_data(data)
         tensors = {name: _flat(numpy_helper.to_array(held[f"{NAME}{layer}.{name}"])) for name in spec.wants}

@@ -100,8 +100,8 @@ def probe_command(folder: Path, threads: int, prompt: int, tokens: int) -> list[
 
 def takes_caches(specs: Sequence[KvSpec], profile: Profile) -> Refusal | None:
     """Why caches cannot be exported; None where they can."""
-    drops = any(spec.evicts for spec in specs)
-    return (slots if drops else growing).refusal(specs, profile.runtime(RUNTIME))
+    runtime = profile.runtime(RUNTIME)
+    return slots.refusal(specs, runtime) if any(spec.evicts for spec in specs) else growing.refusal(specs, runtime)
 
 
 def plan_layer(spec: LayerSpec, profile: Profile) -> Choice | Refusal:
