@@ -58,8 +58,8 @@ Right = NDArray[np.bool_]
 
 
 def budget(length: int, kept: float) -> int:
-    """Tokens that are kept, as kvpress counts them."""
-    return int(length * kept)
+    """Tokens that are kept, as kvpress counts them: it is told what goes, and rounds down what that leaves."""
+    return int(length * (1 - (1 - kept)))
 
 
 def caches(model: nn.Module, asked: Batch, tokens: int) -> dict[str, MakeCache]:
