@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import compress
 from compress.engine import kv_heads, store
 from compress.errors import InputError, UsageError
-from compress.export.onnx import slots
 from compress.inputs.datasets import Calibration, calibrate
 from compress.kv import heads, importance, scorers
 from compress.kv.cache import KvCache, KvLayer
@@ -418,9 +416,3 @@ def test_windows_that_are_too_short_are_told(data: tuple[Model, Calibration]) ->
         Pipeline.parse("kv_evict(budget=64, by=kvzap)").run(*data)
     with pytest.raises(UsageError, match="needs calibration data"):
         Pipeline.parse("kv_evict(budget=64, by=kvzap)").run(data[0])
-
-
-def test_the_slot_graph_refuses_learned_scores_that_lose_with_age() -> None:
-    spec = KvSpec(scorer="kvzap", budget=64)
-    assert not slots.reason(spec)
-    assert "by_age" in slots.reason(replace(spec, by_age=True))

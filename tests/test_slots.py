@@ -45,7 +45,7 @@ SCORERS: list[dict[str, Any]] = [
     {"scorer": "tova"},
     {"scorer": "locret", "head_width": 24},
     {"scorer": "kvzap"},
-    {"scorer": "kvzap", "head_width": 24},
+    {"scorer": "kvzap", "head_width": 24, "by_age": True},
 ]
 LENGTH = 104
 Write = Callable[..., SlotSession]

@@ -151,7 +151,11 @@ class Update:
             return place
         if self._spec.by_age:
             age = graph.node("Sub", [self._tokens.newest, graph.node("Sub", [position, self._number(1.0)])])
-            score = graph.node("Div", [score, graph.node("Max", [age, self._number(1.0)])])
+            age = graph.node("Max", [age, self._number(1.0)])
+            if self._spec.learned:  # a logarithm
+                score = graph.node("Sub", [score, graph.node("Log", [age])])
+            else:
+                score = graph.node("Div", [score, age])
         return graph.node("Add", [score, place])
 
     @property
