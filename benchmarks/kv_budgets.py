@@ -93,8 +93,8 @@ def main() -> None:
                 row["budgets"] = [spec.budget for spec in specs]
             rows.append(row)
             print(json.dumps(rounded(row)), file=sys.stderr, flush=True)
-        content = {"windows": len(ids), "rows": rows, "versions": versions()}
-        RESULT.write_text(json.dumps(rounded(content), indent=1) + "\n")
+            content = {"windows": len(ids), "rows": rows, "versions": versions()}
+            RESULT.write_text(json.dumps(rounded(content), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_padded_rows_are_as_alone(model: Any, ids: Tensor, settings: dict[str, A
 
 def test_bytes_are_those_of_the_budget_however_heads_share_it(model: Any, ids: Tensor) -> None:
     """As many as with even heads, and 8 for each head that says how many slots it has."""
-    rounded = {"keys": "int8(token)", "values": "int4(group=8)"}
+    rounded: dict[str, Any] = {"keys": "int8(token)", "values": "int4(group=8)"}
     for formats in ({}, rounded):
         common = {**SMALL, "scorer": "key_norm", **formats}
         sizes = []
@@ -160,7 +160,7 @@ def test_bytes_are_those_of_the_budget_however_heads_share_it(model: Any, ids: T
 
 
 def test_rounded_heads_read_back_what_they_stored(model: Any, ids: Tensor) -> None:
-    rounded = {"keys": "int8(token)", "values": "int4(group=8)"}
+    rounded: dict[str, Any] = {"keys": "int8(token)", "values": "int4(group=8)"}
     room = KvSpec(**{**SMALL, "budget": LENGTH}, scorer="key_norm", heads="adaptive", **rounded)
     found, _ = cached(model, [room] * 3, ids, PIECES)
     expected, _ = cached(model, [KvSpec(**rounded)] * 3, ids, PIECES)
@@ -171,7 +171,9 @@ def test_rounded_heads_read_back_what_they_stored(model: Any, ids: Tensor) -> No
     first, other = ours.layers[0], even.layers[0]  # later ones read what was rounded, summed in another order
     order = other.position.argsort(-1)[..., None].expand(4, 2, 16, 16)
     for mine, theirs in zip(first.stores, other.stores, strict=True):
-        assert torch.equal(mine.read().view(4, 2, 16, 16), theirs.read().gather(2, order))
+        stored, twins = mine.read(), theirs.read()
+        assert stored is not None and twins is not None
+        assert torch.equal(stored.view(4, 2, 16, 16), twins.gather(2, order))
 
 
 def test_rows_and_forks_of_unlike_heads_go_on(model: Any, ids: Tensor) -> None:
