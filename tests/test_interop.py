@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -68,6 +69,32 @@ def test_genai_and_optimum_generate_the_tokens_of_our_session(
     rows = [row for artifact in result["artifacts"] for row in artifact["rows"] if row["runtime"] != "onnxruntime"]
     assert len(rows) == 6 * len(artifacts)  # genai runs both graphs
     assert not [row for row in rows if row["refusal"] or row["differences"]]
+
+
+@pytest.mark.parametrize("text", ["int8(channel)", "int4(channel)", "int8(tensor)"])
+def test_genai_generates_the_tokens_of_our_session_with_a_cache_in_codes(
+    text: str, llama: Path, envs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import compress
+    from compress import hwprofiles
+    from compress.export.onnx import target
+    from compress.kv.spec import KvSpec
+
+    monkeypatch.syspath_prepend(str(INTEROP))
+    source, spec = compress.load(str(llama)), KvSpec(keys=text, values=text, static=True)
+    made = dataclasses.replace(source, kv=(spec,) * len(source.attentions))
+    shape = (1, 1) if text == "int8(tensor)" else (source.attentions[0].kv_heads, source.attentions[0].size)
+    top = 7 if text.startswith("int4") else 127
+    vars(made)["kv_tensors"] = tuple({name: torch.full(shape, 1 / top) for name in spec.wants} for _ in made.kv)
+    target.write(made, hwprofiles.load("cpu-x86-avx2"), tmp_path)
+    ours = [target.session(tmp_path, 1).greedy(prompt, 32) for prompt in PROMPTS]
+    pad = json.loads((tmp_path / "genai_config.json").read_text())["model"]["pad_token_id"]
+    run_client = import_module("clients").run_client
+    assert run_client(envs, "genai", tmp_path, PROMPTS, 32)[1] == ours
+    batch = run_client(envs, "genai", tmp_path, PROMPTS, 32, pad)[1]
+    assert all(theirs == own for theirs, own in zip(batch, ours, strict=True) if len(theirs) == len(own))
 
 
 def test_a_runtime_that_is_not_there_fails_the_comparison(artifacts: dict[str, Path], tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.engine.kv_pass import cached_blocks
 from compress.export.checkpoint.names import FileNames
 from compress.formats.float_grid import FloatGrid
 from compress.formats.int_grid import IntGrid
@@ -111,7 +110,9 @@ def _is_by_head(spec: KvSpec) -> bool:
 def _modules(model: Model, names: FileNames) -> list[str]:
     """The names of the attentions, in the order of the cache."""
     found = {id(module): name for name, module in names.module.named_modules()}
-    blocks = [names.module.get_submodule(model.structure.blocks[place]) for place in cached_blocks(model)]
+    blocks = [
+        names.module.get_submodule(model.structure.blocks[place]) for place in model.blocks_without("no attention")
+    ]
     return [names.module_name(found[id(attention_of(block))]) for block in blocks]
 
 

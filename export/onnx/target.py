@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,34 +182,42 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     drops = any(spec.evicts for spec in model.kv)
     decodes = model.task is Task.CAUSAL_LM and not drops
     reason = grouped_query.refusal(ir.from_proto(document).graph, runtime) if decodes else ""
-    reason = reason or grouped_codes.refusal(model.kv)
+    if decodes and not reason:
+        reason = grouped_codes.refusal(model.kv)
     portable = _document(ir.from_proto(document), sources, model, runtime, fusions.attend(runtime))
     if reason:
         portable.metadata_props[REASON] = reason
     ir.save(portable, folder / GRAPH, external_data=DATA)
+    shared = decodes and not reason
     for name in (SHARED, SLOTS, ROUNDED):
         (folder / name).unlink(missing_ok=True)
-    shared = decodes and not reason
-    if shared:
-        attend = grouped_codes.attend(model)
-        grouped = _document(ir.from_proto(document), sources, model, runtime, attend)
-        grouped.metadata_props.update(growing.facts(model.kv))
-        _beside(grouped, folder / SHARED)
-    if model.kv and not drops:
-        rounding = growing.Growing(model.kv, model.kv_tensors)
-        rounded = _document(ir.from_proto(document), sources, model, runtime, rounding)
-        rounded.metadata_props.update(growing.facts(model.kv))
-        _beside(rounded, folder / ROUNDED)
-    if drops:
-        lowering, opened = slots.Slots(model.kv, model.kv_tensors), ir.from_proto(document)
-        lowering.open(opened.graph)
-        slotted = _document(opened, sources, model, runtime, lowering)
-        lowering.close(slotted)
-        _beside(slotted, folder / SLOTS)
+    for name, other in _others(document, sources, model, runtime, shared):
+        _beside(other, folder / name)
     files.write(model, folder, shared)
     ranges = {} if runtime.provider == providers.CPU else shapes.ranges(model, profile)
     providers.write(folder, profile.id, runtime.provider, ranges)
     return Lowered.of(folder, choices, specs, experts.bounds(choices, specs))
+
+
+def _others(
+    document: onnx.ModelProto, sources: Mapping[str, Source], model: Model, runtime: Runtime, shared: bool
+) -> Iterator[tuple[str, ir.Model]]:
+    """The graphs beside the portable one, by file name. shared: whether one has GroupQueryAttention."""
+    facts = growing.facts(model.kv)
+    if any(spec.evicts for spec in model.kv):
+        lowering, opened = slots.Slots(model.kv, model.kv_tensors), ir.from_proto(document)
+        lowering.open(opened.graph)
+        slotted = _document(opened, sources, model, runtime, lowering)
+        lowering.close(slotted)
+        yield SLOTS, slotted
+        return
+    attends = {SHARED: grouped_codes.attend(model)} if shared else dict[str, Attend]()
+    if model.kv:
+        attends[ROUNDED] = growing.Growing(model.kv, model.kv_tensors)
+    for name, attend in attends.items():
+        made = _document(ir.from_proto(document), sources, model, runtime, attend)
+        made.metadata_props.update(facts)
+        yield name, made
 
 
 def _beside(document: ir.Model, path: Path) -> None:
