@@ -34,10 +34,10 @@ class KvEvict(KvPass):
     token, one choice for all heads (Oren et al. 2024, arXiv 2401.06104); `snapkv`, most by the newest `window` queries,
     averaged over the `pool` positions around (Li et al. 2024, arXiv 2404.14469); `expected`, most by queries that are
     yet to come, as far as those seen tell, weighed by the length of values, anew every `interval` tokens (arXiv
-    2510.00636); `locret` and `kvzap`, those that a trained head scores highest as they are written; `sinks`, `recent`;
-    `decay` of H2O's sums at each token; `by_age` whether they are divided by how long a token has been there (of a
-    trained head: whether it loses with the logarithm of that, as fast as data tell, so that nothing old stays for
-    ever); `chunk`.
+    2510.00636); `key_diff`, those whose keys are least like the others (Park et al. 2025, arXiv 2504.15364); `locret`
+    and `kvzap`, those that a trained head scores highest as they are written; `sinks`, `recent`; `decay` of H2O's sums
+    at each token; `by_age` whether they are divided by how long a token has been there (of a trained head: whether it
+    loses with the logarithm of that, as fast as data tell, so that nothing old stays for ever); `chunk`.
 
     Heads are trained by layer on the finished model, on calibration windows of which an eighth is held out. One of
     `locret` (Huang et al. 2024, arXiv 2410.01805) sees a token's query, key and value, one of `kvzap` (arXiv
@@ -59,7 +59,7 @@ class KvEvict(KvPass):
     fills_cache: ClassVar[str] = "which tokens are attended to"
 
     budget: int = Field(default=1024, ge=1)
-    by: Literal["streaming", "key_norm", "h2o", "tova", "snapkv", "expected", "locret", "kvzap"] = "h2o"
+    by: Literal["streaming", "key_norm", "h2o", "tova", "snapkv", "expected", "key_diff", "locret", "kvzap"] = "h2o"
     sinks: int = Field(default=4, ge=0)
     recent: int = Field(default=32, ge=1)
     decay: float = Field(default=1.0, gt=0, le=1)

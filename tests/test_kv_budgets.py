@@ -28,6 +28,7 @@ SCORERS: list[dict[str, Any]] = [
     {"scorer": "h2o"},
     {"scorer": "snapkv", "window": 4, "pool": 3},
     {"scorer": "expected", "interval": 4},
+    {"scorer": "key_diff"},
 ]
 LENGTH = 36
 PIECES = [11, 10, 3] + [1] * 12

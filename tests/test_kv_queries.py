@@ -22,6 +22,7 @@ SCORERS: list[dict[str, Any]] = [
     {"scorer": "snapkv", "window": 4, "pool": 3},
     {"scorer": "snapkv", "window": 6, "pool": 1},
     {"scorer": "expected", "interval": 4},
+    {"scorer": "key_diff"},
 ]
 LENGTH = 40
 

@@ -40,6 +40,7 @@ SHARED = {
     "h2o by age": ("observed_attention",),
     "snapkv": ("snapkv", "snapkv, window=16"),
     "expected": ("expected_attention",),
+    "key_diff": ("keydiff",),
     "random": ("random",),
 }
 """Our name of a method, and kvpress's. Its observed attention divides by a token's age."""

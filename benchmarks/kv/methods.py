@@ -18,6 +18,7 @@ EVICTING: dict[str, dict[str, Any]] = {
     "tova": {"scorer": "tova"},
     "snapkv": {"scorer": "snapkv"},
     "expected": {"scorer": "expected"},
+    "key_diff": {"scorer": "key_diff"},
     "h2o, int8(token)": {"scorer": "h2o", "keys": "int8(token)", "values": "int8(token)"},
 }
 NO_WIDER = {"snapkv": "window", "expected": "interval"}

@@ -122,7 +122,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
         asked = self.asked(mask)
         output, probabilities = attended(query, key, value, self.visible(asked), scaling)
         features = heads.features_of(self.spec.scorer, module) if self.spec.learned else None
-        call = Call(query, key, value, scaling) if self.spec.turns else None
+        call = Call(query, key, value, scaling) if self.spec.turns or self.spec.compares else None
         self.commit(asked, probabilities if self.spec.reads else None, features, call)
         return output
 
@@ -131,7 +131,7 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> None:
         """Store the new tokens, and drop what is over the budget. probabilities (batch, query heads, n, slots + n);
         features (batch, n, inputs): what a learned scorer looks at (`heads.features_of`); call: what expected attention
-        is computed of."""
+        and unlike keys are computed of."""
         assert self.pending is not None
         keys, values = self.pending
         self.pending = None
@@ -148,6 +148,8 @@ class KvLayer(CacheLayerMixin):  # type: ignore[misc]
             self.score = scorers.read(self.spec, self.score, probabilities, asked)
         if self.expected is not None and call is not None:
             self.score = self.expected.renewed(self.spec, self.score, call, asked, self.valid, self.count)
+        if self.spec.compares and call is not None:
+            self.score = scorers.unlike(call.key, self.valid)
         self._settle(keys, values)
 
     def _settle(self, keys: Tensor, values: Tensor) -> None:

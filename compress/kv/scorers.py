@@ -48,6 +48,14 @@ def read(spec: KvSpec, scores: Tensor, probabilities: Tensor, asked: Tensor) -> 
     return scores * (spec.decay ** asked.sum(1).float())[:, None, None] + torch.einsum("bhqs,bq->bhs", grouped, factors)
 
 
+def unlike(keys: Tensor, valid: Tensor) -> Tensor:
+    """How little each key looks like the others, (batch, heads, slots) float32: the negated cosine with the mean of the
+    unit keys (KeyDiff, Park et al. 2025, arXiv 2504.15364). keys (batch, heads, slots, size); valid as of `ranked`."""
+    units = torch.nn.functional.normalize(keys.float(), dim=-1)
+    mean = (units * valid[..., None]).sum(2, keepdim=True)
+    return -torch.nn.functional.cosine_similarity(units, mean, dim=-1)
+
+
 def ranks(spec: KvSpec, scores: Tensor, positions: Tensor, valid: Tensor, now: Tensor) -> Tensor:
     """What each slot is worth now, (batch, heads, slots) float64: ∞ for the first `sinks` and the newest `recent`
     tokens, −∞ for padding.

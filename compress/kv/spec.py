@@ -16,7 +16,7 @@ from compress.formats.int_grid import IntGrid
 from compress.formats.lookup import FIXED, Lookup
 from compress.kv.static import has_static, static_format
 
-Scorer = Literal["", "position", "key_norm", "h2o", "tova", "snapkv", "expected", "locret", "kvzap"]
+Scorer = Literal["", "position", "key_norm", "h2o", "tova", "snapkv", "expected", "key_diff", "locret", "kvzap"]
 Axis = Literal["token", "channel"]
 Selector = Literal["", "token_select", "retrieval"]
 Index = Literal["exact", "hnsw", "linked"]
@@ -176,8 +176,8 @@ class KvSpec:
         if self.heads == "adaptive" and self.scorer in ("", "position", "tova"):
             why = f"{self.scorer} scores alike for all heads" if self.scorer else "nothing is dropped"
             raise UsageError(
-                f"heads=adaptive shares tokens out by the scores of heads, and {why}. Take the scorer key_norm, h2o, "
-                "snapkv or expected, or heads=even."
+                f"heads=adaptive shares tokens out by the scores of heads, and {why}. Take the scorer key_norm, key_diff, "
+                "h2o, snapkv or expected, or heads=even."
             )
         if self.heads == "adaptive" and self.static:
             raise UsageError(
@@ -245,6 +245,11 @@ class KvSpec:
     def reads(self) -> bool:
         """Whether its score needs the attention's probabilities."""
         return self.scorer in ("h2o", "tova", "snapkv")
+
+    @property
+    def compares(self) -> bool:
+        """Whether its score is made of all keys that are held, each time."""
+        return self.scorer == "key_diff"
 
     @property
     def turns(self) -> bool:

@@ -160,4 +160,17 @@ def by_expectation(spec: KvSpec, head: Head, seen: Seen) -> None:
         head.score[j] = total[j] * float(head.values[j].norm())
 
 
-JUDGES: dict[str, Judge] = {"key_norm": by_norm, "h2o": by_sum, "snapkv": by_window, "expected": by_expectation}
+def by_difference(spec: KvSpec, head: Head, seen: Seen) -> None:
+    units = {j: head.keys[j].double() / head.keys[j].double().norm() for j in head.held}
+    mean = sum(units.values(), torch.zeros_like(units[head.held[0]])) / len(units)
+    for j in head.held:
+        head.score[j] = -float(units[j] @ mean / mean.norm())
+
+
+JUDGES: dict[str, Judge] = {
+    "key_norm": by_norm,
+    "h2o": by_sum,
+    "snapkv": by_window,
+    "expected": by_expectation,
+    "key_diff": by_difference,
+}
