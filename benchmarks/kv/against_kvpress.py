@@ -42,8 +42,16 @@ SHARED = {
     "expected": ("expected_attention",),
     "key_diff": ("keydiff",),
     "random": ("random",),
+    "key_norm, score alone": ("knorm",),
+    "tova, score alone": ("tova",),
+    "h2o by age, score alone": ("observed_attention",),
+    "expected, score alone": ("expected_attention",),
+    "key_diff, score alone": ("keydiff",),
+    "snapkv, heads share": ("adakv(snapkv, window=16)",),
+    "expected, heads share": ("adakv(expected_attention)",),
 }
-"""Our name of a method, and kvpress's. Its observed attention divides by a token's age."""
+"""Our name of a method, and kvpress's. Its observed attention divides by a token's age. A quarter of our budget is for
+the newest tokens but where it is `score alone`, which is how kvpress has it."""
 BOUNDS = ("full", "oracle", "random", "random, one choice")
 Answers = dict[str, NDArray[Any]]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import SINKS, evicting, recent, storing
+from methods import ALONE, SINKS, evicting, recent, storing
 from numpy.typing import NDArray
 from protocol import MakeCache, Protocol, chance, examine, oracle, plain
 from tasks import CHANCE, LAST, TASKS, Batch, batch
@@ -155,11 +155,12 @@ def checks(
 
 
 def _spread(rows: list[dict[str, Any]], task: str, kept: float) -> float:
-    """Best less worst method."""
+    """Best less worst of the methods that keep the newest tokens."""
+    others = (*BOUNDS, *ALONE)
     values = [
         each["accuracy"][0]
         for each in rows
-        if (each["protocol"], each["task"], each["kept"]) == ("blind", task, kept) and each["method"] not in BOUNDS
+        if (each["protocol"], each["task"], each["kept"]) == ("blind", task, kept) and each["method"] not in others
     ]
     return float(max(values) - min(values))
 

@@ -21,6 +21,13 @@ EVICTING: dict[str, dict[str, Any]] = {
     "key_diff": {"scorer": "key_diff"},
     "h2o, int8(token)": {"scorer": "h2o", "keys": "int8(token)", "values": "int8(token)"},
 }
+for _name in ("snapkv", "expected", "key_diff"):
+    EVICTING[f"{_name}, heads share"] = {**EVICTING[_name], "heads": "adaptive"}
+ALONE: dict[str, dict[str, Any]] = {
+    f"{name}, score alone": {**EVICTING[name], "recent": 1, "sinks": sinks}
+    for name, sinks in {"key_norm": 0, "h2o by age": 0, "tova": 0, "expected": SINKS, "key_diff": 0}.items()
+}
+"""As kvpress has these methods: no token stays but by its score, of `expected` the first ones."""
 NO_WIDER = {"snapkv": "window", "expected": "interval"}
 """Settings that are what stays, at most: the newest queries, the steps until a score is made."""
 WINDOW = 16
@@ -53,14 +60,12 @@ def recent(budget: int) -> int:
 def evicting(layers: int, budget: int) -> dict[str, list[KvSpec]]:
     """Caches that keep `budget` tokens per head. To add one is to add a row above, or here where layers differ."""
     kept = {"budget": budget, "sinks": SINKS, "recent": recent(budget)}
-    return {
-        name: [KvSpec(**kept, **settings, **_narrow(settings, budget))] * layers for name, settings in EVICTING.items()
-    }
+    return {name: [_spec({**kept, **settings})] * layers for name, settings in (EVICTING | ALONE).items()}
 
 
-def _narrow(settings: dict[str, Any], budget: int) -> dict[str, int]:
+def _spec(settings: dict[str, Any]) -> KvSpec:
     name = NO_WIDER.get(settings["scorer"])
-    return {name: min(WINDOW, recent(budget))} if name else {}
+    return KvSpec(**settings, **({name: min(WINDOW, settings["recent"])} if name else {}))
 
 
 def storing(layers: int) -> dict[str, list[KvSpec]]:

@@ -176,8 +176,8 @@ class KvSpec:
         if self.heads == "adaptive" and self.scorer in ("", "position", "tova"):
             why = f"{self.scorer} scores alike for all heads" if self.scorer else "nothing is dropped"
             raise UsageError(
-                f"heads=adaptive shares tokens out by the scores of heads, and {why}. Take the scorer key_norm, key_diff, "
-                "h2o, snapkv or expected, or heads=even."
+                f"heads=adaptive shares tokens out by the scores of heads, and {why}. Take the scorer key_norm, "
+                "key_diff, h2o, snapkv or expected, or heads=even."
             )
         if self.heads == "adaptive" and self.static:
             raise UsageError(
