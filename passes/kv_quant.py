@@ -133,7 +133,7 @@ class KvQuant(KvPass):
         return replace(plain, keys=keys, values=values, residual=self.residual, rotated=self.rotated)
 
     def observe(self, spec: KvSpec, layer: int, seen: Observed) -> dict[str, Tensor]:
-        if layer in self.float_layers:
+        if not (spec.keys or spec.values):  # one of float_layers, whose number may be another by now
             return {}
         found = {}
         if self.static is not None:
@@ -151,7 +151,7 @@ class KvQuant(KvPass):
                 told = f"so it is stored otherwise: of {len(lost)} layers the error of its outputs is number {rank}"
                 settled.append(Settled(self._spared(spec), {}, (*notes, told)))
             else:
-                settled.append(Settled(spec, {name: taken[name] for name in spec.wants}, notes))
+                settled.append(Settled(spec, {name: taken[name] for name in spec.scale_tensors}, notes))
         return settled
 
     @property

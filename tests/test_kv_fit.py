@@ -108,6 +108,15 @@ def test_a_stopped_run_takes_up_what_was_observed(model: Model, data: Calibratio
     assert not list((tmp_path / "model").glob("*.tmp"))
 
 
+def test_a_run_that_stopped_after_the_caches_were_fitted_ends_as_it_would_have(
+    model: Model, data: Calibration, tmp_path: Path
+) -> None:
+    whole = Pipeline(Fitted()).run(model, data, folder=tmp_path / "model", journal=Journal(tmp_path / "log"))
+    again = Pipeline(Fitted()).run(model, data, folder=tmp_path / "model", journal=Journal(tmp_path / "log"))
+    assert again.model.digest == whole.model.digest
+    assert [spec.budget for spec in again.model.kv] == [50, 51, 52]
+
+
 def test_without_data_it_is_refused(model: Model) -> None:
     with pytest.raises(UsageError, match="needs calibration data"):
         Pipeline(Fitted()).run(model)

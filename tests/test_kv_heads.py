@@ -388,6 +388,23 @@ def test_heads_are_trained_on_the_finished_model_and_go_with_it(
     assert session.greedy(ids[0].tolist(), 4) == expected
 
 
+@pytest.mark.parametrize("quant", ["keys=int8(channel), values=int8(head), static=minmax, ", ""])
+@pytest.mark.parametrize("order", [1, -1])
+def test_heads_and_what_data_say_of_stores_go_together_in_any_order(
+    quant: str, order: int, data: tuple[Model, Calibration], tmp_path: Path
+) -> None:
+    head = f"kv_evict({SETTINGS}, by=kvzap, labels=attention)"
+    Pipeline.parse(", ".join([f"kv_quant({quant}sensitive=1)", head][::order])).run(*data, folder=tmp_path / "model")
+    stored = store.open_store(tmp_path / "model")
+    assert [set(held) for held in stored.kv_tensors] == [set(spec.wants) for spec in stored.kv]
+    scales = [name for held in stored.kv_tensors for name in held if name.endswith("scale")]
+    assert len(scales) == (4 if quant else 0)  # keys and values of two layers; the third is spared
+    Pipeline.parse(head).run(*data, folder=tmp_path / "alone")
+    alone = store.open_store(tmp_path / "alone").kv_tensors
+    for held, expected in zip(stored.kv_tensors, alone, strict=True):
+        assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+
+
 def test_the_same_data_and_seed_give_the_same_heads(data: tuple[Model, Calibration], tmp_path: Path) -> None:
     found = []
     for place, seed in enumerate((0, 0, 1)):

@@ -420,6 +420,13 @@ def test_spared_layers_leave_their_scales_behind_and_keep_what_others_say() -> N
     assert spared.notes[0].endswith("the attention's outputs by 25.00%")
 
 
+def test_a_float_layer_stays_so_where_a_later_pass_numbers_layers_anew(model: Model, data: Calibration) -> None:
+    text = "kv_quant(keys=int8(head), values=int8(head), static=minmax, float_layers=[1]), drop_blocks(blocks=[0])"
+    result = Pipeline.parse(text).run(model, data)
+    assert [spec.is_plain for spec in result.model.kv] == [True, False]
+    assert [sorted(held) for held in result.model.kv_tensors] == [[], ["key_scale", "value_scale"]]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -108,7 +108,8 @@ class _Layers:
         return found
 
     def _is_kept(self, layer: int) -> bool:
-        return self.journal is not None and self.steps[layer] in self.journal
+        """Of a run that stopped after its caches were fitted, what was observed is gone, and is observed anew."""
+        return self.journal is not None and self.steps[layer] in self.journal and self.files[layer].is_file()
 
     def _observed(self, index: int, layer: int, spec: KvSpec) -> Mapping[str, Tensor]:
         found = self.item.observe(spec, layer, _Observed(self.stream, index))

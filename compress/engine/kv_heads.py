@@ -35,7 +35,7 @@ def check_windows(batches: Sequence[Tensor], labels: Labels, sinks: int, recent:
 
 
 def learned(spec: KvSpec, seen: Observed, labels: Labels, how: retaining.Fitting) -> dict[str, Tensor]:
-    """A layer's head, by the names in `spec.wants`, and `FIGURES`."""
+    """A layer's head, by the names in `spec.head_tensors`, and `FIGURES`."""
     started = time.perf_counter()
     batches, judged, held = [], [], set(distill.split(len(seen))[1])
     for place, batch in enumerate(seen):
@@ -70,8 +70,8 @@ def told(figures: Tensor, labels: Labels) -> tuple[str, ...]:
 
 
 def tensors_of(spec: KvSpec, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the spec wants, of what `learned` gave."""
-    return {name: found[name] for name in spec.wants}
+    """The head, of what `learned` gave."""
+    return {name: found[name] for name in spec.head_tensors}
 
 
 class _Judged(NamedTuple):

@@ -119,7 +119,7 @@ class KvSpec:
             raise UsageError(f"reuse={self.reuse} is a cosine in [0, 1]; 0: each step chooses anew.")
 
     def _check_scales(self) -> None:
-        if self.static and not self._scales:
+        if self.static and not self.scale_tensors:
             raise UsageError(
                 f"{self.told()}: static scales are shared by all tokens, and these formats have none. Give "
                 "int8(channel), int8(head) or int8(tensor), or leave static out."
@@ -216,14 +216,16 @@ class KvSpec:
     @property
     def wants(self) -> tuple[str, ...]:
         """The tensors that the layer's cache needs beside this, by name (compress/models/cache_tensors.py)."""
-        return self._scales + self._head
+        return self.scale_tensors + self.head_tensors
 
     @property
-    def _scales(self) -> tuple[str, ...]:
+    def scale_tensors(self) -> tuple[str, ...]:
+        """Those of `wants` that are static scales (compress/kv/static.py)."""
         return tuple(f"{part}_scale" for part in ("key", "value") if self.static_part(part))
 
     @property
-    def _head(self) -> tuple[str, ...]:
+    def head_tensors(self) -> tuple[str, ...]:
+        """Those of `wants` that are of a trained head (compress/kv/heads.py)."""
         if not self.learned:
             return ()
         layers = ("head.first", "head.second") if self.head_width else ("head.second",)
