@@ -467,6 +467,16 @@ def test_native_runs_it(source: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [TOKENS, EXACT], ids=str)
+def test_what_is_found_is_told_of_stores_with_static_scales_too(
+    model: Any, ids: Tensor, settings: dict[str, Any]
+) -> None:
+    spec = KvSpec(keys="int8(tensor)", static=True, **settings, **FEW)
+    tensors: tuple[dict[str, Tensor], ...] = ({"key_scale": torch.full((1, 1), 0.05)},) * 3
+    found = TorchSession(model, 1, (spec,) * 3, tensors).recall(ids[:1].numpy())
+    assert found.heads and 0 < found.found <= 1
+
+
+@pytest.mark.parametrize("settings", [TOKENS, EXACT], ids=str)
 def test_a_session_reads_and_generates_through_it(model: Any, ids: Tensor, settings: dict[str, Any]) -> None:
     session, tokens = TorchSession(model, 1, (KvSpec(**settings, **FEW, chunk=16),) * 3), ids[:1].numpy()
     plain, found = session.one_by_one(tokens), session.logits(tokens)

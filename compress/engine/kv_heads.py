@@ -54,7 +54,7 @@ def learned(spec: KvSpec, seen: Observed, labels: Labels, how: retaining.Fitting
         float(trained.held),
         _correlation(judged, by_head),
         _correlation(judged, [-each.norms for each in judged]),
-        _correlation(judged, [torch.arange(each.mass.shape[-1]).expand_as(each.mass) for each in judged]),
+        _correlation(judged, [-each.ages.expand_as(each.mass) for each in judged]),
     )
     return {**trained.tensors, FIGURES: torch.tensor(figures, dtype=torch.float64)}
 

@@ -43,7 +43,7 @@ class RetrievalLayer(SelectLayer):
         else:
             index, counts = self._searched(now, candidates, scaling)
         if self.recall is not None:
-            found = torch.zeros(*index.shape[:2], candidates.shape[1] + 1, dtype=torch.bool)
+            found = torch.zeros(*index.shape[:2], candidates.shape[1] + 1, dtype=torch.bool, device=index.device)
             found.scatter_(2, torch.where(counts, index, candidates.shape[1]), True)
             self._recalled(now, found[..., :-1], candidates, scaling)
         batch, heads, count = index.shape
@@ -128,7 +128,7 @@ class RetrievalLayer(SelectLayer):
     def _learn(self, query: Tensor, asked: Tensor) -> None:
         if self.spec.index != "linked":
             return
-        new = torch.arange(self.seen, self.seen + asked.shape[1]) % self.stride == 0
+        new = torch.arange(self.seen, self.seen + asked.shape[1], device=asked.device) % self.stride == 0
         fresh, valid = query[:, :, new], asked[:, new]
         if self.asks is not None:
             fresh, valid = torch.cat([self.asks, fresh], 2), torch.cat([self.asks_valid, valid], 1)

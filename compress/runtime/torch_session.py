@@ -124,7 +124,7 @@ class TorchSession:
 
     def recall(self, ids: Ids) -> Recall:
         """What choices of tokens find of the true top keys, ids (batch, length) being read one by one."""
-        cache = KvCache.attach(self.model, self.caches)
+        cache = KvCache.attach(self.model, self.caches, self.tensors)
         cache.watch()
         self.one_by_one(ids, cache)
         return cache.recall

@@ -138,8 +138,9 @@ def _solved(
     products = torch.zeros(inputs + 2, inputs + 2, dtype=torch.float64, device=batches[0][0].device)
     targets = torch.zeros(inputs + 2, kv_heads, dtype=torch.float64, device=batches[0][0].device)
     for features, labels in (batches[place] for place in places):
-        older = torch.zeros(features.shape[1]) if ages is None else -ages
-        more = torch.stack([older, torch.ones(features.shape[1])], -1).to(features.device)
+        ones = features.new_ones(features.shape[1])
+        older = torch.zeros_like(ones) if ages is None else -ages.to(ones)
+        more = torch.stack([older, ones], -1)
         rows = torch.cat([features, more.expand(len(features), -1, -1)], -1).reshape(-1, inputs + 2).double()
         products += rows.T @ rows
         targets += rows.T @ labels.transpose(1, 2).reshape(-1, kv_heads).double()
