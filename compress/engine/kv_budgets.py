@@ -45,9 +45,7 @@ def _of_batch(spec: KvSpec, batch: Attended) -> Tensor:
     mean over rows and heads, of what the newest `recent` queries attend to."""
     length = batch.key.shape[2]
     recent = min(spec.recent, length)
-    logits = batch.logits(slice(length - recent, length))
-    causal = torch.ones(recent, length, dtype=torch.bool, device=logits.device).tril(length - recent)
-    mass = logits.masked_fill(~causal, -torch.inf).softmax(-1).mean((2, 3))
+    mass = batch.weights(slice(length - recent, length)).mean((2, 3))
     others = mass[..., spec.sinks : length - recent].sort(-1, descending=True).values
     lost = others.flip(-1).cumsum(-1).flip(-1).mean((0, 1))
     curve = lost.new_zeros(length + 1)

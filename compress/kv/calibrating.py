@@ -193,8 +193,6 @@ def outputs(seen: Attended, key: Tensor, value: Tensor) -> Tensor:
     other = replace(seen, key=key, value=value)
     found = []
     for start in range(0, count, QUERIES):
-        stop = min(start + QUERIES, count)
-        later = torch.arange(count, device=key.device) > torch.arange(start, stop, device=key.device)[:, None]
-        weights = other.logits(slice(start, stop)).masked_fill(later, -torch.inf).softmax(-1)
+        weights = other.weights(slice(start, min(start + QUERIES, count)))
         found.append(torch.einsum("bhgqk,bhkd->bhgqd", weights, value.float()))
     return torch.cat(found, 3)

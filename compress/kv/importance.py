@@ -47,7 +47,7 @@ def attention_mass(seen: Attended, tokens: slice, *, weighed: bool = False) -> T
 
     weighed: times the norm of what its value adds to the residual stream. Returns: (batch, kv heads, tokens) float32.
     """
-    by_head = _attention(seen, _later(seen))[..., tokens].sum(3)
+    by_head = seen.weights(_later(seen))[..., tokens].sum(3)
     return (by_head * contributions(seen)[..., tokens] if weighed else by_head).sum(2)
 
 
@@ -59,7 +59,7 @@ def replayed(seen: Attended, tokens: slice) -> Tensor:
     Returns: (batch, kv heads, tokens) float32.
     """
     half = seen.key.shape[2] // 2
-    weights = _attention(seen, slice(half, 2 * half))[..., tokens]
+    weights = seen.weights(slice(half, 2 * half))[..., tokens]
     norms = contributions(seen)[..., tokens]
     return (weights * norms[:, :, :, None]).amax((2, 3)).clamp(min=torch.finfo(torch.float32).tiny).log()
 
@@ -100,11 +100,3 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
 def _later(seen: Attended) -> slice:
     length = seen.key.shape[2]
     return slice(length - length // SHARE, length)
-
-
-def _attention(seen: Attended, queries: slice) -> Tensor:
-    """Of some queries to all keys up to their own, (batch, kv heads, groups, queries, n)."""
-    length = seen.key.shape[2]
-    places = torch.arange(length, device=seen.key.device)
-    is_later = places > places[queries, None]
-    return seen.logits(queries).masked_fill(is_later, -torch.inf).softmax(-1)

@@ -54,6 +54,11 @@ class Attended:
         asked = self.query[:, :, queries].reshape(batch, kv_heads, self.groups, -1, size).float()
         return torch.einsum("bhgqd,bhkd->bhgqk", asked, self.key.float()) * self.scaling
 
+    def weights(self, queries: slice) -> Tensor:
+        """The attention of some queries to all keys up to their own, shaped as `logits`, in sum 1."""
+        places = torch.arange(self.key.shape[2], device=self.key.device)
+        return self.logits(queries).masked_fill(places > places[queries, None], -torch.inf).softmax(-1)
+
 
 def again(seen: Attended, hidden: Tensor) -> Attended:
     """The same attention at the same positions on other hidden states, shaped alike."""
