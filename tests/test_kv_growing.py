@@ -30,6 +30,7 @@ INT8 = KvSpec(keys="int8(token)", values="int8(token)")
 MIXED = (KvSpec(keys="int4(group=8)", values="int8(group=4)"), KvSpec(values="int4(token)"))
 STATIC = {by: KvSpec(keys=f"int8({by})", values=f"int8({by})", static=True) for by in ("channel", "head", "tensor")}
 INT4 = KvSpec(keys="int4(channel)", values="int4(channel)", static=True)
+APART = KvSpec(keys="int8(channel)", values="int8(tensor)", static=True)
 SHAPES = {"channel": (2, 16), "head": (2, 1), "tensor": (1, 1)}
 LENGTH = 40
 Write = Callable[..., GrowingSession]
@@ -53,8 +54,8 @@ def ids() -> np.ndarray:
 def scales_of(spec: KvSpec, seed: int) -> dict[str, torch.Tensor]:
     """Made by hand, some so small that codes are clipped."""
     made, bits = torch.Generator().manual_seed(seed), 4 if "int4" in spec.keys + spec.values else 8
-    shape = SHAPES[spec.keys[5:-1]] if spec.static else (1, 1)
-    return {name: (torch.rand(shape, generator=made) + 0.3) / 2 ** (bits - 1) for name in spec.wants}
+    by = {"key_scale": spec.keys[5:-1], "value_scale": spec.values[5:-1]}
+    return {name: (torch.rand(SHAPES[by[name]], generator=made) + 0.3) / 2 ** (bits - 1) for name in spec.wants}
 
 
 def with_caches(model: Model, *specs: KvSpec) -> Model:
@@ -119,7 +120,7 @@ class StoredFirst(DynamicCache):
         return super().update(*rounded, layer, *args, **settings)
 
 
-@pytest.mark.parametrize("spec", [STATIC["channel"], STATIC["tensor"], INT4], ids=str)
+@pytest.mark.parametrize("spec", [STATIC["channel"], STATIC["tensor"], INT4, APART], ids=str)
 def test_group_query_attention_reads_every_token_as_it_is_stored(
     spec: KvSpec, write: Write, model: Model, in_torch: Any, ids: np.ndarray
 ) -> None:

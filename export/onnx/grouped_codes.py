@@ -69,9 +69,9 @@ def _tell(graph: GraphBuilder, codes: Mapping[str, Codes], heads: int) -> None:
     """Give the operator that was made last the scales and the type of its cache."""
     made = next(node for node in reversed(graph.nodes) if node.op_type == "GroupQueryAttention")
     made.resize_inputs(SCALES + 2)
+    kind = "PER_TENSOR" if all(each.scales.size == 1 for each in codes.values()) else "PER_CHANNEL"  # of both alike
     for place, (part, letter) in enumerate((("key", "k"), ("value", "v")), SCALES):
         each = codes[part]
-        kind = "PER_TENSOR" if each.scales.size == 1 else "PER_CHANNEL"
         shape = (1,) if kind == "PER_TENSOR" else (1, heads, 1, each.size)
         wide = from_numpy(np.broadcast_to(each.scales.reshape(1) if len(shape) == 1 else each.scales, shape).copy())
         scale = graph.initializer(each.name, partial(_same, wide), float32, shape)
