@@ -274,8 +274,13 @@ def test_what_graphs_do_not_hold_is_refused_by_name(spec: KvSpec, told: str) -> 
 def test_gpus_and_heads_that_runs_do_not_divide_are_refused(model: Model, tmp_path: Path) -> None:
     gpu = growing.refusal((INT8,), hwprofiles.load("nvidia-l4").runtime("onnxruntime"))
     assert gpu is not None and not gpu.usage and "CPU provider" in gpu.reason
-    with pytest.raises(UnsupportedError, match="runs of 12 do not divide"):
-        cache_codes.of_layer(KvSpec(keys="int8(group=12)"), {}, 16, 0)
+    for made in (with_caches(model, KvSpec(keys="int8(group=12)")), with_caches(model, KvSpec(values="int4(group=1)"))):
+        with pytest.raises(UnsupportedError, match=r"runs of 12? do not divide"):  # the plan, before any work
+            target.predict_bytes(model.structure.layers.values(), made, PROFILE)
+        with pytest.raises(UnsupportedError, match=r"runs of 12? do not divide"):
+            cache_codes.of_layer(made.kv[0], {}, 16, 0)
+    with pytest.raises(UnsupportedError, match="15 channels"):
+        cache_codes.of_layer(INT4, {name: torch.ones(2, 15) for name in INT4.wants}, 15, 0)
 
 
 def test_an_artifact_with_codes_is_verified_and_generates(model: Model, tmp_path: Path) -> None:

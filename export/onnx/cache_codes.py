@@ -167,25 +167,31 @@ def of_layer(spec: KvSpec, tensors: Mapping[str, Tensor], size: int, layer: int)
 
 def _codes(spec: KvSpec, part: Part, size: int, fixed: tuple[Tensor, str] | None) -> Codes:
     """fixed: scales and their name in a graph."""
-    form = _form(spec, part)
-    assert isinstance(form, IntGrid)
+    form = require_whole_bytes(spec, part, size)
     if fixed is not None:
         return Codes(form.bits, size, 0, fixed[0].float().numpy(), fixed[1])
+    return Codes(form.bits, size, size // (form.group if isinstance(form.group, int) else size))
+
+
+def require_whole_bytes(spec: KvSpec, part: Part, size: int) -> IntGrid:
+    """The format of keys or values. size: of a head. Raises: UnsupportedError where its runs leave bytes half full."""
+    form = _form(spec, part)
+    assert isinstance(form, IntGrid)
     run = form.group if isinstance(form.group, int) else size
     if size % run or run % (8 // form.bits):
         raise UnsupportedError(
             f"{text_of(spec, part)}: the vectors of this model's cache have {size} channels, which runs of {run} do "
-            "not divide into whole bytes. Give a group that divides them."
+            "not divide into whole bytes. Give a group that divides them, or 8 bits where their number is odd."
         )
-    return Codes(form.bits, size, size // run)
+    return form
 
 
-def graph_bytes(spec: KvSpec) -> int:
-    """About what the nodes of a layer's codes take in a graph, fitted on Llamas of 2 and 4 blocks."""
-    parts = [part for part in PARTS if text_of(spec, part)]
-    own = sum(not spec.static_part(part) for part in parts)
-    packed = sum(bool(getattr(_form(spec, part), "bits", 8) == 4) for part in parts)
-    return 2_300 * len(parts) + 2_900 * own + 2_300 * packed
+def graph_bytes(spec: KvSpec, size: int) -> int:
+    """About what the nodes of a layer's codes take in a graph, fitted on Llamas of 2 and 4 blocks. size: of a head.
+    Raises: as `require_whole_bytes`."""
+    bits = {part: require_whole_bytes(spec, part, size).bits for part in PARTS if text_of(spec, part)}
+    own = sum(not spec.static_part(part) for part in bits)
+    return 2_300 * len(bits) + 2_900 * own + 2_300 * list(bits.values()).count(4)
 
 
 def text_of(spec: KvSpec, part: Part) -> str:

@@ -118,7 +118,8 @@ def capture(model: Model, profile: Profile) -> bytes:
 
 
 def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) -> int:
-    """Bytes of the folder that `write` would make, without the weights (graph estimated per node kind)."""
+    """Bytes of the folder that `write` would make, without the weights (graph estimated per node kind). Raises:
+    UnsupportedError for caches whose vectors codes do not divide."""
     specs, runtime = [spec.as_dense for spec in specs], profile.runtime(RUNTIME)
     choices = [choice for spec in specs if isinstance(choice := choose(spec, runtime), Choice)]
     weights = sum(choice.stored_bytes for choice in choices) + transforms.stored_bytes(specs)
@@ -133,7 +134,8 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     drops, reason = any(spec.evicts for spec in model.kv), grouped_codes.refusal(model.kv)
     if model.kv and not drops:
         graphs += GRAPH_BASE_BYTES + layers * ROUNDED_LAYER_BYTES + nodes
-        graphs += sum(map(cache_codes.graph_bytes, model.kv))
+        sizes = (size for _, size in cache_shapes(model))
+        graphs += sum(map(cache_codes.graph_bytes, model.kv, sizes))
     if drops:
         graphs += slot_heads.predict_bytes(model)
         graphs += SLOTS_BASE_BYTES + layers * SHARED_LAYER_BYTES + len(model.kv) * SLOTS_CACHE_BYTES + nodes
