@@ -178,6 +178,28 @@ def test_the_session_of_an_engine_reads_in_chunks_and_hands_slots_on(
     session.call(ids[:1, :1], 40)()
 
 
+def test_a_timed_prompt_that_is_longer_than_a_chunk_is_read_in_pieces(
+    model: Model, graph: bytes, ids: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    becoming(monkeypatch, tmp_path / "cache")()
+    target.write(replace(model, kv=(H2O, H2O)), hwprofiles.load("nvidia-h100-sxm"), tmp_path / "out", graph)
+    session = target.session(tmp_path / "out", 1)
+    assert isinstance(session, EngineSession)
+    run, seen = session.run, list[Any]()
+
+    def watched(feeds: Any) -> Any:
+        found = run(feeds)
+        seen.append(found["logits"])
+        return found
+
+    once, first = session.call(ids[:1, :20], 0), session.greedy(ids[0, :20].tolist(), 1)[0]
+    monkeypatch.setattr(session, "run", watched)
+    for _ in "12":  # a repeated call does the same work
+        seen.clear()
+        once()
+        assert [each.shape[1] for each in seen] == [8, 8, 4] and int(seen[-1][0, -1].argmax()) == first
+
+
 def test_an_engine_with_slots_is_built_verified_and_generates(model: Model, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (extra tensorrt-rtx)")
     result = Pipeline(KvQuant(), KvEvict(budget=24, by="h2o", sinks=2, recent=4, chunk=16)).run(model)

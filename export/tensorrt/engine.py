@@ -148,6 +148,8 @@ class EngineSession:
     def call(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
         """See compress.target.Session: the engine alone, from inputs that lie in the GPU's memory to outputs there; it
         returns when the GPU is done. The cache of `past` tokens is zero. Raises: as `run`."""
+        if self.slots is not None and ids.shape[1] > self.slots.chunk:
+            return self._in_turn(ids, past)
         feeds = self._feeds(ids, past)
         found = self._bind(feeds)
         binding = self._bindings
@@ -160,6 +162,21 @@ class EngineSession:
             self._execute()
 
         return once
+
+    def _in_turn(self, ids: NDArray[Any], past: int) -> Callable[[], None]:
+        """`call` of more tokens than slots take at once, piece by piece, each with the slots that the last one left."""
+        assert self.slots is not None
+        mask, empty = np.ones((len(ids), past + ids.shape[1]), np.int64), self.empty_cache(len(ids), past)
+        starts = range(0, ids.shape[1], self.slots.chunk)
+        ends = [min(start + self.slots.chunk, ids.shape[1]) for start in starts]
+        pieces = [self.tokens(ids[:, a:b], mask[:, : past + b]) for a, b in zip(starts, ends, strict=True)]
+
+        def all_pieces() -> None:
+            cache = empty
+            for tokens in pieces:
+                cache = slotted.present(self.run({**tokens, **cache}), cache)
+
+        return all_pieces
 
     def tokens(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Tensor]:
         """Inputs but for the cache: ids (batch, length), mask (batch, past + length)."""
