@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from compress.errors import UnsupportedError, UsageError
 from compress.kv import scorers
-from compress.kv.cache import KvCache, KvLayer
+from compress.kv.cache import KvCache
+from compress.kv.layer import KvLayer
 from compress.kv.spec import KvSpec, row_format
 from compress.kv.stores import ChannelStore, RowStore, decode, encode
 

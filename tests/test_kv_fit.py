@@ -18,7 +18,7 @@ from compress.engine.journal import Journal
 from compress.engine.kv_pass import KvPass, Observed, Settled
 from compress.errors import InputError, UsageError
 from compress.inputs.datasets import Calibration, calibrate
-from compress.kv.cache import KvLayer
+from compress.kv.layer import KvLayer
 from compress.kv.observed import attention_of, use_seen, watching
 from compress.kv.spec import KvSpec
 from compress.models import placing

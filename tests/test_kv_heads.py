@@ -18,7 +18,8 @@ from compress.engine import kv_heads, store
 from compress.errors import InputError, UsageError
 from compress.inputs.datasets import Calibration, calibrate
 from compress.kv import heads, importance, scorers
-from compress.kv.cache import KvCache, KvLayer
+from compress.kv.cache import KvCache
+from compress.kv.layer import KvLayer
 from compress.kv.observed import Attended
 from compress.kv.spec import KvSpec
 from compress.models.model import Model

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPTJConfig, LlamaCo
 
 from compress.errors import UnsupportedError, UsageError
 from compress.kv import snapkv
-from compress.kv.cache import KvCache, KvLayer
+from compress.kv.cache import KvCache
 from compress.kv.expected import Expected
+from compress.kv.layer import KvLayer
 from compress.kv.rotation import Rotation, rotation_of
 from compress.kv.spec import KvSpec
 from compress.passes import KvEvict

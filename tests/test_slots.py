@@ -25,7 +25,8 @@ from compress.export.onnx.slot_attention import attend
 from compress.export.onnx.slot_session import SlotSession
 from compress.export.onnx.slot_tokens import Tokens
 from compress.export.onnx.slot_update import Update
-from compress.kv.cache import KvCache, KvLayer, _attend
+from compress.kv.cache import KvCache, _attend
+from compress.kv.layer import KvLayer
 from compress.kv.spec import KvSpec
 from compress.kv.stores import RowStore
 from compress.models.model import Model

@@ -18,7 +18,8 @@ from tasks import Batch
 from torch import Tensor, nn
 
 from compress.kv import scorers
-from compress.kv.cache import KvCache, KvLayer, use_attention
+from compress.kv.cache import KvCache, use_attention
+from compress.kv.layer import KvLayer
 from compress.kv.spec import KvSpec
 
 Protocol = Literal["blind", "aware"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.kv import scorers
-from compress.kv.cache import KvLayer
+from compress.kv.layer import KvLayer
 from compress.kv.spec import KvSpec
 from compress.kv.stores import SlotStore, Store
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress.kv import selection
 from compress.kv.attention import attended
-from compress.kv.cache import KvLayer
+from compress.kv.layer import KvLayer
 
 
 class SelectLayer(KvLayer, ABC):
