@@ -141,6 +141,7 @@ class Pipeline:
         self.check_dtype(model, None if calibration is None else calibration.dtype)
         laid = self.lay(model)
         planned(laid[-1].resolution)  # refuses what a layer's shape does not allow, before any work
+        kv_fit.check(self.passes, calibration)
         keeper = tempfile.TemporaryDirectory(prefix="compress-") if folder is None else None
         target = Path(keeper.name) if keeper else folder
         assert target is not None

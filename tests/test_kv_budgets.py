@@ -18,7 +18,7 @@ from compress.kv.flat import FlatLayer
 from compress.kv.spec import KvSpec
 from compress.maths import budgets
 from compress.models.model import Model
-from compress.passes import KvEvict
+from compress.passes import KvEvict, Rtn
 from compress.pipeline import Pipeline, planned_caches
 from helpers.kv_twin import twin
 
@@ -262,9 +262,12 @@ def test_what_cannot_be_is_refused(text: str, told: str) -> None:
         Pipeline.parse(text)
 
 
-def test_a_budget_that_windows_do_not_fill_is_refused_before_they_are_read(loaded: Model, data: Calibration) -> None:
+def test_a_budget_that_windows_do_not_fill_is_refused_before_any_work(
+    loaded: Model, data: Calibration, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="have 48 tokens at most, so a budget of 64"):
-        Pipeline(KvEvict(budget=64, layers="measured")).run(loaded, data)
+        Pipeline(Rtn(bits=8), KvEvict(budget=64, layers="measured")).run(loaded, data, folder=tmp_path / "model")
+    assert not (tmp_path / "model").exists()
     with pytest.raises(UsageError, match="needs calibration data"):
         Pipeline(KvEvict(budget=40, layers="measured")).run(loaded)
     with pytest.raises(UsageError, match="and nothing is dropped"):

@@ -39,7 +39,7 @@ def fit(
     A stopped run takes up what was observed of each layer; the rest depends on the finished model alone, so it ends
     with the same bytes.
     """
-    asking = [(place, item) for place, item in enumerate(passes) if isinstance(item, KvPass) and item.measures]
+    asking = _asking(passes)
     if not asking or calibration is None:
         return []
     model = store.open_store(folder, hashed=False)
@@ -63,6 +63,17 @@ def fit(
     for path in kept:
         path.unlink(missing_ok=True)
     return results
+
+
+def check(passes: Sequence[Pass], calibration: Calibration | None) -> None:
+    """Raises: UsageError for windows that a pass cannot measure on, before any work."""
+    for _, item in _asking(passes):
+        if calibration is not None:
+            item.windows(calibration.batches())
+
+
+def _asking(passes: Sequence[Pass]) -> list[tuple[int, KvPass]]:
+    return [(place, item) for place, item in enumerate(passes) if isinstance(item, KvPass) and item.measures]
 
 
 class _Layers:
