@@ -151,7 +151,7 @@ class Pipeline:
             stages = Stages(self.passes, model, calibration, target, journal, device, quiet, laid[:1], shared)
             results = stages.run()
             output_grids.fit(stages.resolution, calibration, target, device)
-            results += kv_fit.fit(self.passes, calibration, target, device, quiet, journal)
+            results += kv_fit.fit(self.passes, model, calibration, target, device, quiet, journal)
         passes = tuple(self._gather(place, results, part) for part in stages.sections for place in part.places)
         untied = tuple(name for part in stages.sections for name in part.resolution.untied)
         made = store.open_store(target, keeper)

@@ -428,6 +428,25 @@ def test_a_float_layer_stays_so_where_a_later_pass_numbers_layers_anew(model: Mo
 
 
 @pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("rtn(bits=8)", [0, 1, 2]),
+        ("drop_blocks(blocks=[1])", [0, 2]),
+        ("kv_evict(budget=64, by=kvzap, labels=attention, sinks=2, recent=4)", [0, 1, 2]),
+        ("kv_quant", []),
+    ],
+)
+def test_what_data_settled_stays_in_a_model_that_is_compressed_again(
+    text: str, kept: list[int], model: Model, data: Calibration
+) -> None:
+    first = Pipeline.parse("kv_quant(keys=int8(channel), values=int8(channel), static=minmax)").run(model, data).model
+    again = Pipeline.parse(text).run(first, data).model
+    assert [set(held) for held in again.kv_tensors] == [set(spec.wants) for spec in again.kv]
+    for held, layer in zip(again.kv_tensors, kept, strict=False):
+        assert all(torch.equal(held[name], tensor) for name, tensor in first.kv_tensors[layer].items())
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("kv_quant(keys=int8(channel))", r"come one by one\. Let data give it"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.engine import store
 from compress.engine.journal import Journal
-from compress.engine.kv_pass import KvPass, Settled, cached_blocks, rows
+from compress.engine.kv_pass import KvPass, Settled, cached_blocks, carried_tensors, rows
 from compress.engine.layerpass import Pass
 from compress.engine.segment import Found
 from compress.engine.stream import BlockStream
@@ -28,25 +28,31 @@ from compress.progress import Progress
 
 def fit(
     passes: Sequence[Pass],
+    source: Model,
     calibration: Calibration | None,
     folder: Path,
     device: str,
     progress: Progress,
     journal: Journal | None,
 ) -> list[Found]:
-    """Let the passes that measure settle the caches of a finished store. Returns: their rows for the report.
+    """Let the passes that measure settle the caches of a finished store, which keep what the source's had from data as
+    far as they still want it. Returns: their rows for the report.
 
     A stopped run takes up what was observed of each layer; the rest depends on the finished model alone, so it ends
     with the same bytes.
     """
-    asking = _asking(passes)
-    if not asking or calibration is None:
+    asking = _asking(passes) if calibration is not None else []
+    if not asking and not any(spec.wants for spec in source.kv):
         return []
     model = store.open_store(folder, hashed=False)
-    settled = [Settled(spec) for spec in model.kv]
+    settled = [
+        Settled(spec, {name: tensor for name, tensor in held.items() if name in spec.wants})
+        for spec, held in zip(model.kv, carried_tensors(source, model), strict=True)
+    ]
     results: list[Found] = []
     kept: list[Path] = []
     for place, item in asking:
+        assert calibration is not None
         started = time.perf_counter()
         layers = _Layers(item, model, calibration, folder, f"cache-{place}", device, journal)
         found = layers.run([each.spec for each in settled], progress)

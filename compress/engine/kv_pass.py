@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import model_validator
 from torch import Tensor
@@ -25,6 +25,8 @@ from compress.kv.spec import KvSpec, LayerTensors
 from compress.layer import LayerSpec
 from compress.models.model import Model, Task
 from compress.records import LayerResult
+
+Held = TypeVar("Held")
 
 
 class KvPass(Pass, ABC):
@@ -133,9 +135,16 @@ def cached_blocks(model: Model) -> list[int]:
 
 def carried(model: Model, made: Model) -> tuple[KvSpec, ...]:
     """The caches of a model of another shape, each as that of the block was."""
-    if not model.kv:
-        return ()
-    known = dict(zip((model.origins[place] for place in cached_blocks(model)), model.kv, strict=True))
+    return _by_block(model.kv, model, made) if model.kv else ()
+
+
+def carried_tensors(model: Model, made: Model) -> tuple[LayerTensors, ...]:
+    """What those caches had beside their specs."""
+    return _by_block(model.kv_tensors, model, made) if model.kv else ({},) * len(cached_blocks(made))
+
+
+def _by_block(held: Sequence[Held], model: Model, made: Model) -> tuple[Held, ...]:
+    known = dict(zip((model.origins[place] for place in cached_blocks(model)), held, strict=True))
     return tuple(known[made.origins[place]] for place in cached_blocks(made))
 
 
