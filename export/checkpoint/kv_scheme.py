@@ -130,8 +130,10 @@ def switch(modules: Sequence[nn.Module], rounds: bool) -> None:
 @contextmanager
 def in_float(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let attentions leave their keys and values as they are, for a while."""
+    before = [getattr(module, "quantization_enabled", True) for module in modules]
     switch(modules, False)
     try:
         yield
     finally:
-        switch(modules, True)
+        for module, rounds in zip(modules, before, strict=True):
+            switch([module], rounds)
