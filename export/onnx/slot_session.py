@@ -19,7 +19,7 @@ from compress.runtime.greedy import greedy
 
 FACTS = "compress.slots"
 """Metadata of the graph: JSON, the tokens of a prompt that are read at once (`chunk`) and each layer's KvSpec."""
-STATE, AFTER = "slots.", "next."
+STATE, AFTER, POSITION = "slots.", "next.", ".position"
 _TYPES = {"float": np.float32, "float16": np.float16, "int8": np.int8, "int32": np.int32}
 
 
@@ -40,7 +40,7 @@ class SlotSession(Session):
                 kind = _TYPES[item.type.removeprefix("tensor(").removesuffix(")")]
                 self.state[item.name] = kind, tuple(item.shape[1:])
 
-        heads = [shape for name, (_, shape) in self.state.items() if name.endswith(".position")]
+        heads = [shape for name, (_, shape) in self.state.items() if name.endswith(POSITION)]
         self.room = min(shape[-1] for shape in heads) - 1
         self.rounds = any(kind is np.int8 for kind, _ in self.state.values())
 
@@ -92,7 +92,7 @@ class Slots:
         self._binding.bind_output("logits", "cpu")
         self._buffers: dict[str, Any] = {}
         for name, (kind, shape) in session.state.items():
-            empty = np.full((batch, *shape), -1 if name.endswith(".position") else 0, kind)
+            empty = np.full((batch, *shape), -1 if name.endswith(POSITION) else 0, kind)
             self._buffers[name] = OrtValue.ortvalue_from_numpy(empty, "cpu")
             self._bind(name)
 
@@ -108,7 +108,7 @@ class Slots:
         return logits[:, -1]
 
     def _pieces(self, ids: Ids, mask: Ids) -> Iterator[Floats]:
-        positions = np.where(mask > 0, mask.cumsum(1) - 1, -1)[:, -ids.shape[1] :]
+        positions = positions_of(ids, mask)
         for at in range(0, ids.shape[1], self._session.chunk):
             piece = slice(at, at + self._session.chunk)
             yield self.read(ids[:, piece], positions[:, piece])
@@ -126,11 +126,9 @@ class Slots:
         """As if so many tokens had been read, the newest of which are there."""
         from onnxruntime import OrtValue
 
-        for name, (kind, shape) in self._session.state.items():
-            if name.endswith(".position"):
-                held = np.full((self._batch, *shape), -1, kind)
-                count = min(past, shape[-1] - 1)
-                held[..., :count] = np.arange(past - count, past)
+        for name, (_, shape) in self._session.state.items():
+            if name.endswith(POSITION):
+                held = pretended((self._batch, *shape), past)
                 self._buffers[name] = OrtValue.ortvalue_from_numpy(held, "cpu")
                 self._bind(name)
 
@@ -149,3 +147,17 @@ class Slots:
         return sum(
             self._batch * int(np.prod(shape)) * np.dtype(kind).itemsize for kind, shape in self._session.state.values()
         )
+
+
+def positions_of(ids: Ids, mask: Ids) -> Ids:
+    """True positions of ids (batch, length), −1 for padding; mask (batch, seen + length)."""
+    found: Ids = np.where(mask > 0, mask.cumsum(1) - 1, -1)[:, -ids.shape[1] :]
+    return found
+
+
+def pretended(shape: Sequence[int], past: int) -> NDArray[np.int32]:
+    """Positions of slots (…, slots + 1) when so many tokens were read, the newest of which are there."""
+    held = np.full(shape, -1, np.int32)
+    count = min(past, shape[-1] - 1)
+    held[..., :count] = np.arange(past - count, past)
+    return held

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import InputError, ResourceError, UnsupportedError
-from compress.export.onnx.slot_session import STATE
+from compress.export.onnx.slot_session import POSITION, STATE, pretended
 from compress.export.tensorrt import flavours, gpu, slotted
 from compress.export.tensorrt.builder import make_logger
 from compress.export.tensorrt.record import Record, read
@@ -187,8 +187,8 @@ class EngineSession:
         found = {}
         for name in self._cache:
             shape = rows, *(int(size) for size in self._engine.get_tensor_shape(name)[1:])
-            if name.endswith(slotted.POSITION):
-                found[name] = self._buffers.put(slotted.pretended(shape, past))
+            if name.endswith(POSITION):
+                found[name] = self._buffers.put(pretended(shape, past))
             else:
                 shape = shape if self.slots is not None else (*shape[:2], past, shape[3])
                 found[name] = self._buffers.zeros(shape, self._dtype(name))

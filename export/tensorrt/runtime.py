@@ -17,7 +17,7 @@ from compress.errors import InputError, UnsupportedError
 from compress.export.onnx.files import GRAPH
 from compress.export.onnx.providers import CPU
 from compress.export.onnx.runtime import load_onnxruntime
-from compress.export.onnx.slot_session import STATE
+from compress.export.onnx.slot_session import POSITION, STATE, pretended
 from compress.export.tensorrt import slotted
 from compress.export.tensorrt.engine import continuing, lacks
 from compress.export.tensorrt.record import Record
@@ -81,9 +81,7 @@ class Session:
     def empty_cache(self, rows: int) -> dict[str, NDArray[Any]]:
         """See EngineSession."""
         return {
-            name: slotted.pretended((rows, *shape), 0)
-            if name.endswith(slotted.POSITION)
-            else np.zeros((rows, *shape), TYPES[kind])
+            name: pretended((rows, *shape), 0) if name.endswith(POSITION) else np.zeros((rows, *shape), TYPES[kind])
             for name, (shape, kind) in self._cache.items()
         }
 

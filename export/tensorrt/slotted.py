@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.export.onnx.slot_session import AFTER, STATE
+from compress.export.onnx.slot_session import AFTER, POSITION, STATE, positions_of
 from compress.export.onnx.slots import reason
 from compress.export.tensorrt.flavours import RTX
 from compress.hwprofiles import Profile
@@ -17,7 +17,6 @@ from compress.kv.spec import KvSpec
 from compress.target import Refusal
 
 PAST, PRESENT = "past_key_values.", "present."
-POSITION = ".position"
 MOST_CHUNK = 3840
 """What TensorRT's TopK chooses at most, of the slots and of the new tokens: 1.7.1 does not build one of 3841, and does
 not look where the number follows from a shape."""
@@ -96,8 +95,7 @@ def inputs_of(ids: Ids, mask: Ids, slots: Slots | None) -> dict[str, Ids]:
     padding."""
     if slots is None:
         return {"input_ids": ids, "attention_mask": mask}
-    positions = np.where(mask > 0, mask.cumsum(1) - 1, -1)[:, -ids.shape[1] :]
-    return {"input_ids": ids, "position_ids": positions}
+    return {"input_ids": ids, "position_ids": positions_of(ids, mask)}
 
 
 def present(found: Mapping[str, Any], cache: Iterable[str]) -> dict[str, Any]:
@@ -108,14 +106,6 @@ def present(found: Mapping[str, Any], cache: Iterable[str]) -> dict[str, Any]:
 def is_after(name: str) -> bool:
     """Whether an output is the next value of a cache's input."""
     return name.startswith((PRESENT, AFTER))
-
-
-def pretended(shape: Sequence[int], past: int) -> NDArray[np.int32]:
-    """Positions of slots (…, slots + 1) when so many tokens were read, the newest of which are there."""
-    held = np.full(shape, -1, np.int32)
-    count = min(past, shape[-1] - 1)
-    held[..., :count] = np.arange(past - count, past)
-    return held
 
 
 def read(session: Computes, ids: Ids, mask: Ids, cache: dict[str, Any]) -> Iterator[Any]:
