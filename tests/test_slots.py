@@ -411,7 +411,10 @@ def test_layers_have_budgets_of_their_own(write: Write, in_torch: Any, ids: np.n
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"scorer": "snapkv", "window": 4}, "the scorer snapkv is not in the slot graph"),
+        (
+            {"scorer": "snapkv", "window": 4},
+            "snapkv is not in the slot graph, which has streaming, key_norm",
+        ),
         ({"scorer": "expected", "interval": 4}, "the scorer expected is not in the slot graph"),
         ({"scorer": "h2o", "heads": "adaptive"}, "as many slots for each head"),
     ],

@@ -59,7 +59,7 @@ def reason(spec: KvSpec) -> str:
     if not spec.evicts:
         return "a cache that keeps all tokens grows, and the slot graph has a fixed number of slots; add kv_evict"
     if spec.scorer not in SCORERS:
-        return f"the scorer {spec.scorer} is not in the slot graph, which has {', '.join(SCORERS)}"
+        return f"the scorer {spec.scorer} is not in the slot graph, which has {', '.join(('streaming', *_COUNTED))}"
     if spec.static or spec.rotated:
         what = "scales fitted to data (static)" if spec.static else "rotated vectors"
         return f"{what} are not in the slot graph, which has float and int8(token)"
