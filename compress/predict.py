@@ -17,6 +17,7 @@ from compress.hwprofiles import Profile
 from compress.inputs.images import BATCH
 from compress.inputs.windows import BATCH_TOKENS
 from compress.layer import LayerKind, LayerSpec
+from compress.models import cache_tensors
 from compress.models.image_source import ImageSource
 from compress.models.model import Model, Task
 from compress.recipe import Recipe
@@ -191,7 +192,7 @@ def predicted_parts(target: Any, specs: Iterable[LayerSpec], model: Model, profi
 
 def model_bytes(specs: Iterable[LayerSpec], model: Model) -> int:
     """Bytes of `model/`: the store and the files copied into it."""
-    total = model.plain_bytes + model.side_bytes
+    total = model.plain_bytes + model.side_bytes + cache_tensors.predict_bytes(model)
     for spec in specs:
         stored = spec.source_bytes if spec.format is None else spec.format.stored_bytes(spec.shape)
         total += stored + spec.bias_bytes + STORE_HEADER_BYTES

@@ -18,11 +18,12 @@ from compress.engine.journal import Journal
 from compress.engine.kv_pass import KvPass, Observed, Settled
 from compress.errors import InputError, UsageError
 from compress.inputs.datasets import Calibration, calibrate
+from compress.kv import heads, static
 from compress.kv.layer import KvLayer
 from compress.kv.observed import attention_of, use_seen, watching
 from compress.kv.spec import KvSpec
 from compress.models import placing
-from compress.models.cache_tensors import FILE, read_tensors, write_tensors
+from compress.models.cache_tensors import FILE, predict_bytes, read_tensors, wanted, write_tensors
 from compress.models.model import Model
 from compress.passes import Rtn
 from compress.pipeline import Pipeline
@@ -163,3 +164,29 @@ def test_tensors_that_a_cache_wants_are_read_or_asked_for(
 def needing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], KvSpec]:
     monkeypatch.setattr(KvSpec, "wants", ("head",))
     return KvSpec
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        KvSpec(scorer="locret", budget=64, head_width=8),
+        KvSpec(scorer="kvzap", budget=64),
+        KvSpec(scorer="kvzap", budget=64, head_width=8, keys="int8(channel)", values="int8(head)", static=True),
+        KvSpec(keys="int4(tensor)", values="int8(token)", static=True),
+    ],
+    ids=KvSpec.told,
+)
+def test_the_plan_knows_what_caches_need_before_it_is_there(spec: KvSpec, two_blocks: Path, tmp_path: Path) -> None:
+    model = replace(compress.load(two_blocks), kv=(spec, KvSpec()))
+    hidden, (attention, _) = model.config.hidden_size, model.attentions
+    made = {name: torch.zeros(shape) for name, shape in wanted(spec, attention, hidden).items()}
+    assert tuple(made) == spec.wants
+    if spec.learned:
+        count = hidden if spec.scorer == "kvzap" else (attention.heads + 2 * attention.kv_heads) * attention.size
+        heads.check(torch.zeros(1, 1, count), attention.kv_heads, made)
+    if "key_scale" in made:
+        expected = static.scale_shape(static.static_format(spec.keys), attention.kv_heads, attention.size)
+        assert made["key_scale"].shape == expected
+    write_tensors(tmp_path, [made, {}])
+    assert predict_bytes(model) == pytest.approx((tmp_path / FILE).stat().st_size, abs=20 * len(made) + 16)
+    assert predict_bytes(replace(model, kv=(KvSpec(), KvSpec()))) == 0

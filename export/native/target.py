@@ -29,7 +29,7 @@ from compress.formats.codebook import Codebook
 from compress.hwprofiles import Profile
 from compress.kv.spec import KvSpec
 from compress.layer import Layer, LayerSpec
-from compress.models.cache_tensors import write_tensors
+from compress.models import cache_tensors
 from compress.models.model import Model
 from compress.records import Bounds
 from compress.runtime import probing
@@ -71,6 +71,7 @@ def predict_bytes(specs: Iterable[LayerSpec], model: Model, profile: Profile) ->
     entries |= {name: (shape, prod(shape) * dtype.itemsize) for name, (shape, dtype) in model.plain_shapes.items()}
     texts = _config(model, layers), contents.to_text(contents.of_specs(layers, {}, model))
     beside = sum(map(len, texts)) + model.side_bytes + header_bytes(entries)
+    beside += cache_tensors.predict_bytes(model)
     return sum(choice.stored_bytes for choice in choices) + model.plain_bytes + beside
 
 
@@ -97,7 +98,7 @@ def write(model: Model, profile: Profile, folder: Path, graph: bytes | None = No
     (folder / CONFIG).write_text(_config(model, specs), encoding="utf8")
     text = contents.to_text(contents.of_specs(specs, aliases, model))
     (folder / contents.NAME).write_text(text, encoding="utf8")
-    write_tensors(folder, model.kv_tensors)
+    cache_tensors.write_tensors(folder, model.kv_tensors)
     for path in model.side_files():
         shutil.copyfile(path, folder / path.name)
     return Lowered.of(folder, choices, specs, Bounds.loosest(choice.bounds for choice in choices.values()))

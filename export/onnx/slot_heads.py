@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.export.onnx.graph import GraphBuilder
 from compress.kv.spec import LayerTensors
+from compress.models import cache_tensors
 from compress.models.model import Model
 
 NAME = "caches."
@@ -18,13 +19,7 @@ NAME = "caches."
 
 def predict_bytes(model: Model) -> int:
     """Of all heads of a model's caches, float32, whether or not they are there yet."""
-    numbers = 0
-    for spec, (heads, kv_heads, size) in zip(model.kv, model.attentions, strict=True):
-        if spec.learned:
-            hidden = int(model.config.get_text_config().hidden_size)
-            inputs = hidden if spec.scorer == "kvzap" else (heads + 2 * kv_heads) * size
-            numbers += (inputs + kv_heads) * spec.head_width if spec.head_width else inputs * kv_heads
-    return 4 * numbers
+    return sum(size for name, size in cache_tensors.predicted(model) if name.startswith("head."))
 
 
 def scores(graph: GraphBuilder, layer: int, features: Sequence[ir.Value], tensors: LayerTensors) -> ir.Value:
