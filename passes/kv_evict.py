@@ -93,6 +93,12 @@ class KvEvict(KvPass):
             )
         if self.by not in _LEARNED and (odd := next((name for name in _LEARNING if name in self.model_fields_set), "")):
             raise UsageError(f"{self.name}: {odd} is of by=locret and by=kvzap, not of {self.by}. Leave it out.")
+        idle = next((name for name in ("steps", "lr", "seed") if name in self.model_fields_set), "")
+        if idle and self.by in _LEARNED and not self._width:
+            raise UsageError(
+                f"{self.name}: {idle} is of heads with two layers, and one of width=0 is solved in closed form. Give a "
+                "width, or leave it out."
+            )
         if self.layers == "measured" and self.by in _LEARNED and self._labels == "replay":
             raise UsageError(
                 f"{self.name}: labels=replay reads every text twice, so layers=measured would see what no text has. "

@@ -421,6 +421,7 @@ def test_the_same_data_and_seed_give_the_same_heads(data: tuple[Model, Calibrati
         ("by=h2o, width=8", "width is of by=locret and by=kvzap, not of h2o"),
         ("by=kvzap, by_age=true", "Take labels=attention"),
         ("by=locret, width=0", "two layers"),
+        ("by=kvzap, steps=800", "steps is of heads with two layers"),
         ("by=locret, decay=0.9", "are of by=h2o"),
     ],
 )
