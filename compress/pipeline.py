@@ -184,6 +184,14 @@ def planned_caches(passes: Sequence[Pass], sections: Sequence[Section]) -> tuple
     return caches
 
 
+def possible_caches(passes: Sequence[Pass], caches: Sequence[KvSpec]) -> tuple[KvSpec, ...]:
+    """Planned caches, and those that data may make of them instead; each once."""
+    ours = [item for item in passes if isinstance(item, KvPass)]
+    return tuple(
+        dict.fromkeys([*caches, *(other for item in ours for spec in caches for other in item.alternatives(spec))])
+    )
+
+
 def planned(resolution: Resolution) -> dict[str, LayerSpec]:
     """The specs that a run would end with: formats and input grids filled in, no weights needed."""
     specs = {}

@@ -20,7 +20,7 @@ from compress.hwprofiles import Profile, ProfileError
 from compress.layer import LayerKind, LayerSpec
 from compress.memory import allowed_memory
 from compress.models.model import Model, Task
-from compress.pipeline import Pipeline, planned, planned_caches
+from compress.pipeline import Pipeline, planned, planned_caches, possible_caches
 from compress.predict import (
     Sizes,
     artifact_bytes,
@@ -55,7 +55,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     specs = planned(resolution)
     target = find_target(profile.target)
     require_graphs(target, shaped, profile)
-    require_caches(target, shaped.kv, profile)
+    require_caches(target, possible_caches(pipeline.passes, shaped.kv), profile)
     choices = plan_layers(target, specs, profile)
     layers = tuple(_row(name, spec, choices[name], resolution) for name, spec in specs.items())
     sizes = Sizes.of(model, specs.values(), recipe, pipeline.needs_data, pipeline.passes)

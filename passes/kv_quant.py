@@ -132,6 +132,9 @@ class KvQuant(KvPass):
         keys, values = (text if stored else "" for stored in (spec.keys, spec.values))
         return replace(plain, keys=keys, values=values, residual=self.residual, rotated=self.rotated)
 
+    def alternatives(self, spec: KvSpec) -> tuple[KvSpec, ...]:
+        return (self._spared(spec),) if self.sensitive else ()
+
     def observe(self, spec: KvSpec, layer: int, seen: Observed) -> dict[str, Tensor]:
         if not (spec.keys or spec.values):  # one of float_layers, whose number may be another by now
             return {}

@@ -353,6 +353,15 @@ def test_what_slots_do_not_hold_is_refused_by_name(spec: KvSpec, told: str) -> N
 def test_refusals_come_before_any_work(model: Model) -> None:
     with pytest.raises(UsageError, match=r"residual of float tokens.*--target native"):
         make_plan(model, recipe.of_passes("kv_quant(residual=32)"), PROFILE)
+    spared, static = "kv_quant(sensitive=1, fallback=nf4)", "kv_quant(keys=int8(head), values=int8(head), static=minmax"
+    with pytest.raises(
+        UsageError, match=r"nf4.* is not stored by a graph"
+    ):  # by the layer that data may say is so stored
+        make_plan(model, recipe.of_passes(spared), PROFILE)
+    checkpoint = PROFILE.model_copy(update={"target": "checkpoint"})
+    with pytest.raises(UsageError, match="some are in float"):
+        make_plan(model, recipe.of_passes(f"{static}, sensitive=1)"), checkpoint)
+    make_plan(model, recipe.of_passes(f"{static})"), checkpoint)
     with pytest.raises(UnsupportedError, match="keeps a cache of its own"):
         make_plan(model, recipe.of_passes("kv_evict(budget=64)"), PROFILE.model_copy(update={"target": "openvino"}))
     gpu = slots.refusal((KvSpec(**SMALL, scorer="h2o"),), hwprofiles.load("nvidia-l4").runtime("onnxruntime"))

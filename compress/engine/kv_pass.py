@@ -69,6 +69,10 @@ class KvPass(Pass, ABC):
         """What the caches of all layers become, as far as it is known without data. Raises: UsageError."""
         return tuple(self.fill(spec, layer) for layer, spec in enumerate(caches))
 
+    def alternatives(self, spec: KvSpec) -> tuple[KvSpec, ...]:
+        """What data may make of a layer's cache in place of what is known without: a target must take these too."""
+        return ()
+
     @property
     def measures(self) -> bool:
         """Whether these settings take calibration data: then `observe` and `conclude` are called."""
