@@ -322,7 +322,7 @@ def require_caches(target: Target, specs: Sequence[KvSpec], profile: Profile) ->
     refusal = takes(specs, profile) if takes is not None else own
     if refusal is not None:
         raise (UsageError if refusal.usage else UnsupportedError)(
-            f"Target {profile.target} does not take the cache that kv_quant and kv_evict describe: {refusal.reason}. "
+            f"Target {profile.target} does not take the cache that the recipe describes: {refusal.reason}. "
             "Add --target native, which runs the model in torch with such a cache, or leave the pass out."
         )
 
