@@ -147,6 +147,10 @@ class KvEvict(KvPass):
         return self.labels or ("logits" if self.by == "locret" else "replay")
 
     @property
+    def counts_layers(self) -> bool:
+        return self.layers != "even"
+
+    @property
     def measures(self) -> bool:
         return self.by in _LEARNED or self.layers == "measured"
 

@@ -82,12 +82,15 @@ class KvQuant(KvPass):
                 )
         idle = next((name for name in ("percentile", "envelope") if self._is_idle(name)), None)
         if idle is not None:
-            needs = "static=percentile" if idle == "percentile" else "static"
+            needs = "static=percentile" if idle == "percentile" else "static scales of keys"
             raise UsageError(f"{self.name}: {idle} does nothing without {needs}. Add that, or leave {idle} out.")
 
     def _is_idle(self, name: str) -> bool:
-        changed = getattr(self, name) != type(self).model_fields[name].default
-        return changed and (self.static is None or (name == "percentile" and self.static != "percentile"))
+        if getattr(self, name) == type(self).model_fields[name].default:
+            return False
+        by_pairs = self.keys is not None and has_static(str(self.keys)) and self.keys_by == "token"
+        needed = self.static == "percentile" if name == "percentile" else self.static is not None and by_pairs
+        return not needed
 
     def check(self, model: Model) -> None:
         super().check(model)
@@ -118,6 +121,10 @@ class KvQuant(KvPass):
             static=self.static is not None,
             rotated=self.rotated,
         )
+
+    @property
+    def counts_layers(self) -> bool:
+        return self.sensitive > 0
 
     @property
     def measures(self) -> bool:

@@ -75,6 +75,9 @@ def test_a_runtime_with_a_cache_of_its_own_refuses(model: Model, tmp_path: Path)
         ("drop_blocks(blocks=[0]), kv_quant(float_layers=[2])", "has caches 0 to 1"),
         ("rtn, kv_quant(residual=32, float_layers=[0]), kv_evict", "single ones cannot be dropped"),
         ("kv_evict(budget=20)", "leaves nothing to choose"),
+        ("kv_evict(budget=64, layers=pyramid), drop_blocks(blocks=[0])", "Move it behind drop_blocks"),
+        ("kv_evict(budget=64, by=kvzap, labels=attention, by_age=true, heads=adaptive)", "in its own unit"),
+        ("kv_quant(values=int8(channel), static=minmax, envelope=false)", "static scales of keys"),
         ("kv_evict(budget=64, by=tova, decay=0.9)", "are of by=h2o"),
         ("kv_quant(keys=int8(tensor))", "come one by one"),
         ("kv_quant(keys=int2(group=16, float_zero), keys_by=channel, residual=16), kv_evict(budget=64)", "dropped"),
@@ -83,6 +86,13 @@ def test_a_runtime_with_a_cache_of_its_own_refuses(model: Model, tmp_path: Path)
 def test_what_cannot_be_is_refused_before_any_work(passes: str, told: str, model: Model) -> None:
     with pytest.raises(UsageError, match=told):
         Pipeline.parse(passes).run(model)
+
+
+def test_what_is_shared_out_over_all_layers_comes_after_blocks_left(model: Model) -> None:
+    for shared in ("kv_quant(sensitive=1)", "kv_evict(budget=64, layers=measured)"):
+        with pytest.raises(UsageError, match="Move it behind drop_blocks"):
+            Pipeline.parse(f"{shared}, drop_blocks(blocks=[0])").lay(model)
+        Pipeline.parse(f"drop_blocks(blocks=[0]), {shared}").lay(model)
 
 
 def test_a_model_that_generates_nothing_has_no_cache(save_random: Callable[..., Path]) -> None:

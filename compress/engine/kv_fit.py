@@ -16,6 +16,7 @@ from compress.engine.kv_pass import KvPass, Settled, cached_blocks, carried_tens
 from compress.engine.layerpass import Pass
 from compress.engine.segment import Found
 from compress.engine.stream import BlockStream
+from compress.errors import InputError
 from compress.files import whole_file
 from compress.inputs.datasets import Calibration
 from compress.kv.observed import Attended, attention_of, use_seen, watching
@@ -152,4 +153,15 @@ class _Observed:
         for hidden in self._stream.hidden:
             with torch.no_grad(), watching(self._attention) as seen:
                 self._stream.call(self._index, hidden)
+            self._require_finite(seen[0])
             yield seen[0]
+
+    def _require_finite(self, batch: Attended) -> None:
+        states = {"queries": batch.query, "keys": batch.key, "values": batch.value}
+        odd = next((name for name, each in states.items() if not products.all_finite(each)), None)
+        if odd is not None:
+            name = self._stream.model.structure.blocks[self._index]
+            raise InputError(
+                f"{name}: its {odd} are NaN or infinite on calibration data, so no cache can be fitted to them. Check "
+                "model and recipe."
+            )

@@ -74,6 +74,11 @@ class KvPass(Pass, ABC):
         return ()
 
     @property
+    def counts_layers(self) -> bool:
+        """Whether these settings share something out over all layers, so that none may leave the model after it."""
+        return False
+
+    @property
     def measures(self) -> bool:
         """Whether these settings take calibration data: then `observe` and `conclude` are called."""
         return False
@@ -121,9 +126,21 @@ def check_filled(passes: Sequence[Pass], count: int) -> None:
                 f"{parts[item.fills_cache]} and {item} both say {item.fills_cache} of the cache. Leave one of them out."
             )
         parts[item.fills_cache] = str(item)
+    _check_order(passes)
     caches = (KvSpec(),) * count
     for item in ours:
         caches = item.filled(caches)
+
+
+def _check_order(passes: Sequence[Pass]) -> None:
+    """Raises: UsageError where layers may leave a model that a budget was shared out over."""
+    for place, item in enumerate(passes):
+        later = next((each for each in passes[place:] if each.reshapes), None)
+        if isinstance(item, KvPass) and item.counts_layers and later is not None:
+            raise UsageError(
+                f"{item} shares out over all layers, and {later.name} after it may take some away. Move it behind "
+                f"{later.name}."
+            )
 
 
 def refilled(item: KvPass, caches: Sequence[KvSpec], model: Model) -> tuple[KvSpec, ...]:

@@ -84,6 +84,8 @@ class KvSpec:
             raise UsageError(f"unknown scorer '{self.scorer}'.{nearest(self.scorer, allowed)}")
         if self.chunk < 1:
             raise UsageError(f"chunk={self.chunk} is below 1.")
+        if self.keys_by not in get_args(Axis):
+            raise UsageError(f"keys_by={self.keys_by} is not one of {', '.join(get_args(Axis))}.")
         for name in ("sinks", "recent", "residual", "budget"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}={getattr(self, name)} is below 0.")
@@ -177,7 +179,12 @@ class KvSpec:
             why = f"{self.scorer} scores alike for all heads" if self.scorer else "nothing is dropped"
             raise UsageError(
                 f"heads=adaptive shares tokens out by the scores of heads, and {why}. Take the scorer key_norm, "
-                "key_diff, h2o, snapkv or expected, or heads=even."
+                "key_diff, h2o, snapkv, expected, locret or kvzap, or heads=even."
+            )
+        if self.heads == "adaptive" and self.learned and self.by_age:
+            raise UsageError(
+                "heads=adaptive compares the scores of heads, and with by_age each trained head loses with age in its "
+                "own unit. Leave by_age out, or take heads=even."
             )
         if self.heads == "adaptive" and self.static:
             raise UsageError(

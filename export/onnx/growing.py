@@ -7,7 +7,7 @@ Inputs and outputs are those of the portable graph, of other types; each call's 
                                                scales come with each vector
     present.i.*                                the same with the tokens of the call
 
-What stays in float is as in the portable graph. As in torch (compress/kv/cache.py), the tokens of a call attend to
+What stays in float is as in the portable graph. As in torch (compress/kv/layer.py), the tokens of a call attend to
 what is stored and to each other as they were computed, and are stored thereafter.
 """
 

@@ -1,6 +1,6 @@
 """One attention over slots and new tokens, and the state after it.
 
-What is computed is what compress/kv/cache.py does in torch: the new tokens attend to what is stored and to each other
+What is computed is what compress/kv/layer.py does in torch: the new tokens attend to what is stored and to each other
 as they were computed, and are stored thereafter.
 """
 
