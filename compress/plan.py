@@ -17,8 +17,11 @@ from compress.errors import CompressError, ResourceError, UnsupportedError, Usag
 from compress.export import TARGETS
 from compress.export import find as find_target
 from compress.hwprofiles import Profile, ProfileError
+from compress.kv.footprint import held_bytes
+from compress.kv.spec import KvSpec
 from compress.layer import LayerKind, LayerSpec
 from compress.memory import allowed_memory
+from compress.models import cache_tensors
 from compress.models.model import Model, Task
 from compress.pipeline import Pipeline, planned, planned_caches, possible_caches
 from compress.predict import (
@@ -33,6 +36,7 @@ from compress.predict import (
 )
 from compress.recipe import Recipe
 from compress.records import Plan, PlannedLayer, PredictedLatency
+from compress.runtime.probing import LONG
 from compress.speed import roofline
 from compress.speed.measure import thread_count
 from compress.target import Choice, Refusal, plan_layers, require_caches, require_graphs
@@ -64,7 +68,8 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
     memory = peak_memory(sizes, artifact)
     refused = [choice for choice in choices.values() if isinstance(choice, Refusal)]
     deployed = deployed_bytes(target, specs.values(), shaped, profile, artifact)
-    larger = () if refused else _larger(deployed, model.source_bytes)
+    about_weights = any(not item.caches for item in pipeline.passes)
+    larger = _larger(deployed, model.source_bytes) if about_weights and not refused else ()
     return Plan(
         model=model.source,
         profile=profile.id,
@@ -80,6 +85,7 @@ def make_plan(model: Model, recipe: Recipe, profile: Profile, pipeline: Pipeline
                 for item in pipeline.passes
                 if isinstance(item, ReshapePass) and item.undecided
             ),
+            *_cache_notes(shaped),
             *_notes(layers, predicted_parts(target, specs.values(), shaped, profile)),
         ),
         target=profile.target,
@@ -240,6 +246,28 @@ def _notes(layers: tuple[PlannedLayer, ...], parts: Mapping[str, int]) -> tuple[
         told = " + ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items())
         found.append(f"The artifact's folder holds {told} (predicted); its size above is of what is deployed.")
     return tuple(found)
+
+
+def _cache_notes(model: Model) -> tuple[str, ...]:
+    """How each layer's cache is to be kept, and what that takes."""
+    if not model.kv:
+        return ()
+    tokens, hidden = min(LONG, model.longest), int(model.config.get_text_config().hidden_size)
+    held = before = 0
+    told: dict[str, list[int]] = {}
+    for layer, (spec, attention) in enumerate(zip(model.kv, model.attentions, strict=True)):
+        held += held_bytes(spec, *attention, tokens, cache_tensors.wanted(spec, attention, hidden))
+        before += held_bytes(KvSpec(), *attention, tokens, {})
+        told.setdefault(spec.told(), []).append(layer)
+    lines = [
+        f"The cache of {'every layer' if len(told) == 1 else 'layers ' + ', '.join(map(str, layers))}: {text}."
+        for text, layers in told.items()
+    ]
+    budget = max(spec.budget for spec in model.kv)
+    if budget >= tokens:
+        lines.append(f"Nothing is dropped of texts up to {budget} tokens, and the model reads {model.longest}.")
+    size = f"about {held / 1e6:,.2f} MB for {tokens} tokens, {before / 1e6:,.2f} MB in float32 without this"
+    return (*lines, f"All caches of one sequence take {size} (in torch; before data change anything).")
 
 
 def _larger(artifact: int, source: int) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from compress.errors import UsageError
 from compress.formats.int_grid import IntGrid
 from compress.kv import calibrating
 from compress.kv.calibrating import Lost, Ranges
-from compress.kv.spec import Axis, KvSpec
+from compress.kv.spec import Axis, KvSpec, check_size
 from compress.kv.static import has_static
 from compress.models.model import Model
 
@@ -100,6 +100,8 @@ class KvQuant(KvPass):
             raise UsageError(
                 f"{self.name}: float_layers names layer {unknown}; the model that it meets has caches 0 to {count - 1}."
             )
+        for attention in set(model.attentions):
+            check_size(self._filled(KvSpec()), attention.size)
         left = count - len(set(self.float_layers))
         if self.sensitive and self.sensitive >= left:
             raise UsageError(

@@ -24,6 +24,7 @@ from compress.kv.spec import KvSpec
 from compress.maths import products
 from compress.models.model import Model
 from compress.models.skeleton import OUTER
+from compress.models.weight_files import library_errors
 from compress.progress import Progress
 
 
@@ -133,7 +134,7 @@ class _Layers:
         found = self.item.observe(spec, layer, _Observed(self.stream, index))
         found = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
         if self.journal is not None:
-            with whole_file(self.files[layer]) as beside:
+            with whole_file(self.files[layer]) as beside, library_errors(self.files[layer]):
                 save_file(found, beside)
             self.journal.add(self.steps[layer])
         return found

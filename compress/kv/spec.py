@@ -176,7 +176,8 @@ class KvSpec:
         if not 0 <= self.floor <= 1:
             raise UsageError(f"floor={self.floor} is not in [0, 1]: it is a share of the budget.")
         if self.heads == "adaptive" and self.scorer in ("", "position", "tova"):
-            why = f"{self.scorer} scores alike for all heads" if self.scorer else "nothing is dropped"
+            name = {"position": "streaming"}.get(self.scorer, self.scorer)
+            why = f"{name} scores alike for all heads" if name else "nothing is dropped"
             raise UsageError(
                 f"heads=adaptive shares tokens out by the scores of heads, and {why}. Take the scorer key_norm, "
                 "key_diff, h2o, snapkv, expected, locret or kvzap, or heads=even."
@@ -285,6 +286,21 @@ class KvSpec:
     def from_data(cls, data: Mapping[str, Any]) -> KvSpec:
         """Raises: UsageError, TypeError for what is none."""
         return cls(**data)
+
+
+def check_size(spec: KvSpec, size: int) -> None:
+    """Raises: UsageError where runs of channels do not divide the vectors of a head, which are so long."""
+    for part, text in (("keys", spec.keys), ("values", spec.values)):
+        if not text or (part == "keys" and spec.keys_by == "channel"):
+            continue
+        form = parse_format(text)
+        group = form.group if isinstance(form, IntGrid | FloatGrid) else None
+        if isinstance(group, int) and size % group:
+            fitting = ", ".join(str(each) for each in (8, 16, 32, 64, 128) if size % each == 0) or str(size)
+            raise UsageError(
+                f"{part}={text}: heads have {size} channels, which runs of {group} do not divide. Give "
+                f"group={fitting}, or a format by token."
+            )
 
 
 def row_format(text: str) -> Format:
