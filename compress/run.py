@@ -33,7 +33,7 @@ from compress.run_report import Found, Request, kept, write_report
 from compress.speed.artifact_speed import measure_artifact
 from compress.speed.end_to_end import material_of
 from compress.speed.measure import thread_count
-from compress.target import Lowered, require_tools, timed_here, write_baseline
+from compress.target import Lowered, require_any_cache, require_tools, timed_here, write_baseline
 
 
 def run(request: Request, progress: Progress | None = None) -> Report:
@@ -45,15 +45,18 @@ def run(request: Request, progress: Progress | None = None) -> Report:
     progress = progress or Progress(quiet=True)
     started = time.monotonic()
     request = replace(request, recipe=request.recipe.for_target(request.profile.target))
-    require_tools(find_target(request.profile.target), request.profile)
+    pipeline = Pipeline.parse(request.recipe.passes)
+    target = find_target(request.profile.target)
+    if any(item.caches for item in pipeline.passes):  # no tool that is installed changes that
+        require_any_cache(target, request.profile)
+    require_tools(target, request.profile)
     progress.begin(f"Reading the model {request.model}")
     model = load(request.model)
-    pipeline = Pipeline.parse(request.recipe.passes)
     plan = make_plan(model, request.recipe, request.profile, pipeline)
     refuse(plan)
     check_gates(request.recipe.quality.gates, model.task, generation=request.recipe.quality.generation > 0)
     if request.recipe.tasks is not None:
-        require_tasks(model.task, find_target(request.profile.target), request_of(request.recipe.tasks))
+        require_tasks(model.task, target, request_of(request.recipe.tasks))
     progress.begin("Reading the data")
     calibration, windows = load_data(model, request)
     with Workspace(request.out, request.overwrite) as space:

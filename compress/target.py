@@ -317,14 +317,25 @@ def require_caches(target: Target, specs: Sequence[KvSpec], profile: Profile) ->
     UnsupportedError for a model whose cache is compressed as the target does not take it."""
     if not specs:
         return
-    takes: Callable[..., Refusal | None] | None = getattr(target, "takes_caches", None)
-    own = Refusal("its runtime keeps a cache of its own, which cannot be compressed yet", usage=False)
-    refusal = takes(specs, profile) if takes is not None else own
+    require_any_cache(target, profile)
+    takes: Callable[..., Refusal | None] = target.takes_caches  # type: ignore[attr-defined]
+    refusal = takes(specs, profile)
     if refusal is not None:
-        raise (UsageError if refusal.usage else UnsupportedError)(
-            f"Target {profile.target} does not take the cache that the recipe describes: {refusal.reason}. "
-            "Add --target native, which runs the model in torch with such a cache, or leave the pass out."
-        )
+        raise (UsageError if refusal.usage else UnsupportedError)(_refused(refusal.reason, profile))
+
+
+def require_any_cache(target: Target, profile: Profile) -> None:
+    """Raises: UnsupportedError where the target takes no compressed cache at all."""
+    if getattr(target, "takes_caches", None) is None:
+        reason = "its runtime keeps a cache of its own, which cannot be compressed yet"
+        raise UnsupportedError(_refused(reason, profile))
+
+
+def _refused(reason: str, profile: Profile) -> str:
+    return (
+        f"Target {profile.target} does not take the cache that the recipe describes: {reason}. Give --target native, "
+        "which runs the model in torch with such a cache, or leave the pass out."
+    )
 
 
 def honoured(spec: LayerSpec, answer: Answer | Refusal, honours: Honours, who: str = "this target") -> Answer | Refusal:

@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, GPTJConfig
 
 import compress
+from compress.__main__ import main
 from compress.engine import store
 from compress.errors import InputError, UnsupportedError, UsageError
 from compress.kv.spec import KvSpec
@@ -196,3 +197,17 @@ def test_the_plan_keeps_the_caches_of_the_blocks_that_are_left(model: Model) -> 
         assert len(planned) == 2
     pipeline = Pipeline.parse("rtn(format=int8(group=32))")
     assert planned_caches(pipeline.passes, pipeline.lay(model)) == ()
+
+
+@pytest.mark.parametrize(
+    ("passes", "told"), [("kv_quant, rtn", "a cache of its own"), ("kv_evict(budget=20)", "leaves nothing to choose")]
+)
+def test_what_no_installed_tool_and_no_model_changes_is_told_first(
+    passes: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the runtime nor the model need be there."""
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    given = ["run", str(tmp_path / "absent"), "--passes", passes, "--target", "openvino", "--data", str(text)]
+    assert main([*given, "-p", PROFILE, "-o", str(tmp_path / "out")]) in (2, 4)
+    assert told in " ".join(capsys.readouterr().err.split())
