@@ -30,6 +30,7 @@ PACKAGES = ("compress", "torch", "transformers", "safetensors", "onnx", "onnx-ir
 # package → extra of ours that installs it
 EXTRAS = {
     "bitsandbytes": "bitsandbytes",
+    "faiss-cpu": "retrieval",
     "ray": "distributed",
     "lm-eval": "eval",
     "pillow": "images",
