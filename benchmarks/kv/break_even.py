@@ -36,9 +36,9 @@ def crossing(contexts: Sequence[int], ratios: Sequence[float]) -> float | None:
 
 
 def main() -> None:
-    measured = json.loads((RESULTS / "kv_slots.json").read_text(encoding="utf8"))
+    measured = json.loads((RESULTS / "kv_slots.json").read_text(encoding="utf8"))["timing"]
     arms: dict[str, list[dict[str, Any]]] = {}
-    for row in measured["timing"]:
+    for row in measured["rows"]:
         arms.setdefault(row["arm"], []).append(row)
     rows = []
     for arm, found in arms.items():
