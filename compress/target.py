@@ -199,16 +199,15 @@ class Target(Protocol):
     """The module of a target.
 
     It may also have `TAKES_GRAPHS`, whether it takes models that were given as ONNX, `TAKES_EDITS`, whether it takes
-    those of a shape that config.json does not tell (`Model.edits`), `predict_deployed_bytes`, as
-    `predict_bytes` of what the machine needs where that is not the whole folder, `predict_parts`, its bytes by
-    the name of each form of the model that it holds, `plan_together(specs)`, the refusals
-    (by layer) of what it does not take side by side, `takes_caches(specs, profile)`, the refusal of `KvSpec`s or none,
-    `profile_operators(folder, threads, bind)`, what the runtime's profiler tells (compress.speed.operators),
-    `runner(session, folder)`, the `Runner` of a session, without which an artifact can be measured but not used here,
-    `misfit(folder)`, why a folder does not run on this machine, `ON_GPU`, whether its sessions compute on one,
-    `complete(folder, timing_cache)`, which adds what only this machine can build and says whether it did,
-    `deployed_bytes(folder)`, of what the machine needs then,
-    and `compare_graphs(session, exact, ids, limit, room)`, where a folder holds the model more than once: whether what
+    those of a shape that config.json does not tell (`Model.edits`), `predict_deployed_bytes`, as `predict_bytes` of
+    what the machine needs where that is not the whole folder, `predict_parts`, its bytes by the name of each form of
+    the model that it holds, `plan_together(specs)`, the refusals (by layer) of what it does not take side by side,
+    `takes_caches(specs, profile)`, the refusal of `KvSpec`s or none, `profile_operators(folder, threads, bind)`, what
+    the runtime's profiler tells (compress.speed.operators), `runner(session, folder)`, the `Runner` of a session,
+    without which an artifact can be measured but not used here, `misfit(folder)`, why a folder does not run on this
+    machine, `ON_GPU`, whether its sessions compute on one, `complete(folder, timing_cache)`, which adds what only this
+    machine can build and says whether it did, `deployed_bytes(folder)`, of what the machine needs then, and
+    `compare_graphs(session, exact, ids, limit, room)`, where a folder holds the model more than once: whether what
     `session` does not run agrees with what it does, and notes for the report.
     """
 
@@ -313,29 +312,25 @@ def require_graphs(target: Target, model: Model, profile: Profile) -> None:
 
 
 def require_caches(target: Target, specs: Sequence[KvSpec], profile: Profile) -> None:
-    """By the target's `takes_caches`; without it its runtime keeps a cache of its own. Raises: UsageError or
-    UnsupportedError for a model whose cache is compressed as the target does not take it."""
+    """Raises: UsageError or UnsupportedError for a model whose cache is compressed as the target does not take it."""
     if not specs:
         return
     require_any_cache(target, profile)
-    takes: Callable[..., Refusal | None] = target.takes_caches  # type: ignore[attr-defined]
-    refusal = takes(specs, profile)
+    refusal: Refusal | None = target.takes_caches(specs, profile)  # type: ignore[attr-defined]
     if refusal is not None:
-        raise (UsageError if refusal.usage else UnsupportedError)(_refused(refusal.reason, profile))
+        raise (UsageError if refusal.usage else UnsupportedError)(_no_cache(refusal.reason, profile))
 
 
 def require_any_cache(target: Target, profile: Profile) -> None:
     """Raises: UnsupportedError where the target takes no compressed cache at all."""
-    if getattr(target, "takes_caches", None) is None:
+    if not hasattr(target, "takes_caches"):
         reason = "its runtime keeps a cache of its own, which cannot be compressed yet"
-        raise UnsupportedError(_refused(reason, profile))
+        raise UnsupportedError(_no_cache(reason, profile))
 
 
-def _refused(reason: str, profile: Profile) -> str:
-    return (
-        f"Target {profile.target} does not take the cache that the recipe describes: {reason}. Give --target native, "
-        "which runs the model in torch with such a cache, or leave the pass out."
-    )
+def _no_cache(reason: str, profile: Profile) -> str:
+    ours = "Give --target native, which runs the model in torch with such a cache, or leave the pass out."
+    return f"Target {profile.target} does not take the cache that the recipe describes: {reason}. {ours}"
 
 
 def honoured(spec: LayerSpec, answer: Answer | Refusal, honours: Honours, who: str = "this target") -> Answer | Refusal:

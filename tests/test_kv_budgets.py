@@ -251,7 +251,7 @@ def test_measured_budgets_follow_what_attention_loses(
     ("text", "told"),
     [
         ("kv_evict(by=tova, heads=adaptive)", "tova scores alike for all heads"),
-        ("kv_evict(by=streaming, heads=adaptive)", "position scores alike for all heads"),
+        ("kv_evict(by=streaming, heads=adaptive)", "streaming scores alike for all heads"),
         ("kv_evict(floor=0.5)", "floor is of heads=adaptive"),
         ("kv_evict(beta=10)", "beta is of layers=pyramid"),
         ("kv_evict(budget=36, layers=pyramid)", "at least 37"),
