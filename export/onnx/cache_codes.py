@@ -81,12 +81,7 @@ class Codes:
             whole = graph.node("Clip", [graph.node("Round", [steps]), number(-middle), number(middle - 1)])
             return self._packed(graph, whole), None
         split = graph.node("Reshape", [states, graph.constant([0, 0, 0, self.runs, self.size // self.runs])])
-        peak = graph.node("ReduceMax", [graph.node("Abs", [split]), graph.constant([4])])
-        found = graph.node("Div", [graph.node("Mul", [peak, number(2.0)]), number(2 * middle - 1)])
-        scale = graph.node("Cast", [graph.node("Max", [found, number(TINY)])], {"to": HALF.value}, dtype=HALF)
-        wide = graph.node("Cast", [scale], {"to": FLOAT.value})
-        steps = graph.node("Add", [graph.node("Div", [split, wide]), number(middle)])  # as the formats round
-        codes = graph.node("Clip", [graph.node("Round", [steps]), number(0.0), number(2 * middle - 1)])
+        codes, scale = rounded(graph, split, 4, self.bits)
         codes = graph.node("Reshape", [codes, graph.constant([0, 0, 0, self.size])])
         whole = graph.node("Sub", [codes, number(middle)])
         return self._packed(graph, whole), graph.node("Squeeze", [scale, graph.constant([4])], dtype=HALF)
@@ -224,6 +219,18 @@ def _row(graph: GraphBuilder, scale: ir.Value) -> ir.Value:
     """(batch, kv heads, past, 1) float16 → (batch, kv heads, 1, past) float32."""
     turned = graph.node("Transpose", [scale], {"perm": [0, 1, 3, 2]}, dtype=HALF)
     return graph.node("Cast", [turned], {"to": FLOAT.value})
+
+
+def rounded(graph: GraphBuilder, states: ir.Value, axis: int, bits: int) -> tuple[ir.Value, ir.Value]:
+    """As the formats round (compress/maths/grid.py): states float32, which share a scale along their last axis → codes
+    from 0 to 2^bits − 1 as float32, and scales float16, of length 1 along the axis."""
+    number, middle = _numbers(graph), float(2 ** (bits - 1))
+    peak = graph.node("ReduceMax", [graph.node("Abs", [states]), graph.constant([axis])])
+    found = graph.node("Div", [graph.node("Mul", [peak, number(2.0)]), number(2 * middle - 1)])
+    scale = graph.node("Cast", [graph.node("Max", [found, number(TINY)])], {"to": HALF.value}, dtype=HALF)
+    wide = graph.node("Cast", [scale], {"to": FLOAT.value})
+    steps = graph.node("Add", [graph.node("Div", [states, wide]), number(middle)])
+    return graph.node("Clip", [graph.node("Round", [steps]), number(0.0), number(2 * middle - 1)]), scale
 
 
 def _numbers(graph: GraphBuilder) -> Callable[[float], ir.Value]:

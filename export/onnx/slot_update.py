@@ -15,16 +15,14 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.export.onnx.attention import dim
+from compress.export.onnx.cache_codes import END, HALF, rounded
 from compress.export.onnx.graph import GraphBuilder
 from compress.export.onnx.slot_tokens import BOOL, FLOAT, INT, Tokens
 from compress.kv.spec import KvSpec
 
-INT8, HALF = ir.DataType.INT8, ir.DataType.FLOAT16
-END = 2**63 - 1
+INT8 = ir.DataType.INT8
 FAR = 2.0**127
 """Rank of what always stays, and less than 0 of what is not there: any score is lost when it is added to it."""
-TINY = float(np.finfo(np.float16).tiny)
-"""The smallest scale, as the formats have it (compress/maths/grid.py)."""
 
 
 class Choice(NamedTuple):
@@ -215,13 +213,8 @@ class Update:
         """(batch, kv heads, m, size) → int8 codes, those of int8(token) less 128, and scales (batch, kv heads, m)
         float16."""
         graph = self._graph
-        peak = graph.node("ReduceMax", [graph.node("Abs", [states]), graph.constant([3])])
-        wide = graph.node("Div", [graph.node("Mul", [peak, self._number(2.0)]), self._number(255.0)])
-        scale = graph.node("Cast", [graph.node("Max", [wide, self._number(TINY)])], {"to": HALF.value}, dtype=HALF)
-        steps = graph.node("Div", [states, graph.node("Cast", [scale], {"to": FLOAT.value})])
-        codes = graph.node("Round", [graph.node("Add", [steps, self._number(128.0)])])
-        inside = graph.node("Clip", [codes, self._number(0.0), self._number(255.0)])
-        codes = graph.node("Cast", [graph.node("Sub", [inside, self._number(128.0)])], {"to": INT8.value}, dtype=INT8)
+        codes, scale = rounded(graph, states, 3, 8)
+        codes = graph.node("Cast", [graph.node("Sub", [codes, self._number(128.0)])], {"to": INT8.value}, dtype=INT8)
         return codes, graph.node("Squeeze", [scale, graph.constant([3])], dtype=HALF)
 
     def _number(self, value: float) -> ir.Value:
